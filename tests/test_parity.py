@@ -1,0 +1,276 @@
+"""Numbers of the original implementations, on stand-in weights in the official layout, through the public loaders.
+
+Runs every case in tests/parity, or in the folder named by PARITY_DIR, whose kind is known here; a case brings its own
+config, weights manifest, inputs and expected outputs, so new cases of a known kind need no code. See tests/parity/fill.py.
+"""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+import train
+import var
+import vq
+from fill import fill_state_dict, load_case, noise
+
+RUNNERS = {}
+
+
+def runner(kind):
+    return lambda f: RUNNERS.setdefault(kind, f)
+
+
+def cases():
+    for path in sorted(FOLDER.glob("*.safetensors")):
+        kind = load_case(path)[0]["kind"]
+        if kind in RUNNERS:
+            yield pytest.param(path, id=path.stem)
+
+
+def close(out, expected, atol=1e-4, what=""):
+    """Within atol on values of order one: what separates a right implementation from a wrong one in float32."""
+    torch.testing.assert_close(out.detach().float(), expected.float(), atol=atol, rtol=1e-4, msg=lambda m: f"{what}: {m}")
+
+
+def equal(out, expected, what=""):
+    assert torch.equal(out.long(), expected.long()), f"{what}: {(out.long() != expected.long()).sum()} of {out.numel()} differ"
+
+
+def check_image(image, t, prefix):
+    """8x8 average pool of everything, and one corner in full."""
+    close(F.avg_pool2d(image, 8), t[f"out.{prefix}_mean8"], what=f"{prefix}_mean8")
+    close(image[..., :16, :16], t[f"out.{prefix}_slice"], what=f"{prefix}_slice")
+
+
+def check_norms(found, t, prefix, atol=1e-6):
+    """found: official key -> tensor. Norms 1e-3 relative; below 1e-6 only rounding noise is left, stored as 0."""
+    expected = {k.removeprefix(prefix): v.item() for k, v in t.items() if k.startswith(prefix)}
+    norms = {k: v.norm().item() for k, v in found.items()}
+    assert set(expected) <= set(norms), f"no such parameter: {sorted(set(expected) - set(norms))[:5]}"
+    wrong = {k: (norms[k], e) for k, e in expected.items() if abs(norms[k] - e) > 1e-3 * abs(e) + atol}
+    assert not wrong, f"{prefix}: {dict(list(wrong.items())[:5])}"
+
+
+def official_names(model, module):
+    """Parameter -> official key, through the module's own export."""
+    flat = {id(p): n for n, p in model.named_parameters()}
+    table = module.renames(model.config.phi_count) if module is vq else module.RENAMES
+    return {n: next(iter(module_rename(n, table))) for n in flat.values()}
+
+
+def module_rename(name, table):
+    return vq.rename_keys({name: None}, table, inverse=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VAR and its tokenizer
+
+
+def load_var(meta, t, tmp_path, schedule_in_file=True):
+    """(tokenizer, transformer or None): written as the release would be, read by the public loaders, exported back."""
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    state = fill_state_dict(meta["manifest"], kept)
+    prefixes = tuple(meta["config"]["vae_key_prefixes"])
+    parts = {"vae": {k: v for k, v in state.items() if k.startswith(prefixes)},
+             "var": {k: v for k, v in state.items() if not k.startswith(prefixes)}}
+    c = meta["config"]
+    torch.save(parts["vae"], tmp_path / "vae.pth")
+    tokenizer = vq.load(tmp_path / "vae.pth", patch_nums=c["patch_nums"])
+    for name, value in dict(ch=c["ch"], ch_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"], vocab_size=c["vocab_size"],
+                            z_channels=c["z_channels"], phi_count=c["share_quant_resi"], phi_ratio=c["quant_resi"],
+                            beta=c["beta"], znorm=c["using_znorm"]).items():
+        assert getattr(tokenizer.config, name) == value, f"inferred {name}"
+    check_export(vq.export(tokenizer), parts["vae"])
+    if not any(k.startswith("blocks.") for k in state):
+        return tokenizer, None
+    torch.save(parts["var"], tmp_path / "var.pth")
+    model = var.load(tmp_path / "var.pth")
+    for name, value in dict(depth=c["depth"], width=c["width"], heads=c["heads"], patch_nums=tuple(c["patch_nums"]),
+                            num_classes=c["num_classes"], shared_adaln=c["shared_aln"], attn_l2_norm=c["attn_l2_norm"],
+                            norm_eps=c["norm_eps"], mlp_ratio=c["mlp_ratio"]).items():
+        assert getattr(model.config, name) == value, f"inferred {name}"
+    check_export(var.export(model), {k: v for k, v in parts["var"].items()})
+    return tokenizer, model
+
+
+def check_export(exported, official):
+    """Key for key and bit for bit."""
+    assert set(exported) == set(official), f"{set(exported) ^ set(official)}"
+    for k, v in official.items():
+        assert exported[k].dtype == v.dtype and torch.equal(exported[k], v), k
+
+
+@runner("var.vqvae")
+def var_vqvae(meta, t, tmp_path):
+    tokenizer, _ = load_var(meta, t, tmp_path)
+    image = noise(meta["image_name"], tuple(meta["image_shape"]))
+    patch_nums = meta["config"]["patch_nums"]
+    f = tokenizer.encode(image)
+    close(f, t["out.f"], what="f")
+    steps = list(tokenizer.quantize.walk(f))
+    indices = [index for _, index, _ in steps]
+    equal(torch.cat(indices, 1), t["out.idx"], "tokens")
+    close(torch.stack([f_hat for *_, f_hat in steps]), t["out.fhat"], what="f_hat ladder of encode")
+    close(torch.stack(tokenizer.quantize.ladder(indices)), t["out.fhat"], what="f_hat ladder of decode")
+    close(tokenizer.quantize.teacher_input(indices, patch_nums), t["out.var_input"], what="teacher input")
+    check_image(tokenizer.reconstruct(image), t, "rec")
+
+
+@runner("var.vqvae_decode")
+def var_vqvae_decode(meta, t, tmp_path):
+    tokenizer, _ = load_var(meta, t, tmp_path)
+    indices = t["in.idx"].long().split([p * p for p in meta["config"]["patch_nums"]], 1)
+    ladder = tokenizer.detokenize(indices, ladder=True)
+    close(torch.stack([F.avg_pool2d(image, 8) for image in ladder]), t["out.ladder_mean8"], what="ladder")
+    close(ladder[-1][:1, :, ::2, ::2], t["out.img"], what="image")
+    check_image(ladder[-1], t, "img")
+    unresized = tokenizer.detokenize(indices, step_by_step=True)
+    close(F.avg_pool2d(unresized, 8), t["out.unresized_mean8"], what="step by step")
+
+
+@runner("var.vqvae_train")
+def var_vqvae_train(meta, t, tmp_path):
+    tokenizer, _ = load_var(meta, t, tmp_path)
+    tokenizer.train()
+    names = official_names(tokenizer, vq)
+    for i, name in enumerate(meta["image_names"]):
+        image = noise(name, tuple(meta["image_shape"]))
+        rec, vq_loss, usage = tokenizer(image)
+        close(usage, t[f"out.usages{i}"], what=f"usage {i}")
+        if i == 0:
+            check_image(rec, t, "rec")
+            loss = F.mse_loss(rec, image) + vq_loss
+            close(vq_loss, t["out.vq_loss"], atol=1e-5 * t["out.vq_loss"].item())
+            close(loss, t["out.loss"], atol=1e-5 * t["out.loss"].item())
+            loss.backward()
+            check_norms({names[n]: p.grad for n, p in tokenizer.named_parameters()}, t, "out.grad_norm.")
+    close(tokenizer.quantize.hits, t["out.ema_vocab_hit_SV"], what="hit statistics")
+
+
+@runner("var.logits")
+def var_logits(meta, t, tmp_path):
+    tokenizer, model = load_var(meta, t, tmp_path)
+    indices = t["in.idx"].long().split([p * p for p in model.config.patch_nums], 1)
+    features = tokenizer.quantize.teacher_input(indices, model.config.patch_nums)
+    labels = t["in.labels"].long()
+    logits = model(labels, features)
+    close(logits, t["out.logits"], what="logits")
+    close(logits.mean(), t["out.logits_mean"])
+    close(logits.std(), t["out.logits_std"])
+    dropped = model(labels, features, class_drop=0.5, generator=torch.Generator().manual_seed(0))
+    close(dropped[:, ::5, ::3], t["out.logits_dropped"], what="logits with class dropping")
+
+
+@runner("var.train")
+def var_train(meta, t, tmp_path):
+    tokenizer, model = load_var(meta, t, tmp_path)
+    model.train()
+    for block in model.blocks:
+        block.drop_path = meta["config"]["drop_path_rate"]
+    names = official_names(model, var)
+    indices = tokenizer.tokenize(noise(meta["image_name"], tuple(meta["image_shape"])))
+    features = tokenizer.quantize.teacher_input(indices)
+    tokens, labels, drop = torch.cat(indices, 1), t["in.labels"].long(), meta["config"]["cond_drop_rate"]
+    loss, _ = model.loss(labels, tokens, features, class_drop=drop, label_smoothing=meta["config"]["label_smoothing"])
+    close(loss, t["out.loss"], atol=1e-5 * t["out.loss"].item())
+    loss.backward()
+    found = {names[n]: p.grad for n, p in model.named_parameters()}
+    check_norms(found, t, "out.grad_norm.")
+    close(torch.stack([g.norm() for g in found.values()]).norm(), t["out.total_grad_norm"], atol=1e-3 * t["out.total_grad_norm"].item())
+
+    s, start = meta["schedule"], {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(train.parameter_groups(model), s["peak_lr"], (0.9, 0.95), eps=1e-8)
+    for step in range(s["steps"]):
+        lr = s["peak_lr"] * train.learning_rate(s["sche"], step, s["max_it"], s["wp_it"], s["wp0"], s["wpe"])
+        wd = train.weight_decay(step, s["max_it"], s["wd"], s["wd_end"])
+        assert lr == pytest.approx(t["out.opt_lr"][step].item()) and wd == pytest.approx(t["out.opt_wd"][step].item())
+        train.set_rates(optimizer, lr, wd)
+        optimizer.zero_grad()
+        model.loss(labels, tokens, features, class_drop=drop)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"])
+        optimizer.step()
+    check_norms({names[n]: p.detach() - start[n] for n, p in model.named_parameters()}, t, "out.delta_norm.")
+
+
+@runner("var.schedule")
+def var_schedule(meta, t, tmp_path):
+    c = meta["config"]
+    for name, run in c["runs"].items():
+        n = run["max_it"]
+        lr = [c["peak_lr"] * train.learning_rate(name, i, n, run["wp_it"], c["wp0"], run["wpe"]) for i in range(n)]
+        wd = [train.weight_decay(i, n, c["wd"], c["wd_end"]) for i in range(n)]
+        torch.testing.assert_close(torch.tensor(lr, dtype=torch.float64), t[f"out.lr.{name}"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(torch.tensor(wd, dtype=torch.float64), t[f"out.wd.{name}"], rtol=1e-9, atol=0)
+    for key, expected in t.items():
+        if key.startswith("out.phi."):
+            kind, scales = key.removeprefix("out.phi.").split(".")
+            scales = int(scales.removeprefix("scales"))
+            count = scales if kind == "nonshared" else int(kind.removeprefix("share"))
+            assert [vq.phi_index(k, scales, count) for k in range(scales)] == expected.tolist(), key
+
+
+def draw(model, tokenizer, call, **edit):
+    """The original's call through ours -> steps."""
+    g = torch.Generator().manual_seed(call["g_seed"])
+    labels = call["B"] if call["label_B"] is None else torch.tensor(call["label_B"])
+    labels = model.labels(labels, g)
+    options = {k: call[k] for k in ("cfg", "top_k", "top_p", "more_smooth") if k in call}
+    return list(model.steps(tokenizer, labels, generator=g, **options, **edit))
+
+
+def check_steps(steps, tokenizer, t, atol):
+    combined = []
+    for step in steps:
+        cond, *uncond = step.logits.chunk(2) if len(step.logits) > len(step.tokens) else (step.logits,)
+        combined.append((1 + step.guidance) * cond - step.guidance * uncond[0] if uncond else cond)
+    equal(torch.cat([s.tokens for s in steps], 1), t["out.tokens"], "tokens")
+    close(torch.cat(combined, 1), t["out.logits"], atol, what="logits")
+    close(steps[-1].f_hat, t["out.fhat"], atol, what="f_hat")
+    check_image((tokenizer.decode(steps[-1].f_hat) + 1) / 2, t, "img")
+
+
+@runner("var.sample")
+def var_sample(meta, t, tmp_path):
+    tokenizer, model = load_var(meta, t, tmp_path)
+    # Gumbel mixtures at temperature 0.005 multiply rounding differences by 200
+    check_steps(draw(model, tokenizer, meta["call"]), tokenizer, t, atol=1e-3 if meta["call"].get("more_smooth") else 1e-4)
+
+
+@runner("var.edit")
+def var_edit(meta, t, tmp_path):
+    tokenizer, model = load_var(meta, t, tmp_path)
+    image = noise(meta["image_name"], tuple(meta["image_shape"]))
+    given = tokenizer.tokenize(image)
+    equal(torch.cat(given, 1), t["in.idx"], "tokens of the given picture")
+    keep = var.edit_mask(meta["box"], model.config.patch_nums[-1], inpaint=meta["inpainting"])
+    equal(keep, t["in.mask"], "mask")
+    check_steps(draw(model, tokenizer, meta["call"], given=given, keep=keep), tokenizer, t,
+                atol=1e-3 if meta["call"].get("more_smooth") else 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LPIPS, the perceptual loss of all tokenizers
+
+
+@runner("latentsync.lpips")
+def lpips(meta, t, tmp_path):
+    state = fill_state_dict(meta["manifest"], {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")})
+    vgg = {f"features.{k.split('.', 2)[2]}": v for k, v in state.items() if k.startswith("net.")}
+    heads = {k: v for k, v in state.items() if k.startswith("lin")}
+    torch.save(vgg, tmp_path / "vgg16.pth")
+    torch.save(heads, tmp_path / "vgg.pth")
+    a = noise("in.a", (2, 3, 32, 64))
+    b = (a + 0.5 * noise("in.b", tuple(a.shape))).clamp(-1, 1)
+    close(vq.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(a, b), t["out.lpips"], what="lpips")
+
+
+@pytest.mark.parametrize("path", list(cases()))
+def test_parity(path, tmp_path):
+    meta, t = load_case(path)
+    RUNNERS[meta["kind"]](meta, t, tmp_path)

@@ -1,0 +1,737 @@
+"""Train every part: one flat loop, one file.
+
+    python train.py vq                              the demo tokenizer on the emoji sheet, about an hour on two CPU cores
+    python train.py var --vae runs/vq/model.safetensors
+    python train.py vq  --recipe imagenet --data DIR --lpips vgg16.pth vgg_lpips.pth
+    python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
+    torchrun --nproc-per-node 8 train.py var ...    data parallel
+
+DIR holds one folder of pictures per class. A run writes into --out: model.safetensors (what sample.py takes),
+state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv and samples/. Every write is atomic.
+"""
+import argparse
+import sys
+
+# What the papers trained with, and the demo. Flags of the same name override an entry.
+COMMON = dict(epochs=0, steps=0, accum=1, clip=2.0, ema=0.0, wd=0.05, wd_end=0.0, betas=(0.9, 0.95), warmup=0.02, warmup_from=0.005,
+              schedule="lin0", final_lr=0.1, dtype="fp32")
+RECIPES = {
+    "vq": {
+        "emoji": COMMON | dict(model="emoji_vq", size=32, steps=6000, batch_size=16, lr=1e-3, schedule="lin00", final_lr=0.01, wd=0.0,
+                               betas=(0.9, 0.99), l1=1.0, l2=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0, warm_steps=300,
+                               restart_after=300, restart_until=0.7),
+        # VAR's authors released no tokenizer recipe. This one is LlamaGen's, with VAR's losses and a cure for dead codes.
+        "imagenet": COMMON | dict(model="vae_ch160v4096z32", size=256, epochs=40, batch_size=128, lr=1e-4, schedule="const", wd=0.0,
+                                  clip=1.0, ema=0.9999, dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5,
+                                  disc_start=20000, warm_steps=0, restart_after=1000, restart_until=0.7),
+    },
+    "var": {    # notes: lr is for the whole batch, base lr * batch / 256; init_gamma is the scale of the AdaLN gates at start
+        "emoji": COMMON | dict(model="emoji_var", size=32, steps=3000, batch_size=64, lr=1e-3, wd=0.05, init_gamma=1e-1, ema=0.998),
+        "d16": COMMON | dict(model="var_d16", size=256, epochs=200, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16"),
+        "d20": COMMON | dict(model="var_d20", size=256, epochs=250, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16"),
+        "d24": COMMON | dict(model="var_d24", size=256, epochs=350, batch_size=768, lr=2.4e-4, init_gamma=1e-4, final_lr=0.01,
+                             dtype="fp16"),
+        "d30": COMMON | dict(model="var_d30", size=256, epochs=350, batch_size=1024, lr=3.2e-4, init_gamma=1e-5, final_lr=0.01,
+                             wd_end=0.08, dtype="fp16"),
+        "d36": COMMON | dict(model="var_d36", size=512, epochs=350, batch_size=768, lr=2.4e-4, init_gamma=5e-6, final_lr=0.01,
+                             wd_end=0.08, dtype="fp16"),
+    },
+}
+
+
+def parse_args(argv=None):
+    """The command line; a recipe's entries fill what was not given."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
+    for name, recipes in RECIPES.items():
+        p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = p.add_argument
+        add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
+        add("--data", default="demo", metavar="DIR", help="a folder of one folder per class, or 'demo' (default)")
+        add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
+        add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
+        add("--resume", choices=["no", "auto"], default="no", help="auto: continue the run in --out if there is one")
+        add("--size", type=int, help="side of the pictures in pixels")
+        add("--steps", type=int, help="optimizer steps (or --epochs)")
+        add("--epochs", type=int)
+        add("--batch-size", type=int, help="pictures per optimizer step, over all processes and --accum")
+        add("--accum", type=int, help="backward passes per optimizer step")
+        add("--lr", type=float, help="peak learning rate for the whole batch")
+        add("--schedule", metavar="NAME", help="lin, lin0, lin00, lin0.8, cos, exp or const")
+        add("--warmup", type=float, help="share of the steps")
+        add("--final-lr", type=float, help="last learning rate / peak")
+        add("--wd", type=float, help="weight decay at the start")
+        add("--wd-end", type=float, help="and at the end (0: the same)")
+        add("--clip", type=float, help="largest global gradient norm")
+        add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
+        add("--dtype", choices=["fp32", "bf16", "fp16"])
+        add("--device", default="auto", help="auto, cuda, mps or cpu")
+        add("--seed", type=int, default=0)
+        add("--workers", type=int, default=4, help="processes that read pictures")
+        add("--log-every", type=int, default=20)
+        add("--val-every", type=int, default=500)
+        add("--sample-every", type=int, default=500)
+        add("--save-every", type=int, default=500)
+        add("--stop-after", type=int, default=0, metavar="STEPS", help="save and stop after so many steps of this session")
+        if name == "vq":
+            add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
+            for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
+                add(f"--{flag}", type=float, help="weight of that loss")
+            add("--disc-start", type=int, help="first step of the discriminator")
+            add("--warm-steps", type=int, help="steps without quantization before the codebook is initialised")
+            add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
+        else:
+            add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
+            add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
+            add("--cache-crops", type=int, default=1, help="tokenize each picture so often, once, before training (1: centre "
+                                                           "crop); 0: tokenize random crops on the fly")
+            add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
+    args = parser.parse_args(argv)
+    for key, value in RECIPES[args.model_name][args.recipe].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()                     # before the imports that take seconds: --help answers at once
+
+import copy
+import csv
+import hashlib
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import sample
+import vq
+from sample import UserError
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+class EmojiSheet:
+    """The demo set: 1,906 emoji with a class (the subcategory) and a caption (the name) each; see demo/README.md."""
+
+    def __init__(self, size, train=True):
+        rows = list(csv.DictReader(open(sample.DEMO / "emoji64.tsv", encoding="utf-8"), delimiter="\t"))
+        sheet = np.asarray(Image.open(sample.DEMO / "emoji64.webp").convert("RGB"))
+        per_row = sheet.shape[1] // 64
+        tiles = sheet.reshape(-1, 64, per_row, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)[:len(rows)]
+        self.classes = sorted({row["subcategory"] for row in rows})
+        keep = [i for i in range(len(rows)) if (i % 20 == 19) != train]     # every 20th picture is for validation
+        self.labels = torch.tensor([self.classes.index(rows[i]["subcategory"]) for i in keep])
+        self.names = [rows[i]["name"] for i in keep]
+        small = [Image.fromarray(tiles[i]).resize((size, size), Image.LANCZOS) for i in keep]
+        self.pixels = torch.from_numpy(np.stack([np.asarray(p) for p in small])).permute(0, 3, 1, 2).contiguous()
+        self.skipped = []
+        self.fingerprint = f"emoji {size} {train}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, items):
+        index = torch.tensor([i for i, _ in items])
+        return self.pixels[index], self.labels[index], index
+
+
+class PictureFolder:
+    """DIR/class/picture.*; every item is (index, crop seed), crop seed None for the centre crop.
+
+    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. Unreadable files are replaced by the next
+    readable one; the caller sees which index it got.
+    """
+
+    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+    def __init__(self, root, size, train=True, split=True):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
+        self.classes = sorted(d.name for d in root.iterdir() if d.is_dir())
+        files = [(p, c) for c, name in enumerate(self.classes) for p in sorted((root / name).rglob("*"))
+                 if p.suffix.lower() in self.SUFFIXES]
+        if not files:
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or .png, .webp, .bmp)")
+        if split:
+            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
+        self.files = [str(p) for p, _ in files]
+        self.labels = torch.tensor([c for _, c in files])
+        self.size = size
+        listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
+        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, index, crop_seed):
+        """uint8 (3, size, size)."""
+        with Image.open(self.files[index]) as picture:
+            picture = picture.convert("RGB")
+        ratio = round(1.125 * self.size) / min(picture.size)
+        picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
+        room = [s - self.size for s in picture.size]
+        if crop_seed is None:
+            x, y = (r // 2 for r in room)
+        else:
+            x, y = np.random.default_rng(crop_seed).integers(0, [r + 1 for r in room])
+        picture = picture.crop((x, y, x + self.size, y + self.size))
+        return torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
+
+    def __getitems__(self, items):
+        pixels, indices = [], []
+        for index, crop_seed in items:
+            for attempt in range(len(self)):
+                try:
+                    pixels.append(self.read(index, crop_seed))
+                    break
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                    index = (index + 1) % len(self)
+            else:
+                raise UserError(f"{Path(self.files[0]).parent.parent}: not one picture in it can be read")
+            indices.append(index)
+        index = torch.tensor(indices)
+        return torch.stack(pixels), self.labels[index], index
+
+
+def open_pictures(args):
+    """(training set, validation set) of --data and --val-data."""
+    if args.data == "demo":
+        return EmojiSheet(args.size), EmojiSheet(args.size, train=False)
+    if args.val_data:
+        train, val = PictureFolder(args.data, args.size, split=False), PictureFolder(args.val_data, args.size, split=False)
+        if train.classes != val.classes:
+            raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
+        return train, val
+    return PictureFolder(args.data, args.size), PictureFolder(args.data, args.size, train=False)
+
+
+class TokenCache:
+    """The pictures of a set as token indices, computed once by the frozen tokenizer and kept beside the run.
+
+    crops: how many versions of each picture; 1 is the centre crop. Same items and results as a picture set, with
+    tokens (B, L) instead of pixels.
+    """
+
+    def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
+        self.classes, self.crops, n = pictures.classes, crops, len(pictures)
+        weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in tokenizer.quantize.parameters()))
+        key = hashlib.sha256(f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}".encode()).hexdigest()[:12]
+        path = Path(folder) / f"tokens_{tag}_{key}.safetensors"
+        if not path.exists():
+            self._fill(pictures, tokenizer, patch_nums, crops, device, path)
+        from safetensors.torch import load_file
+        cached = load_file(path)
+        self.tokens, self.labels = cached["tokens"], cached["labels"]       # (n * crops, L) int32, (n * crops,)
+
+    def _fill(self, pictures, tokenizer, patch_nums, crops, device, path):
+        from safetensors.torch import save_file
+        items = [(i, (i, c) if crops > 1 else None) for i in range(len(pictures)) for c in range(crops)]
+        tokens, labels, replaced = [], [], set()
+        for start in tqdm(range(0, len(items), 64), desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
+            chunk = items[start:start + 64]
+            pixels, label, index = pictures.__getitems__(chunk)
+            readable = index == torch.tensor([i for i, _ in chunk])
+            replaced |= {i for (i, _), ok in zip(chunk, readable) if not ok}
+            tokens.append(torch.cat(tokenizer.tokenize(to_input(pixels, device), patch_nums), 1).int().cpu()[readable])
+            labels.append(label[readable])
+        if replaced:
+            tqdm.write(f"skipped {len(replaced)} unreadable of {len(pictures)} pictures: "
+                       + ", ".join(pictures.files[i] for i in sorted(replaced)[:3]))
+        with vq.atomic(path) as temporary:
+            save_file({"tokens": torch.cat(tokens), "labels": torch.cat(labels)}, temporary)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, items):
+        index = torch.tensor([i for i, _ in items])
+        return self.tokens[index].long(), self.labels[index], index
+
+
+class Batches:
+    """Endless batches of (index, crop seed), a pure function of the seed and the batch's number: that makes runs resumable.
+
+    Every epoch is a new permutation; its last batch is filled from the epoch's start. Ranks take contiguous shares.
+    """
+
+    def __init__(self, n, batch_size, seed, first=0, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.first, self.rank, self.world = n, batch_size, seed, first, rank, world
+
+    def __iter__(self):
+        per_epoch, share = -(-self.n // self.batch_size), self.batch_size // self.world
+        number, order, order_of = self.first, None, None
+        while True:
+            epoch, b = divmod(number, per_epoch)
+            if order_of != epoch:
+                order, order_of = np.random.default_rng((self.seed, epoch)).permutation(self.n), epoch
+            chosen = order[(b * self.batch_size + np.arange(self.batch_size)) % self.n]
+            yield [(int(i), (self.seed, epoch, int(i))) for i in chosen[self.rank * share:(self.rank + 1) * share]]
+            number += 1
+
+
+def to_input(pixels, device):
+    """uint8 (B, 3, h, w) -> float32 in [-1, 1] on the device."""
+    return pixels.to(device).float().div_(127.5).sub_(1)
+
+
+def to_pixels(images):
+    """float (B, 3, h, w) in [-1, 1] -> uint8 array (B, h, w, 3)."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is particular to each model: a task has a model, a loss, a validation, a picture and a file to write
+
+
+class TokenizerTask:
+    """`train.py vq`: pixels, quantizer, LPIPS and adversarial losses; codes are initialised from features and restarted."""
+
+    metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
+    val_metrics = ["psnr", "usage"]
+
+    def __init__(self, args, train_set, val_set, device, g):
+        self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
+        config = vq.CONFIGS[args.model]
+        if args.size // config.stride != config.patch_nums[-1]:
+            raise UserError(f"--size {args.size}: recipe {args.recipe} has stride {config.stride} and ends with a "
+                            f"{config.patch_nums[-1]}x{config.patch_nums[-1]} map; use --size {config.stride * config.patch_nums[-1]}")
+        self.model = vq.build(vq.VQVAE, config).to(device)
+        self.model.init_weights(g)
+        lpips = discriminator = self.disc_optimizer = None
+        if args.lpips:
+            lpips = vq.load_lpips(*args.lpips).to(device)
+        elif args.lpips_weight:
+            raise UserError("this recipe needs --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth and LPIPS' vgg.pth), "
+                            "or --lpips-weight 0 to train without")
+        if args.disc_weight:
+            discriminator = vq.PatchDiscriminator().to(device)
+            discriminator.init_weights(g)
+            self.disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
+        self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
+                                          disc_weight=args.disc_weight, disc_start=args.disc_start)
+
+    def loss(self, batch, step, g):
+        image = to_input(batch[0], self.device)
+        rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
+        loss, metrics = self.criterion(image, rec.float(), vq_loss, step, self.model.decoder.conv_out.weight)
+        self.pair = image, rec.detach()
+        return loss, metrics if usage is None else metrics | {"usage": usage.mean()}
+
+    def after_step(self, step, lr, g):
+        """What else happens in a training step: the discriminator's update, and the care of the codebook."""
+        args, metrics = self.args, {}
+        if self.criterion.adversarial(step):
+            metrics["disc"] = self.criterion.discriminator_loss(*(t.float() for t in self.pair))
+            self.disc_optimizer.zero_grad()
+            metrics["disc"].backward()
+            average_gradients(self.criterion.discriminator.parameters())
+            for group in self.disc_optimizer.param_groups:
+                group["lr"] = lr
+            self.disc_optimizer.step()
+        quantizer = self.model.quantize
+        if step + 1 == args.warm_steps:
+            quantizer.init_codebook(self._features(g), g)
+        elif args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * args.steps:
+            dead = quantizer.idle > args.restart_after
+            metrics["restarted"] = torch.tensor(float(quantizer.restart_codes(self._features(g), dead, g)))
+        if dist.is_initialized():
+            dist.broadcast(quantizer.codebook.data, 0)
+        return metrics
+
+    @torch.no_grad()
+    def _features(self, g):
+        """Features of 128 random training pictures, to take codes from."""
+        index = torch.randint(len(self.train_set), (128,), generator=g, device=self.device).tolist()
+        return self.model.encode(to_input(self.train_set.__getitems__([(i, (i,)) for i in index])[0], self.device))
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean PSNR in dB over the validation pictures, and the share of codes they use."""
+        psnr, used = [], set()
+        for start in range(0, min(len(self.val_set), 1024), 32):
+            items = [(i, None) for i in range(start, min(start + 32, len(self.val_set)))]
+            image = to_input(self.val_set.__getitems__(items)[0], self.device)
+            indices = model.tokenize(image)
+            mse = (model.detokenize(indices) - image).square().mean((1, 2, 3))
+            psnr.append(10 * torch.log10(4 / mse))                          # values span [-1, 1]: peak 2
+            used |= set(torch.cat(indices, 1).unique().tolist())
+        return {"psnr": torch.cat(psnr).mean().item(), "usage": 100 * len(used) / model.config.vocab_size}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """Validation pictures in odd rows, their reconstructions below."""
+        n = min(16, len(self.val_set))
+        image = to_input(self.val_set.__getitems__([(i * len(self.val_set) // n, None) for i in range(n)])[0], self.device)
+        both = torch.stack([image.cpu().view(-1, n // 2, *image.shape[1:]) if n % 2 == 0 else image.cpu()[None],
+                            model.reconstruct(image).cpu().view(-1, n // 2, *image.shape[1:]) if n % 2 == 0
+                            else model.reconstruct(image).cpu()[None]], 1)
+        return sample.grid(to_pixels(both.flatten(0, 2)), n // 2 if n % 2 == 0 else n, max(1, 128 // self.args.size))
+
+    def save(self, model, path, dtype=None):
+        vq.save(model, path, dtype, size=self.args.size)
+
+    def state_dict(self):
+        if self.disc_optimizer is None:
+            return {}
+        return {"disc": self.criterion.discriminator.state_dict(), "disc_optimizer": self.disc_optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        if self.disc_optimizer is not None:
+            self.criterion.discriminator.load_state_dict(state["disc"])
+            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+
+
+class VARTask:
+    """`train.py var`: cross entropy of every token given all coarser scales and the class; the tokenizer is frozen."""
+
+    metrics = ["accuracy", "tail_loss", "tail_accuracy"]
+    val_metrics = ["loss", "accuracy", "tail_loss", "tail_accuracy"]
+
+    def __init__(self, args, train_set, val_set, device, g):
+        import var
+        self.args, self.device, self.classes = args, device, train_set.classes
+        config = replace(var.CONFIGS[args.model], num_classes=len(train_set.classes))
+        self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(device)
+        if args.init:
+            self.model = var.load(args.init, num_classes=len(train_set.classes), generator=g).to(device)
+        else:
+            expected = (self.tokenizer.config.vocab_size, self.tokenizer.config.z_channels)
+            config = replace(config, vocab_size=expected[0], z_channels=expected[1])
+            self.model = vq.build(var.VAR, config).to(device)
+            self.model.init_weights(args.init_gamma, g)
+        self.patch_nums = self.model.config.patch_nums
+        side = self.tokenizer.config.stride * self.patch_nums[-1]
+        if args.size != side:
+            raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
+        self.train_set, self.val_set = train_set, val_set
+        if args.cache_crops:
+            cache = lambda pictures, crops, tag: TokenCache(pictures, self.tokenizer, self.patch_nums, crops, device, args.out, tag)
+            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, 1, "val")
+        self.splits = [p * p for p in self.patch_nums]
+
+    def _tokens(self, batch):
+        """Indices per scale, from cached tokens or from pictures."""
+        if batch[0].dim() == 2:
+            return batch[0].to(self.device).split(self.splits, 1)
+        return self.tokenizer.tokenize(to_input(batch[0], self.device), self.patch_nums)
+
+    def loss(self, batch, step, g):
+        indices = self._tokens(batch)
+        features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
+        return self.model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, generator=g)
+
+    def after_step(self, step, lr, g):
+        return {}
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean loss and accuracy over the validation pictures, without class dropping."""
+        sums, n = {}, min(len(self.val_set), 1024)
+        for start in range(0, n, 32):
+            batch = self.val_set.__getitems__([(i, None) for i in range(start, min(start + 32, n))])
+            indices = self._tokens(batch)
+            features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
+            loss, metrics = model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, class_drop=0.0)
+            for key, value in (metrics | {"loss": loss}).items():
+                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
+        return {key: value / n for key, value in sums.items()}
+
+    def picture(self, model):
+        """One sample of each of 32 classes, spread over the list."""
+        count = len(self.classes)
+        labels = torch.tensor([i * count // min(32, count) for i in range(min(32, count))], device=self.device)
+        generators = [torch.Generator(self.device).manual_seed(i) for i in range(len(labels))]
+        images = model.sample(self.tokenizer, labels, cfg=2.0, top_k=100, top_p=0.95, generator=generators)
+        return sample.grid(to_pixels(images * 2 - 1), 8, max(1, 128 // self.args.size))
+
+    def save(self, model, path, dtype=None):
+        import var
+        var.save(model, path, dtype, classes=self.classes)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+TASKS = {"vq": TokenizerTask, "var": VARTask}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def learning_rate(schedule, step, steps, warmup_steps, warmup_from, final):
+    """Learning rate / peak at a step. Linear warm-up, a plateau, then the fall that the schedule is named after.
+
+    lin, lin0, lin00: straight line to `final` after a plateau of 15, 5 or 0 % of the steps; cos: half cosine; exp: geometric
+    after 15 %; linT, e.g. lin0.8: two straight lines that meet at share T, half-way between 1 and the single line; const: none.
+    """
+    if step < warmup_steps:
+        return warmup_from + (1 - warmup_from) * step / warmup_steps
+    u = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)            # 0 .. 1
+    if schedule == "const":
+        return 1.0
+    if schedule == "cos":
+        return final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * u))
+    plateau = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "exp": 0.15}.get(schedule)
+    if plateau is None:
+        try:
+            bend = float(schedule.removeprefix("lin"))
+        except ValueError:
+            raise UserError(f"--schedule {schedule}: choose lin, lin0, lin00, lin0.8, cos, exp or const") from None
+        middle = (1 + final + (1 - final) * (1 - bend)) / 2
+        return 1 + (middle - 1) * u / bend if u < bend else final + (middle - final) * (1 - u) / (1 - bend)
+    if u < plateau:
+        return 1.0
+    if schedule == "exp":
+        return math.exp((u - plateau) / (1 - plateau) * math.log(final))
+    return final + (1 - final) * (1 - u) / (1 - plateau)
+
+
+def weight_decay(step, steps, start, end):
+    """Half a cosine from start to end over the whole run; end 0 means the same as start."""
+    end = end or start
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * step / max(steps - 1, 1)))
+
+
+def parameter_groups(model):
+    """AdamW groups: matrices decay; vectors, and what the model names in NO_DECAY (positions, scales), do not."""
+    spared = getattr(model, "NO_DECAY", ())
+    decays = lambda name, p: p.ndim > 1 and not name.endswith("bias") and not any(word in name for word in spared)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [{"params": [p for n, p in named if decays(n, p)], "decay": 1.0},
+            {"params": [p for n, p in named if not decays(n, p)], "decay": 0.0}]
+
+
+def set_rates(optimizer, lr, wd):
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, wd * group["decay"]
+
+
+def average_gradients(parameters):
+    """Data parallelism without a wrapper: the mean of the processes' gradients, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g))
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Exponential moving average of the weights, with a shorter memory in the first steps; buffers are copied."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), model.buffers()):
+        mine.copy_(theirs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Log:
+    """log.csv: one row every few steps. A resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path, task, resume_step):
+        self.path = path
+        self.columns = ["step", "loss", "lr", "grad_norm", "seconds"] + task.metrics + [f"val_{m}" for m in task.val_metrics]
+        rows = []
+        if resume_step and path.exists():
+            rows = [row for row in csv.DictReader(open(path, encoding="utf-8")) if int(row["step"]) <= resume_step]
+        with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, row):
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, self.columns, extrasaction="ignore").writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+class StopOnSignal:
+    """Ctrl-C and SIGTERM end the run after the step in progress, with its state saved; a second Ctrl-C ends it at once."""
+
+    def __enter__(self):
+        import signal
+        self.asked = False
+        self.old = [(s, signal.signal(s, self._ask)) for s in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        import signal
+        for s, handler in self.old:
+            signal.signal(s, handler)
+
+
+def prepare_folder(args):
+    """Creates --out, checks that it can be written, and that no other run's results would be lost in it."""
+    out = Path(args.out)
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder") from None
+    if args.resume == "no" and (out / "state.pt").exists():
+        raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder")
+    return out
+
+
+def save_state(out, step, task, average, optimizer, scaler, g, args):
+    """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
+    state = {"step": step, "model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "average": average.state_dict() if average is not task.model else None, "generator": g.get_state(),
+             "task": task.state_dict(), "recipe": args.recipe, "model_name": args.model_name, "steps": args.steps}
+    try:
+        with vq.atomic(out / "state.pt") as temporary:
+            torch.save(state, temporary)
+        task.save(average, out / "model.safetensors")
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--out {out}: could not save step {step} ({e}); the files of the last save are intact") from None
+
+
+def load_state(path, task, average, optimizer, scaler, g, args, device):
+    """Restores what save_state wrote; returns the number of steps done."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if (state["model_name"], state["steps"]) != (args.model_name, args.steps):
+            raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; give the same flags, or another --out")
+        task.model.load_state_dict(state["model"])
+        if state["average"]:
+            average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        g.set_state(state["generator"].cpu())
+        task.load_state_dict(state["task"])
+    except (RuntimeError, KeyError, EOFError) as e:
+        raise UserError(f"{path}: cannot continue from it ({str(e).splitlines()[0]}); delete it or choose another --out") from None
+    return state["step"]
+
+
+def train(args):
+    """The loop. Every random number comes from `g` or from (seed, step), so a resumed run equals an uninterrupted one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, why = sample.choose_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.batch_size % (args.accum * world):
+        raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times {world} processes")
+    out = prepare_folder(args)
+    train_set, val_set = open_pictures(args)
+    g = torch.Generator(device).manual_seed(args.seed)                      # the same weights on every rank
+    task = TASKS[args.model_name](args, train_set, val_set, device, g)
+    args.steps = args.steps or args.epochs * -(-len(task.train_set) // args.batch_size)
+    optimizer = torch.optim.AdamW(parameter_groups(task.model), args.lr, args.betas, eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 11, growth_interval=1000, enabled=args.dtype == "fp16")
+    average = copy.deepcopy(task.model).requires_grad_(False) if args.ema else task.model
+    step = 0
+    if args.resume == "auto" and (out / "state.pt").exists():
+        step = load_state(out / "state.pt", task, average, optimizer, scaler, g, args, device)
+    elif world > 1:
+        g.manual_seed(args.seed * world + rank)                             # but draws of their own
+    if rank == 0:
+        parameters = sum(p.numel() for p in task.model.parameters())
+        print(f"{device} ({why}), {args.dtype}, {parameters:,} parameters, {len(task.train_set):,} pictures, "
+              f"{len(train_set.classes)} classes, steps {step} to {args.steps}")
+    run(args, out, task, average, optimizer, scaler, g, step, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run(args, out, task, average, optimizer, scaler, g, first, rank, world, device):
+    """Steps `first` to args.steps."""
+    batches = Batches(len(task.train_set), args.batch_size // args.accum, args.seed, first * args.accum, rank, world)
+    workers = args.workers if isinstance(task.train_set, PictureFolder) else 0
+    loader = iter(DataLoader(task.train_set, batch_sampler=batches, num_workers=workers, collate_fn=tuple,
+                             persistent_workers=workers > 0))
+    log = Log(out / "log.csv", task, first) if rank == 0 else None
+    end = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
+    started, skipped = time.perf_counter(), 0
+    task.model.train()
+    with StopOnSignal() as stop, tqdm(total=args.steps, initial=first, disable=rank > 0, smoothing=0.05) as bar:
+        for step in range(first, end):
+            warmup = args.warmup * args.steps
+            lr = args.lr * learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
+            set_rates(optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
+            for _ in range(args.accum):
+                batch = next(loader)
+                with torch.autocast(device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
+                    loss, metrics = task.loss(batch, step, g)
+                scaler.scale(loss / args.accum).backward()
+            average_gradients(task.model.parameters())
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), args.clip)
+            scaler.step(optimizer)
+            scaler.update(min(scaler.get_scale(), 2.0 ** 15) if args.dtype == "fp16" else None)
+            optimizer.zero_grad()
+            metrics |= task.after_step(step, lr, g)
+            if average is not task.model:
+                update_average(average, task.model, args.ema, step)
+            done = step + 1
+            bar.update()
+            last = done == end or stop.asked
+            if rank == 0 and (last or done % args.log_every == 0):
+                row = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(),
+                       "seconds": time.perf_counter() - started} | {k: float(v.detach()) for k, v in metrics.items()}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(f"the loss is {row['loss']} at step {done}; lower --lr or use --dtype bf16; "
+                                    f"{out}/state.pt still holds the last good step")
+                bar.set_postfix(loss=f"{row['loss']:.4g}", lr=f"{lr:.2g}", refresh=False)
+                if last or done % args.val_every == 0:
+                    average.eval()
+                    scores = task.validate(average)
+                    row |= {f"val_{k}": v for k, v in scores.items()}
+                    bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
+                log.write(row)
+            if rank == 0 and (last or done % args.sample_every == 0):
+                average.eval()
+                sample.save_png(out / "samples" / f"{done:07d}.png", task.picture(average))
+            if rank == 0 and (last or done % args.save_every == 0):
+                save_state(out, done, task, average, optimizer, scaler, g, args)
+            task.model.train()
+            if stop.asked:
+                break
+    if rank == 0:
+        print(f"{'interrupted' if stop.asked else 'stopped' if end < args.steps else 'done'} at step {done} of {args.steps}, "
+              f"{time.perf_counter() - started:.0f} s; weights in {out}/model.safetensors"
+              + ("" if done == args.steps else "; go on with --resume auto"))
+    if stop.asked:
+        sys.exit(130)
+
+
+def main(args):
+    try:
+        train(args)
+    except (UserError, vq.CheckpointError) as e:
+        sys.exit(sample.complain(e))
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,842 @@
+"""Image tokenizers: pictures to discrete codes and back. Full definition of the networks, the quantizer and its training losses.
+
+One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. VAR's quantizer is *multi-scale
+and residual*: the feature map f is not cut into one grid of tokens but described by a ladder of grids, 1x1, 2x2, ... 16x16.
+Each grid encodes what the coarser ones left over, and all grids share one codebook:
+
+    image (B, 3, 256, 256) --Encoder--> f (B, 32, 16, 16)
+                                        |  rest = f, f_hat = 0
+              +-------------------------+
+              |  for every scale p in 1 2 3 4 5 6 8 10 13 16:
+              |      z     = area-resize(rest, p x p)              what is still missing, seen coarsely
+              |      index = nearest codebook row of every z       p * p tokens of this scale
+              |      h     = phi(bicubic-resize(codebook[index]))  back to 16 x 16; phi repairs what the resize blurred
+              |      f_hat += h;  rest -= h
+              v
+             f_hat (B, 32, 16, 16) --Decoder--> image
+
+So a picture is 680 tokens, ordered from coarse to fine, and any prefix of whole scales decodes to a blurry version of it.
+
+Letters: B batch, C channels, H W feature-map size, h w (or p) token-map size of one scale, K number of scales, V codebook size.
+Papers: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924.
+Released weights: vae_ch160v4096z32.pth (109 M parameters, stride 16, for 256 and 512 pixels; repository FoundationVision/var).
+
+    tokenizer = vq.load("vae_ch160v4096z32.pth")
+    indices = tokenizer.tokenize(image)         # image (B, 3, 256, 256) in [-1, 1] -> list of K (B, p * p) int64
+    image = tokenizer.detokenize(indices)
+
+At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
+"""
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch.overrides import TorchFunctionMode
+
+from triton_ops import group_norm_silu, vq_nearest
+
+PATCH_NUMS = {  # the released schedules: side of the token map at every scale, by picture size at stride 16
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a tokenizer. `load` reads all but patch_nums, phi_ratio, beta and znorm from the shapes in a file."""
+
+    ch: int = 160                               # width of the highest resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch; every level but the last halves the resolution
+    num_res_blocks: int = 2                     # per encoder level; decoder levels have one more
+    attn_lowest: bool = True                    # attention after each block of the lowest resolution
+    attn_mid: bool = True                       # attention in the middle
+    z_channels: int = 32                        # channels of f, width of the codebook
+    vocab_size: int = 4096                      # V
+    patch_nums: tuple = PATCH_NUMS[256]
+    phi_count: int = 4                          # convolutions phi shared by the scales: 1 for all, 0 one per scale
+    phi_ratio: float = 0.5                      # phi(x) = (1 - ratio) x + ratio conv(x)
+    quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer
+    beta: float = 0.25                          # weight of the commitment loss
+    znorm: bool = False                         # look codes up by cosine instead of distance
+
+    @property
+    def stride(self):
+        """Pixels per feature-map cell."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+CONFIGS = {
+    "vae_ch160v4096z32": Config(),
+    "emoji_vq": Config(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_lowest=False, z_channels=16, vocab_size=1024,
+                       patch_nums=(1, 2, 3, 4, 6, 8)),      # 32 x 32 pixels, trained in demo/
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder and decoder
+
+
+def norm_silu(norm, x, silu=True):
+    """silu(norm(x)) for a GroupNorm module."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip path where the width changes."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x):                                                   # (B, c_in, H, W) -> (B, c_out, H, W)
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        h += x if self.nin_shortcut is None else self.nin_shortcut(x)       # in place: h is a fresh, large tensor
+        return h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all H * W positions, with a residual connection."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):                                                   # (B, C, H, W)
+        qkv = self.qkv(norm_silu(self.norm, x, silu=False))
+        q, k, v = rearrange(qkv, "b (three c) h w -> three b 1 (h w) c", three=3)
+        h = F.scaled_dot_product_attention(q, k, v)                         # scale C ** -0.5
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution. The zero padding is on the right and bottom only: a symmetric one would shift every token."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention after each of them (or none), then a change of resolution (or none)."""
+
+    def __init__(self, c_in, c_out, num_blocks, attn=False, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out) for j in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(num_blocks if attn else 0))
+        self.downsample = Downsample(c_out) if downsample else None
+        self.upsample = Upsample(c_out) if upsample else None
+
+    def forward(self, x):
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        resample = self.downsample or self.upsample
+        return resample(x) if resample else x
+
+
+class Middle(nn.Module):
+    """Between the levels and the latent, at the lowest resolution: block, attention (or none), block."""
+
+    def __init__(self, channels, attn):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels) if attn else None
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x):
+        x = self.block_1(x)
+        if self.attn_1:
+            x = self.attn_1(x)
+        return self.block_2(x)
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H * stride, W * stride) -> (B, out_channels, H, W). For a KL head let out_channels be twice the latent's."""
+
+    def __init__(self, ch, ch_mult, num_res_blocks, out_channels, attn_lowest=True, attn_mid=True):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i - 1] if i else ch, w, num_res_blocks, attn=attn_lowest and i == last, downsample=i < last)
+            for i, w in enumerate(widths))
+        self.mid = Middle(widths[-1], attn_mid)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
+
+
+class Decoder(nn.Module):
+    """Latent (B, in_channels, H, W) -> image (B, 3, H * stride, W * stride), not clamped.
+
+    `up` is indexed by resolution like the encoder's `down`: up[-1] is the coarsest level and runs first.
+    """
+
+    def __init__(self, ch, ch_mult, num_res_blocks, in_channels, attn_lowest=True, attn_mid=True):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], attn_mid)
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, last)], w, num_res_blocks + 1, attn=attn_lowest and i == last, upsample=i > 0)
+            for i, w in enumerate(widths))
+        self.norm_out = group_norm(ch)
+        self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(norm_silu(self.norm_out, x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Multi-scale residual vector quantizer
+
+
+def phi_index(k, num_scales, num_phi):
+    """Which of the shared convolutions phi scale k of num_scales uses: the one whose tick is nearest to k / (K - 1).
+
+    Ticks are evenly spaced in [1/(2n), 1 - 1/(2n)]; the released schedule has n = 4, for which the official code widens
+    them to [1/12, 11/12]. float64 as there: for K = 10 scales 2 and 7 lie exactly between two ticks in real arithmetic.
+    """
+    margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
+
+
+def area_resize(x, size):
+    """(B, C, H, W) -> (B, C, *size), each output the mean of the input cells it covers (bins overlap at odd ratios)."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
+
+
+def bicubic_resize(x, size):
+    """(B, C, h, w) -> (B, C, *size), the smooth way up."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic")
+
+
+def as_pairs(patch_nums):
+    """Sides or (h, w) pairs -> list of (h, w)."""
+    return [(p, p) if isinstance(p, int) else tuple(p) for p in patch_nums]
+
+
+class MultiScaleVQ(nn.Module):
+    """Residual quantizer over a ladder of resolutions with one codebook (VAR, section 3.2). Computes in float32 always:
+    in half precision nearest codes flip, and every later scale then encodes a different residual.
+
+    Official keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` our phi, `quantize.ema_vocab_hit_SV`
+    our hits. All methods take an optional schedule `patch_nums`, sides or (h, w) pairs; its last entry is the size of f.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.patch_nums = config, tuple(config.patch_nums)
+        V, C, K = config.vocab_size, config.z_channels, len(self.patch_nums)
+        self.codebook = nn.Parameter(torch.zeros(V, C))
+        self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phi_count or K))
+        self.register_buffer("hits", torch.zeros(K, V))                     # moving average of how often a code is used
+        self.register_buffer("hit_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("idle", torch.zeros(V, dtype=torch.int64))     # training steps since a code was last used
+
+    def nearest(self, z):
+        """Feature map z (B, C, h, w) -> index of the nearest code per cell, row-major (B, h * w)."""
+        flat = rearrange(z.detach().float(), "b c h w -> (b h w) c")
+        with torch.autocast(z.device.type, enabled=False):
+            if self.config.znorm:
+                index = (F.normalize(flat, dim=-1) @ F.normalize(self.codebook, dim=-1).T).argmax(1)
+            else:
+                index = vq_nearest(flat, self.codebook)
+        return index.view(z.shape[0], -1)
+
+    def embed(self, index, size):
+        """Indices (B, h * w) -> their codes as a map (B, C, h, w)."""
+        return rearrange(F.embedding(index, self.codebook), "b (h w) c -> b c h w", h=size[0])
+
+    def contribution(self, h, k, num_scales, size):
+        """What scale k adds to f_hat: its code map h (B, C, h, w), resized to `size` and corrected by phi_k."""
+        h = bicubic_resize(h, size)
+        phi = self.phi[phi_index(k, num_scales, len(self.phi))]
+        with torch.autocast(h.device.type, enabled=False):
+            return (1 - self.config.phi_ratio) * h + self.config.phi_ratio * phi(h)
+
+    def walk(self, f, patch_nums=None):
+        """Algorithm 1 of the paper: yields (z, index, f_hat) at every scale, coarse to fine.
+
+        z: (B, C, h, w) the residual seen at that scale; index: (B, h * w); f_hat: (B, C, H, W) the sum so far.
+        """
+        sizes = as_pairs(patch_nums or self.patch_nums)
+        if tuple(f.shape[-2:]) != sizes[-1]:
+            raise ValueError(f"the feature map is {f.shape[-2]}x{f.shape[-1]}, but the schedule ends with "
+                             f"{sizes[-1][0]}x{sizes[-1][1]}: pass patch_nums that end with the feature size")
+        f = f.detach().float()
+        f_hat = torch.zeros_like(f)
+        for k, size in enumerate(sizes):
+            z = area_resize(f - f_hat.detach(), size)
+            index = self.nearest(z)
+            f_hat = f_hat + self.contribution(self.embed(index, size), k, len(sizes), sizes[-1])
+            yield z, index, f_hat
+
+    @torch.no_grad()
+    def encode(self, f, patch_nums=None):
+        """f (B, C, H, W) -> list of K index tensors (B, h * w)."""
+        return [index for _, index, _ in self.walk(f, patch_nums)]
+
+    def ladder(self, indices, patch_nums=None, step_by_step=False):
+        """Algorithm 2: indices of all scales -> list of f_hat (B, C, H, W), one per scale; the last one is the result.
+
+        step_by_step (experimental in the original): every f_hat has the size of its own scale, (B, C, h, w).
+        """
+        sizes = as_pairs(patch_nums or self.patch_nums)
+        sums = []
+        for k, (index, size) in enumerate(zip(indices, sizes)):
+            target = size if step_by_step else sizes[-1]
+            h = self.contribution(self.embed(index, size), k, len(sizes), target)
+            sums.append(bicubic_resize(sums[-1], target) + h if sums else h)
+        return sums
+
+    def next_input(self, f_hat, k, patch_nums=None):
+        """What the transformer sees at scale k: the sum so far, resized to that scale: (B, h * w, C)."""
+        return area_resize(f_hat, as_pairs(patch_nums or self.patch_nums)[k]).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def teacher_input(self, indices, patch_nums=None):
+        """Ground-truth indices -> the transformer's inputs at scales 1 .. K - 1: (B, L - p_0^2, C) float32."""
+        sums = self.ladder(indices[:-1], patch_nums)
+        return torch.cat([self.next_input(f_hat, k + 1, patch_nums) for k, f_hat in enumerate(sums)], 1)
+
+    # training
+
+    def forward(self, f):
+        """f (B, C, H, W) -> (f_hat with a straight-through gradient, loss, usage per scale in percent).
+
+        At every scale: beta * |f - sg(f_hat)|^2 pulls the encoder to the codes, |f_hat - sg(f)|^2 the codes (and phi) to f.
+        """
+        f = f.float()
+        loss, counts = 0.0, []
+        for k, (_, index, f_hat) in enumerate(self.walk(f)):
+            loss = loss + self.config.beta * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
+            counts.append(index.flatten().bincount(minlength=len(self.codebook)).float())
+        if self.training:
+            self._record(torch.stack(counts))
+        # A code counts as used if it was hit at least 8 % as often as if all were equally likely.
+        threshold = 0.08 * _world_size() * f[:, 0].numel() / len(self.codebook)
+        usage = (self.hits >= threshold).float().mean(1) * 100
+        return f_hat.detach() - f.detach() + f, loss / len(self.patch_nums), usage
+
+    @torch.no_grad()
+    def _record(self, counts):
+        """Updates the moving averages. As in the original the decay counts scales, not steps: 0 once, 0.9, after 100 0.99."""
+        if _world_size() > 1:
+            dist.all_reduce(counts)
+        for hits, count in zip(self.hits, counts):
+            decay = torch.where(self.hit_updates < 100, 0.9, 0.99) * (self.hit_updates > 0)
+            hits.copy_(hits * decay + count * (1 - decay))
+            self.hit_updates += 1
+        self.idle.copy_(torch.where(counts.sum(0) > 0, 0, self.idle + 1))
+
+    @torch.no_grad()
+    def restart_codes(self, f, dead, generator=None):
+        """Moves the codes marked in `dead` (V,) bool onto random residuals of the batch f: the cure for codebook collapse.
+
+        Without it codes that are never the nearest never get a gradient; retrained VAR tokenizers lose most of the coarse
+        scales' codes that way. Returns how many were moved.
+        """
+        if self.config.znorm:
+            raise ValueError("restart_codes compares by distance: it does not apply to a znorm codebook")
+        z = torch.cat([rearrange(z, "b c h w -> (b h w) c") for z, _, _ in self.walk(f)])
+        where = dead.nonzero()[:, 0]
+        rows = torch.randint(len(z), (len(where),), generator=generator, device="cpu" if generator is None else generator.device)
+        self.codebook[where] = z[rows.to(z.device)]
+        self.idle[where] = 0
+        return len(where)
+
+    @torch.no_grad()
+    def init_codebook(self, f, generator=None, rounds=8):
+        """Fills the codebook from features f (B, C, H, W): at random first, then codes that nothing chose try again."""
+        self.codebook.zero_()
+        dead = torch.ones(len(self.codebook), dtype=torch.bool, device=f.device)
+        for _ in range(rounds):
+            self.restart_codes(f, dead, generator)
+            dead[:] = True
+            dead[torch.cat([index.flatten() for index in self.encode(f)])] = False
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class VQVAE(nn.Module):
+    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, side, side) in [-1, 1], sides divisible by the stride."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sizes = (config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.attn_lowest, config.attn_mid)
+        conv = lambda: nn.Conv2d(config.z_channels, config.z_channels, config.quant_kernel, padding=config.quant_kernel // 2)
+        self.encoder = Encoder(*sizes)
+        self.quant_conv = conv()
+        self.quantize = MultiScaleVQ(config)
+        self.post_quant_conv = conv()
+        self.decoder = Decoder(*sizes)
+        # Large convolutions run up to 1.7 times faster channels_last on CPU, and without layout copies on tensor cores.
+        self.encoder.to(memory_format=torch.channels_last)
+        self.decoder.to(memory_format=torch.channels_last)
+
+    def encode(self, image):
+        """Image in [-1, 1] -> continuous features f (B, C, H, W)."""
+        s = self.config.stride
+        if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % s or image.shape[3] % s:
+            raise ValueError(f"images must be (B, 3, h, w) with h and w divisible by {s}, not {tuple(image.shape)}")
+        return self.quant_conv(self.encoder(image.to(memory_format=torch.channels_last)))
+
+    def decode(self, f_hat):
+        """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
+        return self._decode(f_hat.to(self.post_quant_conv.weight.dtype)).float().clamp(-1, 1)
+
+    def _decode(self, f_hat):
+        return self.decoder(self.post_quant_conv(f_hat).to(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def tokenize(self, image, patch_nums=None):
+        """Image in [-1, 1] -> list of K index tensors (B, h * w), coarse to fine."""
+        return self.quantize.encode(self.encode(image), patch_nums)
+
+    @torch.no_grad()
+    def detokenize(self, indices, patch_nums=None, ladder=False, step_by_step=False):
+        """Indices of all scales -> image in [-1, 1]; with ladder=True a list, the image after every scale."""
+        sums = self.quantize.ladder(indices, patch_nums, step_by_step)
+        return [self.decode(f_hat) for f_hat in sums] if ladder else self.decode(sums[-1])
+
+    @torch.no_grad()
+    def reconstruct(self, image, patch_nums=None, ladder=False):
+        """Image in [-1, 1] -> what is left of it after tokenizing; with ladder=True a list, after every scale."""
+        sums = [f_hat for _, _, f_hat in self.quantize.walk(self.encode(image), patch_nums)]
+        return [self.decode(f_hat) for f_hat in sums] if ladder else self.decode(sums[-1])
+
+    def forward(self, image, quantize=True):
+        """Training pass -> (reconstruction, not clamped; quantizer loss; usage per scale in percent, or None).
+
+        quantize=False passes f through unquantized: a warm-up, after which `init_codebook` finds features to start from.
+        """
+        f = self.encode(image)
+        if not quantize:
+            return self._decode(f), f.new_zeros(()), None
+        f_hat, loss, usage = self.quantize(f)
+        return self._decode(f_hat), loss, usage
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """Random weights: PyTorch's default for convolutions, drawn from `generator`; codes from a small normal."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                bound = module.weight[0].numel() ** -0.5                    # Kaiming uniform with a = sqrt(5)
+                module.weight.uniform_(-bound, bound, generator=generator)
+                module.bias.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, nn.GroupNorm):
+                module.weight.fill_(1)
+                module.bias.zero_()
+        self.quantize.codebook.normal_(0, self.config.z_channels ** -0.5, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training losses of a tokenizer: pixels, LPIPS, patch discriminator
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance: weighted differences of VGG16 features after relu 1_2, 2_2, 3_3, 4_3, 5_3.
+
+    Official keys: `net.slice{1..5}.{n}` with n the layer's number in torchvision's vgg16().features, `lin{0..4}.model.1`.
+    Frozen. Inputs in [-1, 1] (B, 3, H, W); returns (B,).
+    """
+
+    SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))     # numbers of the 3x3 convolutions
+    WIDTHS = (64, 128, 256, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        c_in = 3
+        self.net, self.lin = nn.ModuleDict(), nn.ModuleList()
+        for i, (numbers, width) in enumerate(zip(self.SLICES, self.WIDTHS), 1):
+            layers = OrderedDict()
+            for n in numbers:
+                layers[str(n)] = nn.Conv2d(c_in, width, 3, padding=1)
+                c_in = width
+            self.net[f"slice{i}"] = nn.Sequential(layers)
+            self.lin.append(nn.Conv2d(width, 1, 1, bias=False))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        return super().train(False)                                         # a fixed yardstick, whoever owns it
+
+    def features(self, x):
+        """Unit-normalised features of the five slices."""
+        x = (x - self.shift) / self.scale
+        for i, convs in enumerate(self.net.values()):
+            x = F.max_pool2d(x, 2) if i else x
+            for conv in convs:
+                x = F.relu(conv(x))
+            yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    def forward(self, a, b):
+        both = torch.cat([a, b])
+        distance = 0.0
+        for lin, f in zip(self.lin, self.features(both)):
+            fa, fb = f.chunk(2)
+            distance = distance + lin((fa - fb).square()).mean((1, 2, 3))
+        return distance
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN: (B, 3, H, W) -> real / fake logits of overlapping patches (B, 1, h, w). Official keys `main.{n}`."""
+
+    def __init__(self, width=64, num_layers=3):
+        super().__init__()
+        layers, c = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, True)], width
+        for i in range(1, num_layers + 1):
+            c_out = width * min(2 ** i, 8)
+            stride = 2 if i < num_layers else 1
+            layers += [nn.Conv2d(c, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, True)]
+            c = c_out
+        self.main = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.main(x)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """DCGAN initialisation: convolutions N(0, 0.02), BatchNorm weights N(1, 0.02), biases 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.weight.normal_(float(isinstance(module, nn.BatchNorm2d)), 0.02, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+
+class TokenizerLoss(nn.Module):
+    """|x - x'| + |x - x'|^2 + quantizer loss + LPIPS + adversarial loss; every part but the quantizer's has a weight.
+
+    lpips: an LPIPS module or None; discriminator: a PatchDiscriminator or None, in effect from step disc_start on.
+    adaptive: scale the adversarial gradient at the decoder's last layer to the size of the reconstruction's (VQGAN, eq. 7).
+    """
+
+    def __init__(self, lpips=None, discriminator=None, *, l1=1.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000,
+                 adaptive=True):
+        super().__init__()
+        self.lpips, self.discriminator = lpips, discriminator
+        self.l1, self.l2, self.lpips_weight = l1, l2, lpips_weight
+        self.disc_weight, self.disc_start, self.adaptive = disc_weight, disc_start, adaptive
+
+    def adversarial(self, step):
+        """Whether the discriminator takes part at this step."""
+        return self.discriminator is not None and step >= self.disc_start
+
+    def forward(self, image, rec, vq_loss, step, last_layer):
+        """The generator's loss (a scalar) and its parts. last_layer: weight of the decoder's last convolution."""
+        parts = {"l1": F.l1_loss(rec, image), "l2": F.mse_loss(rec, image)}
+        reconstruction = self.l1 * parts["l1"] + self.l2 * parts["l2"]
+        if self.lpips is not None:
+            parts["lpips"] = self.lpips(rec, image).mean()
+            reconstruction = reconstruction + self.lpips_weight * parts["lpips"]
+        loss = reconstruction + vq_loss
+        if self.adversarial(step):
+            adv = parts["adv"] = -self.discriminator(rec).mean()            # hinge loss of the generator
+            weight = self.balance(reconstruction, adv, last_layer) if self.adaptive else 1.0
+            loss = loss + self.disc_weight * weight * adv
+        return loss, parts | {"vq": vq_loss}
+
+    @staticmethod
+    def balance(reconstruction, adv, last_layer):
+        """|gradient of the reconstruction| / |gradient of the adversarial loss|, both at last_layer; at most 10,000."""
+        rec_grad, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+        adv_grad, = torch.autograd.grad(adv, last_layer, retain_graph=True)
+        return (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+    def discriminator_loss(self, image, rec):
+        """Hinge loss of the discriminator. Two passes, so that BatchNorm sees real and fake pictures apart."""
+        real, fake = self.discriminator(image.detach()), self.discriminator(rec.detach())
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading a tokenizer
+
+def renames(phi_count):
+    """Official key <-> our key; {} stands for a number. Every key not covered is the same in both."""
+    phi = {0: ("quantize.quant_resi.{}.", "quantize.phi.{}."), 1: ("quantize.quant_resi.qresi.", "quantize.phi.0.")}
+    return [("quantize.embedding.weight", "quantize.codebook"), ("quantize.ema_vocab_hit_SV", "quantize.hits"),
+            phi.get(phi_count, ("quantize.quant_resi.qresi_ls.{}.", "quantize.phi.{}."))]
+
+
+BOOKKEEPING = {"quantize.hit_updates", "quantize.idle"}         # ours alone, not in official files
+
+
+def infer_config(state, path, patch_nums=None):
+    """The Config of an official state dict, read from its shapes.
+
+    The sides of the scales are in no tensor: they come from `patch_nums`, else from the released schedule with as many.
+    """
+    require(state, "quantize.embedding.weight", "encoder.conv_in.weight", path=path, what="an image tokenizer (VQVAE)")
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    ch = len(state["encoder.conv_in.weight"])
+    num_scales = len(state["quantize.ema_vocab_hit_SV"]) if "quantize.ema_vocab_hit_SV" in state else None
+    if patch_nums is None:
+        if num_scales not in (None, len(PATCH_NUMS[256])):
+            raise CheckpointError(f"{path}: a tokenizer of {num_scales} scales; their sizes are not in the file: pass patch_nums=")
+        patch_nums = PATCH_NUMS[256]
+    vocab_size, z_channels = state["quantize.embedding.weight"].shape
+    phis = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith(".weight")]
+    shared = all(".qresi" in k for k in phis)
+    return Config(
+        ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
+        num_res_blocks=sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state),
+        attn_lowest=f"encoder.down.{levels - 1}.attn.0.qkv.weight" in state,
+        attn_mid="encoder.mid.attn_1.qkv.weight" in state,
+        z_channels=z_channels, vocab_size=vocab_size, patch_nums=tuple(patch_nums),
+        phi_count=len(phis) if shared else 0, quant_kernel=state["quant_conv.weight"].shape[-1])
+
+
+def load(path, config=None, patch_nums=None, dtype=torch.float32):
+    """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours.
+
+    path: .pth or .safetensors; config: instead of the inferred one; patch_nums: the scales, for other schedules than the
+    released; dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
+    """
+    state, saved = read_checkpoint(path, nested=(("trainer", "vae_local"), ("state_dict",), ("model",)))
+    if config is None:
+        config = config_from_json(Config, saved, path) if saved else infer_config(state, path, patch_nums)
+    if patch_nums is not None:
+        config = replace(config, patch_nums=tuple(patch_nums))
+    hits = state.get("quantize.ema_vocab_hit_SV")
+    if hits is not None and len(hits) != len(config.patch_nums):            # statistics of another schedule: start anew
+        state["quantize.ema_vocab_hit_SV"] = torch.zeros(len(config.patch_nums), config.vocab_size)
+    model = build(VQVAE, config)
+    load_strict(model, rename_keys(state, renames(config.phi_count)), path, optional=BOOKKEEPING | {"quantize.hits"})
+    return set_decoder_dtype(model.eval(), dtype)
+
+
+def set_decoder_dtype(model, dtype):
+    """Lets the decoder compute in another dtype; encoder and quantizer stay in float32."""
+    model.post_quant_conv.to(dtype)
+    model.decoder.to(dtype)
+    return model
+
+
+def export(model):
+    """The official state dict of a VQVAE, in float32: keys, shapes and order of a file that the original loads strictly."""
+    state = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in BOOKKEEPING}
+    return rename_keys(state, renames(model.config.phi_count), inverse=True)
+
+
+def save(model, path, dtype=None, **extra):
+    """Writes a tokenizer as safetensors: official keys, config in the header. dtype: of the stored floats (None: float32)."""
+    save_checkpoint(path, export(model), model.config, dtype, **extra)
+
+
+def load_lpips(vgg_path, heads_path):
+    """An LPIPS module from torchvision's vgg16 weights (`features.{n}.*`) and the linear heads (`lin{i}.model.1.weight`)."""
+    vgg, _ = read_checkpoint(vgg_path)
+    heads, _ = read_checkpoint(heads_path)
+    require(vgg, "features.28.weight", path=vgg_path, what="torchvision's vgg16")
+    require(heads, "lin0.model.1.weight", path=heads_path, what="the linear heads of LPIPS (its vgg.pth)")
+    model = LPIPS()
+    state = {f"lin.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(model.lin))}
+    for i, numbers in enumerate(LPIPS.SLICES, 1):
+        state |= {f"net.slice{i}.{n}.{p}": vgg[f"features.{n}.{p}"] for n in numbers for p in ("weight", "bias")}
+    load_strict(model, state, vgg_path)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every model file shares: checkpoints
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message is one line: the file, what was expected, and the way out."""
+
+
+def read_checkpoint(path, nested=()):
+    """(state dict, config dict or None) of a .safetensors file of ours or a .pth / .pt file, memory-mapped.
+
+    nested: where the weights may be inside a training checkpoint, e.g. (("trainer", "var_wo_ddp"),): first match counts.
+    Nothing is ever unpickled that could run code. Raises CheckpointError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as f:
+                return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("config")
+        except SafetensorError as e:
+            raise CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
+    try:
+        obj = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
+        raise CheckpointError(f"{path}: refused: loading it would run code" + (f" ({reason[1]})" if reason else "") +
+                              "; open it where you trust it and save only its tensors") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({str(e).splitlines()[0][:100]})") from None
+    for keys in nested:
+        inner = obj
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            obj = inner
+            break
+    if not isinstance(obj, dict) or not all(isinstance(v, torch.Tensor) for v in obj.values()):
+        found = list(obj)[:5] if isinstance(obj, dict) else type(obj).__name__
+        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {found}")
+    return dict(obj), None
+
+
+def require(state, *keys, path, what):
+    """Raises CheckpointError unless `state` has the keys by which a checkpoint of `what` is known."""
+    missing = [k for k in keys if k not in state]
+    if missing:
+        raise CheckpointError(f"{path}: not {what}: it has no '{missing[0]}', but {len(state)} others such as "
+                              + ", ".join(f"'{k}'" for k in list(state)[:3]))
+
+
+def config_from_json(cls, text, path):
+    """A Config from the JSON in a file's header; lists become tuples."""
+    try:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)}")
+        return cls(**values)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path}: the config in its header is not one of this model ({e})") from None
+
+
+def build(cls, *args):
+    """A module with uninitialised weights: for loading or init_weights, without the cost of PyTorch's initialisation.
+
+    Only the weights: what a module computes for itself (masks, constants) keeps its value.
+    """
+    with _NoInit():
+        return cls(*args)
+
+
+class _NoInit(TorchFunctionMode):
+    """Makes the functions of torch.nn.init return their tensor untouched, inside this block only."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def rename_keys(state, table, inverse=False):
+    """Keys rewritten by a table of (official, ours) pairs of key fragments, {} standing for a number; others unchanged.
+
+    inverse: from ours to official. The first pair that occurs in a key applies, at a dot or at the key's ends.
+    """
+    rules = []
+    for official, ours in table:
+        old, new = (ours, official) if inverse else (official, ours)
+        pattern = r"(?:^|(?<=\.))" + re.escape(old).replace(r"\{\}", r"(\d+)") + ("" if old.endswith(".") else r"(?=\.|$)")
+        rules.append((re.compile(pattern), new.replace("{}", r"\1")))
+    renamed = {}
+    for key, value in state.items():
+        for pattern, new in rules:
+            if pattern.search(key):
+                key = pattern.sub(new, key)
+                break
+        renamed[key] = value
+    return renamed
+
+
+def load_strict(model, state, path, optional=()):
+    """Copies `state` into `model`. Missing, unexpected and mis-shaped entries are listed in one CheckpointError.
+
+    optional: keys that keep the model's own value where the file has none.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and k not in optional]
+    unexpected = [k for k in state if k not in own]
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
+    problems = [f"{len(items)} {name}: " + ", ".join(items[:4]) + (" ..." if len(items) > 4 else "")
+                for name, items in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", shapes)) if items]
+    if problems:
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
+    with torch.no_grad():
+        for k, tensor in own.items():
+            if k in state:
+                tensor.copy_(state[k])
+
+
+def save_checkpoint(path, state, config, dtype=None, **extra):
+    """Writes tensors, config and further JSON-able `extra` metadata as safetensors, atomically."""
+    from safetensors.torch import save_file
+    cast = lambda t: t.to(dtype) if dtype and t.is_floating_point() else t
+    metadata = {k: json.dumps(v) for k, v in {"config": asdict(config), **extra}.items()}
+    with atomic(path) as temporary:
+        save_file({k: cast(v).contiguous() for k, v in state.items()}, temporary, metadata)
+
+
+@contextmanager
+def atomic(path):
+    """A temporary name beside `path` to write to; renamed at the end, removed after an error. No reader sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
