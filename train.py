@@ -41,10 +41,11 @@ RECIPES = {
 
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)      # complaints of one line
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
     for name, recipes in RECIPES.items():
-        p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style)
         add = p.add_argument
         add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
         add("--data", default="demo", metavar="DIR", help="a folder of one folder per class, or 'demo' (default)")
@@ -65,7 +66,7 @@ def parse_args(argv=None):
         add("--clip", type=float, help="largest global gradient norm")
         add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
         add("--dtype", choices=["fp32", "bf16", "fp16"])
-        add("--device", default="auto", help="auto, cuda, mps or cpu")
+        add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
         add("--seed", type=int, default=0)
         add("--workers", type=int, default=4, help="processes that read pictures")
         add("--log-every", type=int, default=20)
@@ -125,17 +126,13 @@ class EmojiSheet:
     """The demo set: 1,906 emoji with a class (the subcategory) and a caption (the name) each; see demo/README.md."""
 
     def __init__(self, size, train=True):
-        rows = list(csv.DictReader(open(sample.DEMO / "emoji64.tsv", encoding="utf-8"), delimiter="\t"))
-        sheet = np.asarray(Image.open(sample.DEMO / "emoji64.webp").convert("RGB"))
-        per_row = sheet.shape[1] // 64
-        tiles = sheet.reshape(-1, 64, per_row, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)[:len(rows)]
+        tiles, rows = sample.demo_tiles()
         self.classes = sorted({row["subcategory"] for row in rows})
         keep = [i for i in range(len(rows)) if (i % 20 == 19) != train]     # every 20th picture is for validation
         self.labels = torch.tensor([self.classes.index(rows[i]["subcategory"]) for i in keep])
         self.names = [rows[i]["name"] for i in keep]
-        small = [Image.fromarray(tiles[i]).resize((size, size), Image.LANCZOS) for i in keep]
-        self.pixels = torch.from_numpy(np.stack([np.asarray(p) for p in small])).permute(0, 3, 1, 2).contiguous()
-        self.skipped = []
+        small = [np.asarray(tiles[i].resize((size, size), Image.LANCZOS)) for i in keep]
+        self.pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
         self.fingerprint = f"emoji {size} {train}"
 
     def __len__(self):
@@ -286,11 +283,6 @@ def to_input(pixels, device):
     return pixels.to(device).float().div_(127.5).sub_(1)
 
 
-def to_pixels(images):
-    """float (B, 3, h, w) in [-1, 1] -> uint8 array (B, h, w, 3)."""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is particular to each model: a task has a model, a loss, a validation, a picture and a file to write
 
@@ -371,13 +363,12 @@ class TokenizerTask:
 
     @torch.no_grad()
     def picture(self, model):
-        """Validation pictures in odd rows, their reconstructions below."""
-        n = min(16, len(self.val_set))
-        image = to_input(self.val_set.__getitems__([(i * len(self.val_set) // n, None) for i in range(n)])[0], self.device)
-        both = torch.stack([image.cpu().view(-1, n // 2, *image.shape[1:]) if n % 2 == 0 else image.cpu()[None],
-                            model.reconstruct(image).cpu().view(-1, n // 2, *image.shape[1:]) if n % 2 == 0
-                            else model.reconstruct(image).cpu()[None]], 1)
-        return sample.grid(to_pixels(both.flatten(0, 2)), n // 2 if n % 2 == 0 else n, max(1, 128 // self.args.size))
+        """Validation pictures, each beside its reconstruction."""
+        n = min(32, len(self.val_set))
+        items = [(i * len(self.val_set) // n, None) for i in range(n)]
+        image = to_input(self.val_set.__getitems__(items)[0], self.device)
+        pairs = torch.stack([image, model.reconstruct(image)], 1).flatten(0, 1)
+        return sample.grid(sample.to_pixels(pairs.add(1).div(2)), 8)
 
     def save(self, model, path, dtype=None):
         vq.save(model, path, dtype, size=self.args.size)
@@ -454,7 +445,7 @@ class VARTask:
         labels = torch.tensor([i * count // min(32, count) for i in range(min(32, count))], device=self.device)
         generators = [torch.Generator(self.device).manual_seed(i) for i in range(len(labels))]
         images = model.sample(self.tokenizer, labels, cfg=2.0, top_k=100, top_p=0.95, generator=generators)
-        return sample.grid(to_pixels(images * 2 - 1), 8, max(1, 128 // self.args.size))
+        return sample.grid(sample.to_pixels(images), 8)
 
     def save(self, model, path, dtype=None):
         import var
@@ -726,12 +717,5 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
         sys.exit(130)
 
 
-def main(args):
-    try:
-        train(args)
-    except (UserError, vq.CheckpointError) as e:
-        sys.exit(sample.complain(e))
-
-
 if __name__ == "__main__":
-    main(ARGS)
+    sample.guarded(train, ARGS)

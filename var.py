@@ -179,7 +179,7 @@ class VAR(nn.Module):
         self.config = config
         C, patch_nums = config.width, config.patch_nums
         lengths = [p * p for p in patch_nums]
-        level = torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(lengths))
+        level = torch.tensor([k for k, n in enumerate(lengths) for _ in range(n)])
         self.register_buffer("level", level, persistent=False)                      # (L,) scale of every position
         self.register_buffer("mask", level[:, None] >= level, persistent=False)     # (L, L) block-causal: True = may look
 
@@ -190,8 +190,7 @@ class VAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(lengths), C))
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(C, 6 * C)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(config, config.drop_path * i / max(config.depth - 1, 1)) for i in range(config.depth))
         self.head_adaln = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.vocab_size)
 

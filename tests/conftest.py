@@ -1,5 +1,66 @@
-"""Tests import the project from the checkout, whatever the working folder."""
+"""Shared by all tests: the project on the path, and a tiny random model that samples in milliseconds."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import var
+import vq
+
+VQ_CONFIG = vq.Config(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, patch_nums=(1, 2, 3, 4))
+VAR_CONFIG = var.Config(depth=2, width=64, heads=2, patch_nums=(1, 2, 3, 4), num_classes=5, vocab_size=32, z_channels=8)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def tiny_tokenizer(**changes):
+    """16 x 16 pixels, 30 tokens."""
+    model = vq.VQVAE(replace(VQ_CONFIG, **changes)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def tiny_var(**changes):
+    """Gates of order one: with the training initialisation a random model would hardly depend on its input."""
+    model = var.VAR(replace(VAR_CONFIG, **changes)).eval()
+    g = torch.Generator().manual_seed(1)
+    model.init_weights(init_gamma=1.0, generator=g)
+    with torch.no_grad():
+        model.head.weight.normal_(0, 0.3, generator=g)
+        for block in model.blocks:
+            if not model.config.shared_adaln:
+                block.adaln.weight.normal_(0, 0.3, generator=g)
+    return model
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return tiny_var()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """(folder, tokenizer file, model file) as `sample.py` takes them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vq.save(tiny_tokenizer(), folder / "emoji_vq.safetensors")
+    var.save(tiny_var(), folder / "model.safetensors", classes=["cat", "dog", "owl", "fox", "bee"])
+    return folder, folder / "emoji_vq.safetensors", folder / "model.safetensors"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -35,7 +35,7 @@ def cases():
 
 def close(out, expected, atol=1e-4, what=""):
     """Within atol on values of order one: what separates a right implementation from a wrong one in float32."""
-    torch.testing.assert_close(out.detach().float(), expected.float(), atol=atol, rtol=1e-4, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(out.detach().float(), expected.float(), atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
 
 
 def equal(out, expected, what=""):

@@ -1,0 +1,140 @@
+"""The transformer: what must hold whatever the weights."""
+import math
+
+import pytest
+import torch
+
+import var
+import vq
+from conftest import tiny_tokenizer, tiny_var
+
+LABELS = torch.tensor([0, 3])
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}], ids=["plain", "shared_adaln", "no_l2_norm"])
+def test_cached_sampling_equals_teacher_forcing(changes, tokenizer):
+    model = tiny_var(**changes)
+    steps = list(model.steps(tokenizer, LABELS, cfg=2.0, generator=torch.Generator().manual_seed(0)))
+    features = tokenizer.quantize.teacher_input([s.tokens for s in steps])
+    forced = torch.cat([model(LABELS, features), model(torch.full_like(LABELS, 5), features)])
+    torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), forced, atol=2e-5, rtol=1e-5)
+    assert forced.std() > 0.1                                               # the comparison is not between zeros
+
+
+def test_a_batch_of_two_is_two_batches_of_one(model, tokenizer):
+    for options in (dict(top_k=1), dict(top_k=8, top_p=0.9), dict(more_smooth=True)):
+        tokens = lambda labels, seeds: torch.cat(
+            [s.tokens for s in model.steps(tokenizer, labels, cfg=3.0, generator=generators(*seeds), **options)], 1)
+        both = tokens(LABELS, (7, 8))
+        assert torch.equal(both, torch.cat([tokens(LABELS[:1], (7,)), tokens(LABELS[1:], (8,))]))
+
+
+def test_same_seed_same_picture_other_seed_another(model, tokenizer):
+    draw = lambda seed: model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert draw(0).shape == (2, 3, 16, 16) and draw(0).min() >= 0 and draw(0).max() <= 1
+
+
+def test_guidance_zero_leaves_the_unconditional_half_out(model, tokenizer):
+    step = next(model.steps(tokenizer, LABELS, cfg=0, generator=torch.Generator().manual_seed(0)))
+    assert len(step.logits) == 2
+    null = torch.tensor([5, 5])                                             # no class: both halves would be equal
+    assert len(next(model.steps(tokenizer, null, cfg=4, generator=torch.Generator().manual_seed(0))).logits) == 2
+
+
+def test_ladder_ends_with_the_picture(model, tokenizer):
+    options = dict(cfg=2.0, top_k=4)
+    ladder = model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), ladder=True, **options)
+    assert len(ladder) == 4
+    assert torch.equal(ladder[-1], model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), **options))
+
+
+def test_editing_keeps_what_the_mask_keeps(model, tokenizer):
+    given = tokenizer.tokenize(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    draw = lambda keep: model.sample(tokenizer, LABELS[:1], given=given, keep=keep, generator=torch.Generator().manual_seed(0))
+    everything, nothing = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    torch.testing.assert_close(draw(everything), tokenizer.detokenize(given).add(1).div(2))
+    assert (draw(nothing) - draw(everything)).abs().mean() > 1e-3
+    assert var.edit_mask((0, 0, 0.5, 1), 4, inpaint=False).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+    assert torch.equal(var.edit_mask((0.1, 0.1, 0.8, 0.8), 16), ~var.edit_mask((0.1, 0.1, 0.8, 0.8), 16, inpaint=False))
+
+
+def test_random_labels_and_wrong_ones(model):
+    assert model.labels(40, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="class ids must be 0 .. 4, or 5 for the null class, not .7."):
+        model.labels(torch.tensor([7]))
+
+
+def test_class_dropping_and_drop_path_draw_from_the_generator_only(model, tokenizer):
+    tokens = torch.cat(tokenizer.tokenize(torch.zeros(2, 3, 16, 16)), 1)
+    features = tokenizer.quantize.teacher_input(tokens.split([1, 4, 9, 16], 1))
+    model.train()
+    state = torch.get_rng_state()
+    loss = lambda seed: model.loss(LABELS, tokens, features, class_drop=0.5, generator=torch.Generator().manual_seed(seed))[0]
+    assert torch.equal(loss(0), loss(0)) and len({loss(s).item() for s in range(8)}) > 1
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_initial_loss_is_that_of_a_uniform_guess(tokenizer):
+    fresh = var.VAR(tiny_var().config)
+    fresh.init_weights(1e-3, torch.Generator().manual_seed(0))
+    tokens = torch.cat(tokenizer.tokenize(torch.zeros(2, 3, 16, 16)), 1)
+    loss, _ = fresh.loss(LABELS, tokens, tokenizer.quantize.teacher_input(tokens.split([1, 4, 9, 16], 1)))
+    assert loss.item() == pytest.approx(math.log(32), rel=0.02)
+
+
+@pytest.mark.parametrize("name, parameters, entries", [
+    ("var_d16", 310_283_520, 220), ("var_d20", 600_917_136, 272), ("var_d24", 1_033_399_360, 324),
+    ("var_d30", 2_010_020_356, 402), ("var_d36", 2_353_893_904, 446)])
+def test_released_sizes(name, parameters, entries):
+    with torch.device("meta"):
+        model = var.VAR(var.CONFIGS[name])
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    state = vq.rename_keys(model.state_dict(), var.RENAMES, inverse=True)
+    assert len(state) + 2 + model.config.depth == entries                   # and the buffers that export() adds
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}], ids=["plain", "shared_adaln", "no_l2_norm"])
+def test_save_load_export(tmp_path, changes):
+    model = tiny_var(**changes, heads=1)
+    var.save(model, tmp_path / "a.safetensors")
+    torch.save(var.export(model), tmp_path / "a.pth")
+    torch.save({"epoch": 1, "trainer": {"var_wo_ddp": var.export(model), "vae_local": {}}, "args": {}}, tmp_path / "ar-ckpt-last.pth")
+    for file in ("a.safetensors", "a.pth", "ar-ckpt-last.pth"):
+        again = var.load(tmp_path / file)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        assert again.config.heads == 1 and again.config.patch_nums == (1, 2, 3, 4)
+
+
+def test_fine_tuning_on_other_classes_keeps_the_null_row_last(model, tmp_path):
+    var.save(model, tmp_path / "a.safetensors")
+    tuned = var.load(tmp_path / "a.safetensors", num_classes=9, generator=torch.Generator().manual_seed(0))
+    assert tuned.config.num_classes == 9 and tuned.class_embed.weight.shape[0] == 10
+    assert torch.equal(tuned.class_embed.weight[-1], model.class_embed.weight[-1])
+    assert torch.equal(tuned.head.weight, model.head.weight)
+
+
+def test_half_precision_stays_close(model, tokenizer):
+    features = tokenizer.quantize.teacher_input(tokenizer.tokenize(torch.zeros(2, 3, 16, 16)))
+    exact = model(LABELS, features)
+    half = var.set_dtype(tiny_var(), torch.bfloat16)(LABELS, features)
+    assert half.dtype == torch.float32 and (half - exact).norm() / exact.norm() < 0.03
+
+
+def test_checkpoints_that_do_not_fit_are_explained(model, tokenizer, tmp_path):
+    state = var.export(model)
+    cases = {
+        "missing.pth": ({k: v for k, v in state.items() if k != "head.bias"}, "1 missing: head.bias"),
+        "extra.pth": (state | {"surprise": torch.zeros(1)}, "1 unexpected: surprise"),
+        "shape.pth": (state | {"head.bias": torch.zeros(7)}, r"head.bias is \(7,\), expected \(32,\)"),
+        "tokenizer.pth": (vq.export(tokenizer), "not a VAR transformer: it has no 'word_embed.weight'"),
+        "nothing.pth": ({"epoch": 3}, "no state dict in it"),
+    }
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(vq.CheckpointError, match=f"{name}: .*{message}"):
+            var.load(tmp_path / name)
