@@ -102,6 +102,7 @@ import csv
 import hashlib
 import math
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -140,14 +142,14 @@ class EmojiSheet:
 
     def __getitems__(self, items):
         index = torch.tensor([i for i, _ in items])
-        return self.pixels[index], self.labels[index], index
+        return self.pixels[index], self.labels[index], []
 
 
 class PictureFolder:
     """DIR/class/picture.*; every item is (index, crop seed), crop seed None for the centre crop.
 
-    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. Unreadable files are replaced by the next
-    readable one; the caller sees which index it got.
+    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. In place of an unreadable file comes the
+    next readable one, and its path is handed on.
     """
 
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -184,22 +186,22 @@ class PictureFolder:
         else:
             x, y = np.random.default_rng(crop_seed).integers(0, [r + 1 for r in room])
         picture = picture.crop((x, y, x + self.size, y + self.size))
-        return torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def __getitems__(self, items):
-        pixels, indices = [], []
+        pixels, indices, broken = [], [], []
         for index, crop_seed in items:
-            for attempt in range(len(self)):
+            for _ in range(len(self)):
                 try:
                     pixels.append(self.read(index, crop_seed))
                     break
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                    broken.append(self.files[index])
                     index = (index + 1) % len(self)
             else:
-                raise UserError(f"{Path(self.files[0]).parent.parent}: not one picture in it can be read")
+                raise UserError(f"{self.files[0]} and {len(self) - 1} others: not one picture can be read")
             indices.append(index)
-        index = torch.tensor(indices)
-        return torch.stack(pixels), self.labels[index], index
+        return torch.stack(pixels), self.labels[indices], broken
 
 
 def open_pictures(args):
@@ -226,26 +228,25 @@ class TokenCache:
         weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in tokenizer.quantize.parameters()))
         key = hashlib.sha256(f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}".encode()).hexdigest()[:12]
         path = Path(folder) / f"tokens_{tag}_{key}.safetensors"
-        if not path.exists():
-            self._fill(pictures, tokenizer, patch_nums, crops, device, path)
-        from safetensors.torch import load_file
+        if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+            self._fill(pictures, tokenizer, patch_nums, device, path)
+        while not path.exists():                                            # the first process is at it
+            time.sleep(1)
         cached = load_file(path)
         self.tokens, self.labels = cached["tokens"], cached["labels"]       # (n * crops, L) int32, (n * crops,)
 
-    def _fill(self, pictures, tokenizer, patch_nums, crops, device, path):
-        from safetensors.torch import save_file
-        items = [(i, (i, c) if crops > 1 else None) for i in range(len(pictures)) for c in range(crops)]
-        tokens, labels, replaced = [], [], set()
+    def _fill(self, pictures, tokenizer, patch_nums, device, path):
+        items = [(i, (i, c) if self.crops > 1 else None) for i in range(len(pictures)) for c in range(self.crops)]
+        tokens, labels, broken = [], [], set()
         for start in tqdm(range(0, len(items), 64), desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
-            chunk = items[start:start + 64]
-            pixels, label, index = pictures.__getitems__(chunk)
-            readable = index == torch.tensor([i for i, _ in chunk])
-            replaced |= {i for (i, _), ok in zip(chunk, readable) if not ok}
-            tokens.append(torch.cat(tokenizer.tokenize(to_input(pixels, device), patch_nums), 1).int().cpu()[readable])
-            labels.append(label[readable])
-        if replaced:
-            tqdm.write(f"skipped {len(replaced)} unreadable of {len(pictures)} pictures: "
-                       + ", ".join(pictures.files[i] for i in sorted(replaced)[:3]))
+            read = [pictures.__getitems__([item]) for item in items[start:start + 64]]
+            broken.update(path for *_, paths in read for path in paths)
+            read = [(pixels, label) for pixels, label, paths in read if not paths]
+            if read:
+                pixels, label = (torch.cat(column) for column in zip(*read))
+                tokens.append(torch.cat(tokenizer.tokenize(to_input(pixels, device), patch_nums), 1).int().cpu())
+                labels.append(label)
+        report_broken(broken, len(pictures))
         with vq.atomic(path) as temporary:
             save_file({"tokens": torch.cat(tokens), "labels": torch.cat(labels)}, temporary)
 
@@ -254,7 +255,12 @@ class TokenCache:
 
     def __getitems__(self, items):
         index = torch.tensor([i for i, _ in items])
-        return self.tokens[index].long(), self.labels[index], index
+        return self.tokens[index].long(), self.labels[index], []
+
+
+def report_broken(paths, total):
+    if paths:
+        tqdm.write(f"skipped {len(paths)} unreadable of {total} pictures: " + ", ".join(sorted(paths)[:3]))
 
 
 class Batches:
@@ -558,11 +564,15 @@ class Log:
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def leave_signals_to_parent(_):
+    """Reading processes ignore Ctrl-C: the training process finishes its step and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class StopOnSignal:
     """Ctrl-C and SIGTERM end the run after the step in progress, with its state saved; a second Ctrl-C ends it at once."""
 
     def __enter__(self):
-        import signal
         self.asked = False
         self.old = [(s, signal.signal(s, self._ask)) for s in (signal.SIGINT, signal.SIGTERM)]
         return self
@@ -573,21 +583,14 @@ class StopOnSignal:
         self.asked = True
 
     def __exit__(self, *_):
-        import signal
         for s, handler in self.old:
             signal.signal(s, handler)
 
 
 def prepare_folder(args):
     """Creates --out, checks that it can be written, and that no other run's results would be lost in it."""
-    out = Path(args.out)
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot write there ({e.strerror}); choose another folder") from None
+    out = sample.check_writable(Path(args.out))
+    (out / "samples").mkdir(exist_ok=True)
     if args.resume == "no" and (out / "state.pt").exists():
         raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder")
     return out
@@ -638,6 +641,7 @@ def train(args):
     train_set, val_set = open_pictures(args)
     g = torch.Generator(device).manual_seed(args.seed)                      # the same weights on every rank
     task = TASKS[args.model_name](args, train_set, val_set, device, g)
+    learning_rate(args.schedule, 1, 2, 0, 0, 1)                             # does that schedule exist?
     args.steps = args.steps or args.epochs * -(-len(task.train_set) // args.batch_size)
     optimizer = torch.optim.AdamW(parameter_groups(task.model), args.lr, args.betas, eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 11, growth_interval=1000, enabled=args.dtype == "fp16")
@@ -645,8 +649,8 @@ def train(args):
     step = 0
     if args.resume == "auto" and (out / "state.pt").exists():
         step = load_state(out / "state.pt", task, average, optimizer, scaler, g, args, device)
-    elif world > 1:
-        g.manual_seed(args.seed * world + rank)                             # but draws of their own
+    if world > 1:
+        g.manual_seed((args.seed * world + rank) * 2**32 + step)            # but draws of their own
     if rank == 0:
         parameters = sum(p.numel() for p in task.model.parameters())
         print(f"{device} ({why}), {args.dtype}, {parameters:,} parameters, {len(task.train_set):,} pictures, "
@@ -661,10 +665,10 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
     batches = Batches(len(task.train_set), args.batch_size // args.accum, args.seed, first * args.accum, rank, world)
     workers = args.workers if isinstance(task.train_set, PictureFolder) else 0
     loader = iter(DataLoader(task.train_set, batch_sampler=batches, num_workers=workers, collate_fn=tuple,
-                             persistent_workers=workers > 0))
+                             worker_init_fn=leave_signals_to_parent))
     log = Log(out / "log.csv", task, first) if rank == 0 else None
     end = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
-    started, skipped = time.perf_counter(), 0
+    started, broken = time.perf_counter(), set()
     task.model.train()
     with StopOnSignal() as stop, tqdm(total=args.steps, initial=first, disable=rank > 0, smoothing=0.05) as bar:
         for step in range(first, end):
@@ -673,6 +677,7 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
             set_rates(optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
             for _ in range(args.accum):
                 batch = next(loader)
+                broken.update(batch[2])
                 with torch.autocast(device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
                     loss, metrics = task.loss(batch, step, g)
                 scaler.scale(loss / args.accum).backward()
@@ -680,7 +685,9 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), args.clip)
             scaler.step(optimizer)
-            scaler.update(min(scaler.get_scale(), 2.0 ** 15) if args.dtype == "fp16" else None)
+            scaler.update()
+            if args.dtype == "fp16" and scaler.get_scale() > 2.0 ** 15:
+                scaler.update(2.0 ** 15)
             optimizer.zero_grad()
             metrics |= task.after_step(step, lr, g)
             if average is not task.model:
@@ -709,6 +716,7 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
             task.model.train()
             if stop.asked:
                 break
+    report_broken(broken, len(task.train_set))
     if rank == 0:
         print(f"{'interrupted' if stop.asked else 'stopped' if end < args.steps else 'done'} at step {done} of {args.steps}, "
               f"{time.perf_counter() - started:.0f} s; weights in {out}/model.safetensors"

@@ -389,8 +389,6 @@ def _is_derived(key):
 
 def infer_config(state, path):
     """The Config of an official state dict, read from its keys and shapes."""
-    vq.require(state, "word_embed.weight", "pos_1LC", "class_emb.weight", "blocks.0.attn.mat_qkv.weight", path=path,
-               what="a VAR transformer")
     width, z_channels = state["word_embed.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     scale = state.get("blocks.0.attn.scale_mul_1H11")
@@ -416,6 +414,8 @@ def load(path, config=None, num_classes=None, dtype=torch.float32, generator=Non
     embeddings but the null class (the last row) start anew from generator. dtype: of the matrix products, see set_dtype.
     """
     state, saved = vq.read_checkpoint(path, nested=(("trainer", "var_wo_ddp"), ("state_dict",), ("model",)))
+    vq.require(state, "word_embed.weight", "pos_1LC", "class_emb.weight", "blocks.0.attn.mat_qkv.weight", path=path,
+               what="a VAR transformer")
     if config is None:
         config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path)
     if num_classes is not None and num_classes != config.num_classes:

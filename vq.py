@@ -626,7 +626,6 @@ def infer_config(state, path, patch_nums=None):
 
     The sides of the scales are in no tensor: they come from `patch_nums`, else from the released schedule with as many.
     """
-    require(state, "quantize.embedding.weight", "encoder.conv_in.weight", path=path, what="an image tokenizer (VQVAE)")
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
     ch = len(state["encoder.conv_in.weight"])
     num_scales = len(state["quantize.ema_vocab_hit_SV"]) if "quantize.ema_vocab_hit_SV" in state else None
@@ -653,6 +652,7 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     released; dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
     """
     state, saved = read_checkpoint(path, nested=(("trainer", "vae_local"), ("state_dict",), ("model",)))
+    require(state, "quantize.embedding.weight", "encoder.conv_in.weight", path=path, what="an image tokenizer (VQVAE)")
     if config is None:
         config = config_from_json(Config, saved, path) if saved else infer_config(state, path, patch_nums)
     if patch_nums is not None:

@@ -1,0 +1,276 @@
+"""The scripts, as users run them: what works, and what is said when it does not."""
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+import var
+import vq
+from conftest import ROOT, tiny_tokenizer, tiny_var
+
+
+def script(*argv, cwd=ROOT, **kwargs):
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+def run(module, *argv):
+    """A script's command line in this process: what `python MODULE.py ARGV` does after its imports."""
+    args = module.parse_args([str(a) for a in argv])
+    sample.guarded(train.train if module is train else sample.MODELS[args.model], args)
+
+
+def complaint(capsys, module, *argv):
+    """The one line that a mistake gets, exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        run(module, *argv)
+    err = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert "error: " in line
+    return line
+
+
+@pytest.fixture
+def tiny(files, tmp_path):
+    """The arguments that name the tiny model, and an empty folder to write to."""
+    return ("--ckpt", files[2], "--device", "cpu"), tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What works
+
+
+def test_first_command_of_the_readme(tmp_path):
+    """No arguments: a grid from the checkpoint in the repository."""
+    result = script(ROOT / "sample.py", "var", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "fp32 (half precision is slow on a CPU)" in result.stdout and "out/var.png" in result.stdout
+    picture = Image.open(tmp_path / "out" / "var.png")
+    assert picture.size == (8 * 130 - 2, 2 * 130 - 2)
+    assert picture.text["checkpoint"] == "emoji_var.safetensors" and picture.text["seed"] == "0"
+    assert np.asarray(picture.convert("L")).std() > 20
+
+
+@pytest.mark.parametrize("argv", [["sample.py"], ["sample.py", "var"], ["train.py", "vq"]], ids=" ".join)
+def test_help_comes_before_the_heavy_imports(argv):
+    """-X importtime lists what was imported."""
+    result = script("-X", "importtime", *argv, "--help")
+    assert result.returncode == 0 and "usage" not in result.stderr and len(result.stdout) > 200
+    assert "torch" not in result.stderr and "numpy" not in result.stderr
+
+
+def test_pictures_do_not_depend_on_the_batch_size(tiny, capsys):
+    argv, out = tiny
+    for size in (1, 3):
+        run(sample, "var", *argv, "-n", 4, "--batch-size", size, "--out", out / f"by{size}")
+    names = [f"{i:05d}.png" for i in range(4)]
+    assert sorted(p.name for p in (out / "by1").iterdir()) == names
+    for name in names:
+        one, three = (np.asarray(Image.open(out / f"by{size}" / name)) for size in (1, 3))
+        assert np.abs(one.astype(int) - three).max() <= 1                   # float rounding before truncation to uint8
+    text = Image.open(out / "by1" / "00002.png").text
+    assert text["seed"] == "2" and text["class"] in ("cat", "dog", "owl", "fox", "bee") and text["cfg"] == "4.0"
+
+
+def test_classes_by_name_filmstrip_and_editing(tiny, capsys):
+    argv, out = tiny
+    run(sample, "var", *argv, "--classes", "owl", "1", "--steps-grid", "--out", out / "strip.png")
+    strip = Image.open(out / "strip.png")
+    assert strip.text["classes"] == "owl, dog" and strip.width == 4 * 130 - 2
+    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(out / "given.png")
+    for edit in (["in"], ["out"], ["class", "--classes", "fox"]):
+        run(sample, "var", *argv, "-n", 2, "--image", out / "given.png", "--edit", *edit, "--out", out / "edit.png")
+        assert Image.open(out / "edit.png").width == 4 * 130 - 2            # given, kept, two samples
+    run(sample, "var", *argv, "--list-classes")
+    assert "   2  owl" in capsys.readouterr().out
+
+
+def test_npz_goes_on_where_it_stopped_and_is_the_same_in_pieces(tiny, capsys, monkeypatch):
+    argv, out = tiny
+    command = ["var", *argv, "-n", 10, "--cfg", 1.5]
+    small = partial(sample.write_npz, chunk=4)
+    monkeypatch.setattr(sample, "write_npz", small)
+    run(sample, *command, "--npz", out / "a.npz", "--batch-size", 10)
+    expected = np.load(out / "a.npz")["arr_0"]
+    assert expected.shape == (10, 16, 16, 3) and expected.dtype == np.uint8
+
+    calls, real = [], sample.draw_batch
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(sample, "draw_batch", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(sample, *command, "--npz", out / "b.npz", "--batch-size", 3)
+    assert not (out / "b.npz").exists() and len(list((out / "b.npz.parts").glob("*.npy"))) == 1
+    assert "holds pictures of other settings" in complaint(capsys, sample, *command, "--npz", out / "b.npz", "--seed", 5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run(sample, *command, "--npz", out / "b.npz", "--batch-size", 3)        # the second of two processes does its share
+    monkeypatch.setenv("RANK", "0")
+    run(sample, *command, "--npz", out / "b.npz", "--batch-size", 3)
+    assert np.abs(np.load(out / "b.npz")["arr_0"].astype(int) - expected).max() <= 1
+    assert not (out / "b.npz.parts").exists()
+
+
+def test_vq_reconstructs_pictures_of_any_shape(files, tmp_path, capsys):
+    Image.new("RGB", (33, 17), "orange").save(tmp_path / "wide.png")
+    Image.new("L", (16, 16), 7).save(tmp_path / "grey.png")
+    argv = ("vq", "--ckpt", files[1], "--image", tmp_path / "wide.png", tmp_path / "grey.png")
+    run(sample, *argv, "--out", tmp_path / "squares.png")
+    assert "PSNR" in capsys.readouterr().out and (tmp_path / "squares.png").exists()
+    run(sample, *argv, "--keep-size", "--steps-grid", "--out", tmp_path / "kept.png")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_bench_reports_share_flops_and_writes_json(tiny, capsys):
+    argv, out = tiny
+    run(sample, "var", *argv, "--bench", "--json", out / "b.json")
+    result = json.loads((out / "b.json").read_text())
+    assert set(result["stages"]) == {"transformer", "sampling", "quantizer", "decoder"}
+    # transformer, two rows of 30 tokens: 2 FLOP per weight of qkv, proj, fc1, fc2, head, word; 4 C per pair of tokens that see each other
+    C, rows, L = 64, 2, 30
+    linear = 2 * rows * L * (2 * 12 * C * C + 32 * C) + 2 * 29 * 8 * C
+    pairs = 1 * 1 + 4 * 5 + 9 * 14 + 16 * 30
+    adaln = 2 * rows * (2 * 6 * C * C + 2 * C * C)                           # once per picture, not once per scale
+    assert result["stages"]["transformer"]["flops"] == linear + rows * 2 * 4 * C * pairs + adaln
+    assert 0 < result["share"] and result["peak_memory_bytes"] > 0 and result["variants"]["plain"]["equal"]
+    assert "share of the limit" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that serves stand-ins under the released names; its folder and the cache folder."""
+    folder = tmp_path / "hub" / "FoundationVision" / "var" / "resolve" / "main"
+    folder.mkdir(parents=True)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def copyfile(self, source, target):
+            data = source.read()
+            target.write(data[:len(data) // 2] if self.server.break_off else data)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "hub"))
+    server.break_off = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("LEGIBLE_HUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("LEGIBLE_CACHE", str(tmp_path / "cache"))
+    yield server, folder, tmp_path / "cache"
+    server.shutdown()
+
+
+def test_released_names_are_fetched_once(hub, tmp_path, monkeypatch, capsys):
+    server, folder, cache = hub
+    big = dict(vocab_size=4096, z_channels=32)
+    torch.save(vq.export(tiny_tokenizer(**big)), folder / "vae_ch160v4096z32.pth")
+    torch.save(var.export(tiny_var(**big, heads=1)), folder / "var_d16.pth")
+    run(sample, "var", "--ckpt", "var_d16", "-n", 1, "--out", tmp_path / "a.png", "--device", "cpu")
+    assert sorted(p.name for p in cache.iterdir()) == ["vae_ch160v4096z32.pth", "var_d16.pth"]
+    server.shutdown()
+    run(sample, "var", "--ckpt", "var_d16.pth", "-n", 1, "--out", tmp_path / "b.png", "--device", "cpu")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_failed_downloads_say_so_and_leave_nothing_that_looks_whole(hub, tmp_path, monkeypatch, capsys):
+    server, folder, cache = hub
+    argv = ("var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png")
+    assert "the server answered 404" in complaint(capsys, sample, *argv)
+    (folder / "var_d16.pth").write_bytes(b"x" * 5000)
+    server.break_off = True
+    assert "broke off at 2500 of 5000 bytes; run again to continue" in complaint(capsys, sample, *argv)
+    assert [p.name for p in cache.iterdir()] == ["var_d16.pth.part"]
+    assert "--no-download is set" in complaint(capsys, sample, *argv, "--no-download")
+    monkeypatch.setenv("LEGIBLE_HUB", "http://127.0.0.1:1")
+    assert "cannot be reached" in complaint(capsys, sample, *argv)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said when it does not work
+
+
+def test_bad_files(tiny, files, capsys):
+    argv, out = tiny
+    picture = out / "a.png"
+    say = lambda *a: complaint(capsys, sample, "var", "--out", picture, *a)
+    assert "nowhere.pth: no such file" in say("--ckpt", "nowhere.pth")
+    assert "no released model of that name (vae_ch160v4096z32.pth, var_d16.pth" in say("--ckpt", "var_d17")
+    assert "not a VAR transformer" in say("--ckpt", files[1])
+    assert "not an image tokenizer (VQVAE)" in say(*argv, "--vae", str(shutil.copy(files[2], out / "x.safetensors")))
+    whole = files[2].read_bytes()
+    (out / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    assert "cut.safetensors: truncated or not a safetensors file" in say("--ckpt", out / "cut.safetensors")
+    torch.save(var.export(tiny_var()), out / "whole.pth")
+    (out / "cut.pth").write_bytes((out / "whole.pth").read_bytes()[:9000])
+    assert "cut.pth: truncated or not a PyTorch file" in say("--ckpt", out / "cut.pth")
+    torch.save({"args": train.Batches(1, 1, 0)}, out / "code.pth")
+    assert "code.pth: refused: loading it would run code (train.Batches)" in say("--ckpt", out / "code.pth")
+    wrong = var.export(tiny_var(heads=1))
+    wrong["head.weight"] = wrong["head.weight"][:, :5].clone()
+    torch.save(wrong, out / "shape.pth")
+    assert "head.weight is (32, 5), expected (32, 64)" in say("--ckpt", out / "shape.pth")
+    vq.save(tiny_tokenizer(vocab_size=16), out / "other.safetensors")
+    assert "has 16 codes of 8 channels, but" in say(*argv, "--vae", out / "other.safetensors")
+    (out / "text.png").write_text("no picture")
+    assert "text.png: not a readable picture" in say(*argv, "--edit", "in", "--image", out / "text.png")
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["-n", "0"], "-n 0: expected at least 1"),
+    (["--top-p", "1.5"], "--top-p 1.5: expected 0 .. 1"),
+    (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    (["--classes", "7"], "--classes 7: expected an id 0 .. 4, 5 for no class, or a name that --list-classes prints"),
+    (["--classes", "unicorn"], "--classes unicorn: expected an id"),
+    (["--box", "0.5", "0", "0.2", "1"], "--box 0.5 0.0 0.2 1.0: expected 0 <= Y0 < Y1 <= 1"),
+    (["--edit", "in"], "--edit and --image go together"),
+    (["--edit", "class", "--image", "x.png"], "give the new class with --classes"),
+    (["--json", "x.json"], "--json goes with --bench"),
+    (["--random-weights", "var_d17"], "exclude each other"),
+    (["--out", "/proc/nowhere/a.png"], "--out /proc/nowhere/a.png: cannot be written"),
+    (["--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
+    (["--device", "tpu"], "invalid choice: 'tpu'"),
+], ids=lambda v: v if isinstance(v, str) else None)
+def test_bad_arguments(tiny, capsys, argv, message):
+    assert message in complaint(capsys, sample, "var", *tiny[0], *argv)
+
+
+def test_model_files_can_be_lifted(tmp_path):
+    """var.py, vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
+    for name in ("var.py", "vq.py", "triton_ops.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = """
+import sys
+class Blocker:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "sample", "train"}:
+            raise ImportError(name + " is not installed")
+import torch                                # which looks for triton itself
+for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "tqdm")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Blocker())
+import var, vq
+g = torch.Generator().manual_seed(0)
+tokenizer, model = vq.VQVAE(vq.CONFIGS["emoji_vq"]).eval(), var.VAR(var.CONFIGS["emoji_var"]).eval()
+tokenizer.init_weights(g), model.init_weights(generator=g)
+print(tuple(model.sample(tokenizer, torch.tensor([3]), generator=g).shape), torch.cuda.is_initialized())
+"""
+    result = script("-c", code, cwd=tmp_path)
+    assert result.stdout.strip() == "(1, 3, 32, 32) False", result.stderr

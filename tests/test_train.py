@@ -1,0 +1,160 @@
+"""Training: exact resumption, broken files, fine-tuning, interruptions."""
+import csv
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+import var
+import vq
+from conftest import ROOT, VAR_CONFIG, VQ_CONFIG
+from test_cli import complaint, run
+
+
+@pytest.fixture(autouse=True)
+def tiny_configs(monkeypatch):
+    monkeypatch.setitem(vq.CONFIGS, "emoji_vq", VQ_CONFIG)
+    monkeypatch.setitem(var.CONFIGS, "emoji_var", VAR_CONFIG)
+    monkeypatch.setattr(vq, "PatchDiscriminator", partial(vq.PatchDiscriminator, width=8, num_layers=1))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """40 pictures in two classes, one of them broken."""
+    rng = np.random.default_rng(0)
+    for c in ("circle", "square"):
+        (tmp_path / "data" / c).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "data" / c / f"{i:02d}.png")
+    (tmp_path / "data" / "circle" / "07.png").write_bytes(b"broken")
+    return tmp_path / "data"
+
+
+VQ = ("vq", "--size", 16, "--batch-size", 4, "--device", "cpu", "--workers", 0, "--log-every", 1, "--lr", 1e-3, "--warm-steps", 2,
+      "--ema", 0.9, "--restart-after", 1)
+VAR = ("var", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("extra", [(), ("--disc-weight", 0.5, "--disc-start", 3)], ids=["plain", "discriminator"])
+def test_resumed_tokenizer_run_equals_an_uninterrupted_one(pictures, tmp_path, capsys, extra):
+    argv = (*VQ, "--data", pictures, "--steps", 6, *extra)
+    run(train, *argv, "--out", tmp_path / "whole")
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 4)
+    assert "stopped at step 4 of 6" in capsys.readouterr().out
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    rows = list(csv.DictReader(open(tmp_path / "parts" / "log.csv")))
+    assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["val_psnr"]
+    assert len(list((tmp_path / "parts" / "samples").iterdir())) == 2
+    assert "it holds a run already; continue it with --resume auto" in complaint(capsys, train, *argv, "--out", tmp_path / "parts")
+
+
+def test_resumed_var_run_equals_an_uninterrupted_one(pictures, files, tmp_path, capsys):
+    argv = (*VAR, "--data", pictures, "--vae", files[1], "--steps", 5, "--accum", 2, "--ema", 0.5)
+    run(train, *argv, "--out", tmp_path / "whole")
+    said = capsys.readouterr()
+    assert "skipped 1 unreadable of 38 pictures: " in said.err + said.out and "circle/07.png" in said.err + said.out
+    assert "37 pictures, 2 classes" in said.out
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    run(sample, "var", "--ckpt", tmp_path / "parts" / "model.safetensors", "--vae", files[1], "--classes", "square",
+        "--out", tmp_path / "a.png", "--device", "cpu")
+
+
+def test_training_on_pictures_without_a_cache_skips_the_broken_one(pictures, files, tmp_path, capsys):
+    run(train, *VAR, "--data", pictures, "--vae", files[1], "--steps", 12, "--cache-crops", 0, "--workers", 0, "--out", tmp_path / "a")
+    assert "skipped 1 unreadable of 38 pictures: " in capsys.readouterr().out
+
+
+def test_cached_tokens_are_those_of_the_pictures(files, tmp_path):
+    tokenizer, data = vq.load(files[1]), train.EmojiSheet(16, train=False)
+    cache = train.TokenCache(data, tokenizer, (1, 2, 3, 4), 1, "cpu", tmp_path, "val")
+    pixels, labels, _ = data.__getitems__([(3, None), (11, None)])
+    tokens, cached_labels, _ = cache.__getitems__([(3, None), (11, None)])
+    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(train.to_input(pixels, "cpu")), 1)) and torch.equal(labels, cached_labels)
+
+
+def test_fine_tuning_starts_from_the_given_weights(pictures, files, tmp_path):
+    run(train, *VAR, "--data", pictures, "--vae", files[1], "--init", files[2], "--steps", 1, "--lr", 0, "--out", tmp_path / "a")
+    tuned, start = weights(tmp_path / "a"), load_file(files[2])
+    assert torch.equal(tuned["head.weight"], start["head.weight"])
+    assert tuned["class_emb.weight"].shape[0] == 3 and torch.equal(tuned["class_emb.weight"][-1], start["class_emb.weight"][-1])
+
+
+def test_loss_goes_down(files, tmp_path, capsys):
+    run(train, *VAR, "--vae", files[1], "--steps", 40, "--lr", 3e-3, "--batch-size", 32, "--out", tmp_path / "a")
+    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
+
+
+def test_ctrl_c_saves_the_run(tmp_path):
+    argv = ["train.py", "vq", "--steps", "100000", "--out", str(tmp_path / "a"), "--batch-size", "2", "--device", "cpu", "--log-every", "1"]
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "a" / "log.csv"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "interrupted at step" in out and "go on with --resume auto" in out
+    assert (tmp_path / "a" / "state.pt").exists() and (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_two_processes_compute_what_one_does(pictures, files, tmp_path):
+    """torchrun with gloo: without dropping, the mean of two half batches' gradients is the whole batch's."""
+    code = ("import sys; sys.path[:0] = [{0!r}, {0!r} + '/tests']; import conftest, train, sample, var;"
+            "from dataclasses import replace;"
+            "var.CONFIGS['emoji_var'] = replace(conftest.VAR_CONFIG, class_drop=0.0, drop_path=0.0);"
+            "sample.guarded(train.train, train.parse_args(sys.argv[1:]))").format(str(ROOT))
+    (tmp_path / "go.py").write_text(code)
+    argv = [*map(str, VAR), "--data", str(pictures), "--vae", str(files[1]), "--steps", "3"]
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        result = subprocess.run([sys.executable, *launcher, str(tmp_path / "go.py"), *argv, "--out", str(tmp_path / name)],
+                                capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for k in one:
+        torch.testing.assert_close(one[k], two[k], atol=1e-5, rtol=1e-4)    # sums in another order
+
+
+def test_mistakes(pictures, files, tmp_path, capsys):
+    say = lambda *argv: complaint(capsys, train, *argv, "--out", tmp_path / "a")
+    assert "--data nowhere: no such folder" in say(*VQ, "--data", "nowhere")
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    assert "no pictures in it; expected" in say(*VQ, "--data", tmp_path / "empty")
+    assert "--size 20: recipe emoji has stride 4 and ends with a 4x4 map; use --size 16" in say(*VQ, "--size", 20)
+    assert "not divisible by --accum 3" in say(*VQ, "--accum", 3)
+    assert "--schedule fast: choose lin" in say(*VQ, "--schedule", "fast", "--steps", 9)
+    assert "needs --lpips VGG16 HEADS" in say(*VQ, "--lpips-weight", 1)
+    assert "not an image tokenizer" in say(*VAR, "--vae", files[2])
+    assert "the loss is" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30)
+    assert "--out /proc/nowhere: cannot be written" in complaint(capsys, train, *VQ, "--out", "/proc/nowhere")
+
+
+def test_batches_cover_every_epoch_and_continue_anywhere():
+    take = lambda n, **kw: [b for b, _ in zip(train.Batches(10, 4, 0, **kw), range(n))]
+    epoch = [i for batch in take(3) for i, _ in batch]
+    assert sorted(epoch[:10]) == list(range(10)) and epoch[10:] == epoch[:2]
+    assert take(4, first=2) == take(6)[2:]
+    ranks = [take(2, rank=r, world=2) for r in (0, 1)]
+    assert [a + b for a, b in zip(*ranks)] == take(2)
