@@ -21,7 +21,12 @@ def parse_args(argv=None):
     add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
     add("--seed", type=int, default=0, help="picture i is drawn with seed + i, whatever its batch (default 0)")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the matrix products and convolutions")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the matrix products and convolutions",
+    )
     add("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
     add("--steps-grid", action="store_true", help="a filmstrip: one frame per scale")
     add("--no-download", action="store_true", help="never fetch anything")
@@ -32,7 +37,13 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--vae", metavar="FILE|NAME", help="the tokenizer; default: beside --ckpt, else the released one")
     add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
-    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="repeated as needed; default: spread over all classes")
+    add(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="ID|NAME",
+        help="repeated as needed; default: spread over all classes",
+    )
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
     add("--cfg", type=float, help="guidance at the last scale (default 4, demo 2)")
     add("--top-k", type=int, default=900, help="keep so many tokens, 0 = all (default 900)")
@@ -40,9 +51,24 @@ def parse_args(argv=None):
     add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
     add("--image", metavar="FILE", help="the picture to edit")
-    add("--edit", choices=["in", "out", "class"], help="redraw inside --box | outside it | inside it, as the class of --classes")
-    add("--box", type=float, nargs=4, default=[0.1, 0.1, 0.8, 0.8], metavar=("Y0", "X0", "Y1", "X1"), help="shares of the picture")
-    add("--npz", metavar="FILE", help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
+    add(
+        "--edit",
+        choices=["in", "out", "class"],
+        help="redraw inside --box | outside it | inside it, as the class of --classes",
+    )
+    add(
+        "--box",
+        type=float,
+        nargs=4,
+        default=[0.1, 0.1, 0.8, 0.8],
+        metavar=("Y0", "X0", "Y1", "X1"),
+        help="shares of the picture",
+    )
+    add(
+        "--npz",
+        metavar="FILE",
+        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works",
+    )
     add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
@@ -100,7 +126,9 @@ def choose_device(name):
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
         return torch.device("cpu"), "no GPU found"
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(name, lambda: name == "cpu")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(
+        name, lambda: name == "cpu"
+    )
     if not available():
         raise UserError(f"--device {name}: not on this machine; use --device cpu, or leave it out")
     return torch.device(name), "as asked"
@@ -125,8 +153,8 @@ def synchronize(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets them
-    anew page by page, zeroed: on a CPU that costs a run about 4 %. Without glibc nothing happens."""
+    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets
+    them anew page by page, zeroed: on a CPU that costs a run about 4 %. Without glibc nothing happens."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -160,9 +188,13 @@ class PeakMemory:
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints by name
 
-RELEASED = {    # file -> repository on the model hub
-    "vae_ch160v4096z32.pth": "FoundationVision/var", "var_d16.pth": "FoundationVision/var", "var_d20.pth": "FoundationVision/var",
-    "var_d24.pth": "FoundationVision/var", "var_d30.pth": "FoundationVision/var", "var_d36.pth": "FoundationVision/var",
+RELEASED = {  # file -> repository on the model hub
+    "vae_ch160v4096z32.pth": "FoundationVision/var",
+    "var_d16.pth": "FoundationVision/var",
+    "var_d20.pth": "FoundationVision/var",
+    "var_d24.pth": "FoundationVision/var",
+    "var_d30.pth": "FoundationVision/var",
+    "var_d36.pth": "FoundationVision/var",
 }
 
 
@@ -179,12 +211,15 @@ def find_checkpoint(name, download=True):
     if not cached.exists():
         if not download:
             raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
-        fetch(f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{RELEASED[released]}/resolve/main/{released}", cached)
+        fetch(
+            f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{RELEASED[released]}/resolve/main/{released}",
+            cached,
+        )
     return cached
 
 
 def fetch(url, path):
-    """Downloads with a progress bar. What arrived before an interruption is kept and continued; complete files only get `path`."""
+    """Downloads with a progress bar. What came before an interruption is continued; `path` appears when complete."""
     partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,8 +229,10 @@ def fetch(url, path):
             if response.status != 206:                                      # the server starts from the beginning
                 have = 0
             total = have + int(response.headers.get("Content-Length", 0))
-            with open(partial, "ab" if have else "wb") as f, tqdm(total=total or None, initial=have, unit="B", unit_scale=True,
-                                                                  desc=path.name) as bar:
+            with (
+                open(partial, "ab" if have else "wb") as f,
+                tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
+            ):
                 while block := response.read(2 ** 20):
                     f.write(block)
                     bar.update(len(block))
@@ -203,11 +240,15 @@ def fetch(url, path):
             raise UserError(f"{url}: broke off at {partial.stat().st_size} of {total} bytes; run again to continue")
         os.replace(partial, path)
     except urllib.error.HTTPError as e:
-        if e.code == 416:                                                   # nothing left to fetch, or another file: start anew
+        if e.code == 416:  # nothing left to fetch, or another file: start anew
             partial.unlink(missing_ok=True)
-        raise UserError(f"{url}: the server answered {e.code} ({e.reason}); get {path.name} yourself and give its path") from None
+        raise UserError(
+            f"{url}: the server answered {e.code} ({e.reason}); get {path.name} yourself and give its path"
+        ) from None
     except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
-        raise UserError(f"{url}: cannot be reached ({getattr(e, 'reason', e)}); get {path.name} yourself and give its path") from None
+        raise UserError(
+            f"{url}: cannot be reached ({getattr(e, 'reason', e)}); get {path.name} yourself and give its path"
+        ) from None
     except OSError as e:
         raise UserError(f"{partial}: cannot be written ({e.strerror})") from None
 
@@ -270,7 +311,7 @@ def to_pixels(images):
 
 
 def grid(pictures, columns, gap=2, enlarge=None, titles=()):
-    """uint8 (N, h, w, 3) -> one picture, row by row on white; small pictures are enlarged; titles stand over the columns."""
+    """uint8 (N, h, w, 3) -> one picture, row by row on white, small ones enlarged; titles stand over the columns."""
     n, h, w, _ = pictures.shape
     scale = enlarge or max(1, 128 // h)
     h, w = h * scale, w * scale
@@ -283,7 +324,9 @@ def grid(pictures, columns, gap=2, enlarge=None, titles=()):
     if titles:
         sheet = Image.fromarray(sheet)
         for i, title in enumerate(titles):
-            ImageDraw.Draw(sheet).text((i * (w + gap) + w // 2, top // 2), title, "black", ImageFont.load_default(12), anchor="mm")
+            ImageDraw.Draw(sheet).text(
+                (i * (w + gap) + w // 2, top // 2), title, "black", ImageFont.load_default(12), anchor="mm"
+            )
         sheet = np.asarray(sheet)
     return sheet
 
@@ -295,6 +338,14 @@ def save_png(path, picture, text=None):
         info.add_itxt(key, str(value))
     with vq.atomic(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG", pnginfo=info)
+
+
+def last_line(device, device_why, dtype, dtype_why, models, seconds, peak, where, note=""):
+    """The line of truth that every run ends with."""
+    name = next(name for name, d in DTYPES.items() if d == dtype)
+    parameters = sum(p.numel() for model in models for p in model.parameters())
+    return (f"{device} ({device_why}), {name} ({dtype_why}), {parameters / 1e6:.1f} M parameters, "
+            f"{seconds:.2f} s per picture, {note}peak memory {peak() / 1e9:.2f} GB -> {where}")
 
 
 def check_writable(path, flag="--out"):
@@ -315,7 +366,9 @@ def check_writable(path, flag="--out"):
 def write_pictures(out, pictures, text, names=None):
     """One file per picture in a folder; returns what to tell the user."""
     for i, picture in enumerate(pictures):
-        save_png(out / f"{i:05d}.png", picture, text | {"seed": text["seed"] + i} | ({"class": names[i]} if names else {}))
+        save_png(
+            out / f"{i:05d}.png", picture, text | {"seed": text["seed"] + i} | ({"class": names[i]} if names else {})
+        )
     return f"{out}/00000.png .. {len(pictures) - 1:05d}.png"
 
 
@@ -334,7 +387,7 @@ def attention_flops(q, k, v):
 
 
 class Heavy(TorchDispatchMode):
-    """Records every matrix product, convolution and attention call: operator, shapes, strides, scalars, and the stage."""
+    """Records every matrix product, convolution and attention call: operator, layouts, scalars, and the stage."""
 
     def __init__(self, parameters):
         super().__init__()
@@ -348,7 +401,14 @@ class Heavy(TorchDispatchMode):
             spec = tree_map(self._describe, (args, kwargs))
             key = (str(func), repr(spec), self.stage)
             if key not in self.calls:
-                self.calls[key] = [func, spec, self.stage, self._flops(func, args, kwargs, out), _bytes((args, kwargs, out)), 0]
+                self.calls[key] = [
+                    func,
+                    spec,
+                    self.stage,
+                    self._flops(func, args, kwargs, out),
+                    _bytes((args, kwargs, out)),
+                    0,
+                ]
             self.calls[key][-1] += 1
         return out
 
@@ -392,8 +452,8 @@ def _bytes(tree):
 def replay(func, spec, device, seconds=0.3):
     """Best time of one bare call on random inputs of the recorded layout.
 
-    Activations stay in cache from call to call as they do in the model. Weights do not: each call gets other copies, as many
-    as a cache cannot hold, because in the model all other weights are read before the same one's turn comes again.
+    Activations stay in cache from call to call as they do in the model. Weights do not: each call gets another copy, of
+    more than a cache holds, because in the model all other weights are read before the same one's turn comes again.
     """
     weights = []
     tree_map(lambda x: weights.append(x) if isinstance(x, _Tensor) and x.weight else None, spec)
@@ -417,7 +477,7 @@ def replay(func, spec, device, seconds=0.3):
 
 @contextmanager
 def staged(methods, enter):
-    """Wraps methods, {stage: [(object, name), ...]}, so that `enter(stage)` is called before each and enter(None) after."""
+    """Wraps methods, {stage: [(object, name), ...]}: `enter(stage)` is called before each and enter(None) after."""
     wrapped = []
     for stage, places in methods.items():
         for obj, name in places:
@@ -467,7 +527,8 @@ def split_by_stage(run, stages, rest, device):
 def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, repeats=4):
     """Times run() -> images and compares with its bare heavy operators -> the dict that --json writes.
 
-    stages: {name: [(object, method), ...]}; `rest` names what happens outside of them; peak: a PeakMemory from before loading.
+    stages: {name: [(object, method), ...]}; `rest` names what happens outside of them; peak: a PeakMemory from before
+    the weights were loaded.
     """
     weights = sum({p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
     warmup, images = timed(run, device)
@@ -477,11 +538,11 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, re
     if not all(torch.equal(images, again) for _, again in runs):
         raise RuntimeError("the same seed gave different pictures: nothing is reported")
     spent = split_by_stage(run, stages, rest, device)
-    scale = best / sum(spent.values())                                      # the split of that run, scaled to the best one
+    scale = best / sum(spent.values())  # the split of that run, scaled to the best one
     heavy = Heavy(parameters)
     with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy:
         run()
-    totals = {stage: {"seconds": spent[stage] * scale / pictures, "flops": 0, "bytes": 0, "bare": 0.0} for stage in spent}
+    totals = {k: {"seconds": s * scale / pictures, "flops": 0, "bytes": 0, "bare": 0.0} for k, s in spent.items()}
     for func, spec, stage, flops, size, count in tqdm(heavy.calls.values(), desc="bare operators", leave=False):
         total = totals[stage or rest]
         total["flops"] += flops * count / pictures
@@ -490,12 +551,24 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, re
     whole = {k: sum(t[k] for t in totals.values()) for k in ("seconds", "flops", "bytes", "bare")}
     for total in (whole, *totals.values()):
         total["share"] = total.pop("bare") / total["seconds"]
-    return {"model": name, "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
-            "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-            "pictures": pictures, "seconds_per_image": whole["seconds"], "warmup_seconds": warmup, "share": whole["share"],
-            "flops": whole["flops"], "bytes": whole["bytes"], "stages": totals,
-            "variants": {"plain": {"seconds": whole["seconds"], "equal": True}},
-            "peak_memory_bytes": peak_bytes, "weight_bytes": weights}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    return {
+        "model": name,
+        "device": where,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "pictures": pictures,
+        "seconds_per_image": whole["seconds"],
+        "warmup_seconds": warmup,
+        "share": whole["share"],
+        "flops": whole["flops"],
+        "bytes": whole["bytes"],
+        "stages": totals,
+        "variants": {"plain": {"seconds": whole["seconds"], "equal": True}},
+        "peak_memory_bytes": peak_bytes,
+        "weight_bytes": weights,
+    }
 
 
 def print_bench(b, tokens):
@@ -505,8 +578,8 @@ def print_bench(b, tokens):
     for stage, s in [*b["stages"].items(), ("total", b | {"seconds": b["seconds_per_image"]})]:
         print(f"{stage:<14}{s['seconds']:>10.3f}{s['flops'] / 1e9:>9.1f}{s['flops'] / s['seconds'] / 1e9:>9.0f}"
               f"{s['bytes'] / 1e9:>7.1f}{s['share']:>21.2f}")
-    print(f"{tokens / b['seconds_per_image']:.1f} tokens/s; first run {b['warmup_seconds'] / b['pictures']:.2f} s/picture; the share is the "
-          "time of the bare matrix products, convolutions and attention calls / the time of the run")
+    print(f"{tokens / b['seconds_per_image']:.1f} tokens/s; first run {b['warmup_seconds'] / b['pictures']:.2f} s/picture"
+          "; the share is the time of the bare matrix products,\nconvolutions and attention calls / the time of the run")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
 
 
@@ -533,12 +606,16 @@ def load_var(args, device, dtype):
     model = var.load(ckpt, dtype=dtype)
     c = model.config
     released = (c.vocab_size, c.z_channels) == (4096, 32)
-    vae = find_companion(args.vae, ckpt, "vae_ch160v4096z32.pth" if released else "emoji_vq.safetensors", not args.no_download, "--vae")
+    vae = find_companion(
+        args.vae, ckpt, "vae_ch160v4096z32.pth" if released else "emoji_vq.safetensors", not args.no_download, "--vae"
+    )
     tokenizer = vq.load(vae, patch_nums=c.patch_nums, dtype=dtype)
     t = tokenizer.config
     if (t.vocab_size, t.z_channels) != (c.vocab_size, c.z_channels):
-        raise UserError(f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on {c.vocab_size} of "
-                        f"{c.z_channels}; give the tokenizer it was trained with as --vae")
+        raise UserError(
+            f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on {c.vocab_size} of "
+            f"{c.z_channels}; give the tokenizer it was trained with as --vae"
+        )
     return tokenizer.to(device), model.to(device), read_metadata(ckpt), Path(ckpt).name
 
 
@@ -551,8 +628,10 @@ def choose_labels(args, config, names):
         elif c.lstrip("-").isdigit() and 0 <= int(c) <= config.num_classes:
             chosen.append(int(c))
         else:
-            raise UserError(f"--classes {c}: expected an id 0 .. {config.num_classes - 1}, {config.num_classes} for no class"
-                            + (", or a name that --list-classes prints" if names else ""))
+            raise UserError(
+                f"--classes {c}: expected an id 0 .. {config.num_classes - 1}, {config.num_classes} for no class"
+                + (", or a name that --list-classes prints" if names else "")
+            )
     n = args.n or (len(chosen) if chosen else 50 * config.num_classes if args.npz else 16)
     if chosen:
         return [chosen[i % len(chosen)] for i in range(n)]
@@ -563,10 +642,17 @@ def choose_labels(args, config, names):
 
 def check_var_args(args):
     """What argparse does not check."""
-    for flag, value, low, high in (("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--top-k", args.top_k, 0, None),
-                                   ("--top-p", args.top_p, 0, 1), ("--cfg", args.cfg, 0, None)):
+    for flag, value, low, high in (
+        ("-n", args.n, 1, None),
+        ("--batch-size", args.batch_size, 1, None),
+        ("--top-k", args.top_k, 0, None),
+        ("--top-p", args.top_p, 0, 1),
+        ("--cfg", args.cfg, 0, None),
+    ):
         if value is not None and not (low <= value and (high is None or value <= high)):
-            raise UserError(f"{flag} {value}: expected " + (f"{low} .. {high}" if high is not None else f"at least {low}"))
+            raise UserError(
+                f"{flag} {value}: expected " + (f"{low} .. {high}" if high is not None else f"at least {low}")
+            )
     y0, x0, y1, x1 = args.box
     if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
         raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
@@ -592,11 +678,18 @@ def sample_var(args):
     tokenizer, model, metadata, name = load_var(args, device, dtype)
     names = metadata.get("classes", [])
     if args.list_classes:
-        print("\n".join(f"{i:4d}  {c}" for i, c in enumerate(names)) or f"{name}: {model.config.num_classes} classes, no names in the file")
+        print(
+            "\n".join(f"{i:4d}  {c}" for i, c in enumerate(names))
+            or f"{name}: {model.config.num_classes} classes, no names in the file"
+        )
         return
     labels = choose_labels(args, model.config, names)
-    options = dict(cfg=args.cfg if args.cfg is not None else metadata.get("cfg", 4.0), top_k=args.top_k, top_p=args.top_p,
-                   more_smooth=args.smooth)
+    options = dict(
+        cfg=args.cfg if args.cfg is not None else metadata.get("cfg", 4.0),
+        top_k=args.top_k,
+        top_p=args.top_p,
+        more_smooth=args.smooth,
+    )
     if args.bench:
         return bench_var(args, tokenizer, model, name, labels, options, device, dtype, peak)
     settings = {"model": "var", "checkpoint": name, "seed": args.seed} | options
@@ -626,13 +719,7 @@ def sample_var(args):
         where = out
     else:
         where = write_pictures(out, pictures, settings, [c for c in named for _ in range(frames)])
-    parameters = sum(p.numel() for m in (tokenizer, model) for p in m.parameters())
-    print(f"{device} ({device_why}), {args.dtype if args.dtype != 'auto' else short(dtype)} ({dtype_why}), "
-          f"{parameters / 1e6:.1f} M parameters, {seconds / len(labels):.2f} s per picture, peak memory {peak() / 1e9:.2f} GB -> {where}")
-
-
-def short(dtype):
-    return next(name for name, d in DTYPES.items() if d == dtype)
+    print(last_line(device, device_why, dtype, dtype_why, (tokenizer, model), seconds / len(labels), peak, where))
 
 
 def mask_picture(keep, side):
@@ -659,13 +746,15 @@ def draw_all(args, tokenizer, model, labels, options, device):
 def write_npz(args, path, tokenizer, model, labels, options, settings, device, chunk=250):
     """All pictures as one array arr_0 (N, h, w, 3) uint8, in chunks that survive an interruption.
 
-    Every picture has its own generator, so the result depends neither on the batch size nor on how many processes share the work.
+    Every picture has its own generator: neither the batch size nor the number of processes changes it.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(exist_ok=True)
     note = parts / "settings.json"
-    wanted = json.dumps(settings | {"n": len(labels), "classes": args.classes, "one_generator": args.one_generator and args.batch_size})
+    wanted = json.dumps(
+        settings | {"n": len(labels), "classes": args.classes, "one_generator": args.one_generator and args.batch_size}
+    )
     if note.exists() and note.read_text() != wanted:
         raise UserError(f"{parts}: holds pictures of other settings; delete it, or choose another --npz")
     with vq.atomic(note) as temporary:
@@ -695,7 +784,9 @@ def merge_npz(path, chunks, n):
     """Streams .npy chunks into one .npz: 50,000 pictures of 256 pixels are 10 GB and need not be in memory at once."""
     first = np.load(chunks[0], mmap_mode="r")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z, z.open("arr_0.npy", "w", force_zip64=True) as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])})
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
+        )
         for chunk in chunks:
             f.write(np.load(chunk).tobytes())
 
@@ -704,8 +795,11 @@ def bench_var(args, tokenizer, model, name, labels, options, device, dtype, peak
     """--bench: -n pictures in one batch (default one)."""
     labels = labels[:args.n or 1]
     run = lambda: draw_batch(args, tokenizer, model, labels, 0, options, device)[0]
-    stages = {"sampling": [(model, "_draw")], "quantizer": [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")],
-              "decoder": [(tokenizer, "decode")]}
+    stages = {
+        "sampling": [(model, "_draw")],
+        "quantizer": [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")],
+        "decoder": [(tokenizer, "decode")],
+    }
     parameters = [*tokenizer.parameters(), *model.parameters()]
     result = bench(name, run, stages, "transformer", parameters, device, dtype, len(labels), peak)
     print_bench(result, sum(p * p for p in model.config.patch_nums))
@@ -734,7 +828,9 @@ def sample_vq(args):
     dtype, dtype_why = choose_dtype(args.dtype, device)
     out = check_writable(Path(args.out or "out/vq.png"))
     peak = PeakMemory(device)
-    tokenizer = vq.load(find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors", dtype=dtype)
+    tokenizer = vq.load(
+        find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors", dtype=dtype
+    )
     c, tokenizer = tokenizer.config, tokenizer.to(device)
     tiles = [read_picture(file) for file in args.image] if args.image else demo_tiles()[0][19::240]
     rows, scores, used, seconds = [], [], set(), 0.0
@@ -757,10 +853,13 @@ def sample_vq(args):
         out = out.with_suffix("")
         check_writable(out)
         for i, row in enumerate(rows):
-            save_png(out / f"{i:05d}.png", grid(row, len(row), titles=titles), {"model": "vq", "checkpoint": args.ckpt or "demo"})
-    print(f"{device} ({device_why}), {short(dtype)} ({dtype_why}), {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f} M parameters, "
-          f"{seconds / len(rows):.2f} s per picture, PSNR {np.mean(scores):.2f} dB, {len(used)} of {c.vocab_size} codes used, "
-          f"peak memory {peak() / 1e9:.2f} GB -> {out}")
+            save_png(
+                out / f"{i:05d}.png",
+                grid(row, len(row), titles=titles),
+                {"model": "vq", "checkpoint": args.ckpt or "demo"},
+            )
+    note = f"PSNR {np.mean(scores):.2f} dB, {len(used)} of {c.vocab_size} codes used, "
+    print(last_line(device, device_why, dtype, dtype_why, (tokenizer,), seconds / len(rows), peak, out, note))
 
 
 def fit(picture, config, keep_size):
@@ -770,7 +869,9 @@ def fit(picture, config, keep_size):
         return square(picture, stride * last), config.patch_nums
     w, h = picture.width // stride, picture.height // stride                # in cells
     if min(w, h) < 1:
-        raise UserError(f"a picture of {picture.width}x{picture.height} is smaller than one cell of {stride}x{stride} pixels")
+        raise UserError(
+            f"a picture of {picture.width}x{picture.height} is smaller than one cell of {stride}x{stride} pixels"
+        )
     patch_nums = [(max(1, round(p * h / last)), max(1, round(p * w / last))) for p in config.patch_nums]
     return picture.crop((0, 0, w * stride, h * stride)), patch_nums
 
@@ -786,7 +887,7 @@ MODELS = {"var": sample_var, "vq": sample_vq}
 
 
 def guarded(run, args):
-    """Runs a command. Mistakes of the user's become one line and exit code 2, Ctrl-C 130; anything else is a bug and shows itself."""
+    """Runs a command. Mistakes of the user's become one line and exit code 2, Ctrl-C 130; a bug shows itself."""
     keep_freed_memory()
     try:
         run(args)

@@ -1,6 +1,6 @@
 """Train every part: one flat loop, one file.
 
-    python train.py vq                              the demo tokenizer on the emoji sheet, about an hour on two CPU cores
+    python train.py vq                              the demo tokenizer, on the emoji sheet; under an hour on two cores
     python train.py var --vae runs/vq/model.safetensors
     python train.py vq  --recipe imagenet --data DIR --lpips vgg16.pth vgg_lpips.pth
     python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
@@ -12,36 +12,47 @@ state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv and 
 import argparse
 import sys
 
-# What the papers trained with, and the demo. Flags of the same name override an entry.
-COMMON = dict(epochs=0, steps=0, accum=1, clip=2.0, ema=0.0, wd=0.05, wd_end=0.0, betas=(0.9, 0.95), warmup=0.02, warmup_from=0.005,
-              schedule="lin0", final_lr=0.1, dtype="fp32")
+# What the papers trained with, and the demo. Flags of the same name override an entry. lr is for the whole batch (the
+# papers' base lr * batch / 256); warmup is a share of the steps; final_lr is relative to lr; wd_end 0 means like wd.
+COMMON = dict(
+    epochs=0, steps=0, accum=1, lr=1e-4, schedule="lin0", warmup=0.02, warmup_from=0.005, final_lr=0.1,
+    wd=0.05, wd_end=0.0, betas=(0.9, 0.95), clip=2.0, ema=0.0, dtype="fp32",
+)
+# VAR's authors released no tokenizer recipe. "imagenet" is LlamaGen's, with VAR's losses and a cure for dead codes.
+VQ = COMMON | dict(
+    model="vae_ch160v4096z32", size=256, epochs=40, batch_size=128, schedule="const", wd=0.0, clip=1.0, ema=0.9999,
+    dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000,
+    warm_steps=0, restart_after=1000, restart_until=0.7,
+)
+VQ_EMOJI = dict(
+    model="emoji_vq", size=32, epochs=0, steps=5000, batch_size=16, lr=1e-3, schedule="lin00", final_lr=0.01,
+    betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0,
+    warm_steps=300, restart_after=300,
+)
+# init_gamma: scale of the AdaLN gates at the start
+VAR = COMMON | dict(size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16")
+LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
+VAR_EMOJI = dict(
+    model="emoji_var", size=32, steps=3000, batch_size=64, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
+)
 RECIPES = {
-    "vq": {
-        "emoji": COMMON | dict(model="emoji_vq", size=32, steps=6000, batch_size=16, lr=1e-3, schedule="lin00", final_lr=0.01, wd=0.0,
-                               betas=(0.9, 0.99), l1=1.0, l2=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0, warm_steps=300,
-                               restart_after=300, restart_until=0.7),
-        # VAR's authors released no tokenizer recipe. This one is LlamaGen's, with VAR's losses and a cure for dead codes.
-        "imagenet": COMMON | dict(model="vae_ch160v4096z32", size=256, epochs=40, batch_size=128, lr=1e-4, schedule="const", wd=0.0,
-                                  clip=1.0, ema=0.9999, dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5,
-                                  disc_start=20000, warm_steps=0, restart_after=1000, restart_until=0.7),
-    },
-    "var": {    # notes: lr is for the whole batch, base lr * batch / 256; init_gamma is the scale of the AdaLN gates at start
-        "emoji": COMMON | dict(model="emoji_var", size=32, steps=3000, batch_size=64, lr=1e-3, wd=0.05, init_gamma=1e-1, ema=0.998),
-        "d16": COMMON | dict(model="var_d16", size=256, epochs=200, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16"),
-        "d20": COMMON | dict(model="var_d20", size=256, epochs=250, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16"),
-        "d24": COMMON | dict(model="var_d24", size=256, epochs=350, batch_size=768, lr=2.4e-4, init_gamma=1e-4, final_lr=0.01,
-                             dtype="fp16"),
-        "d30": COMMON | dict(model="var_d30", size=256, epochs=350, batch_size=1024, lr=3.2e-4, init_gamma=1e-5, final_lr=0.01,
-                             wd_end=0.08, dtype="fp16"),
-        "d36": COMMON | dict(model="var_d36", size=512, epochs=350, batch_size=768, lr=2.4e-4, init_gamma=5e-6, final_lr=0.01,
-                             wd_end=0.08, dtype="fp16"),
+    "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
+    "var": {
+        "emoji": VAR | VAR_EMOJI,
+        "d16": VAR | dict(model="var_d16", epochs=200),
+        "d20": VAR | dict(model="var_d20", epochs=250),
+        "d24": VAR | LARGE | dict(model="var_d24", init_gamma=1e-4),
+        "d30": VAR | LARGE | dict(model="var_d30", batch_size=1024, lr=3.2e-4, init_gamma=1e-5, wd_end=0.08),
+        "d36": VAR | LARGE | dict(model="var_d36", size=512, init_gamma=5e-6, wd_end=0.08),
     },
 }
 
 
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
-    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)      # complaints of one line
+    style = dict(
+        formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )  # complaints of one line
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
     for name, recipes in RECIPES.items():
@@ -73,9 +84,20 @@ def parse_args(argv=None):
         add("--val-every", type=int, default=500)
         add("--sample-every", type=int, default=500)
         add("--save-every", type=int, default=500)
-        add("--stop-after", type=int, default=0, metavar="STEPS", help="save and stop after so many steps of this session")
+        add(
+            "--stop-after",
+            type=int,
+            default=0,
+            metavar="STEPS",
+            help="save and stop after so many steps of this session",
+        )
         if name == "vq":
-            add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
+            add(
+                "--lpips",
+                nargs=2,
+                metavar=("VGG16", "HEADS"),
+                help="torchvision's vgg16 weights, and LPIPS' linear heads",
+            )
             for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
                 add(f"--{flag}", type=float, help="weight of that loss")
             add("--disc-start", type=int, help="first step of the discriminator")
@@ -84,10 +106,17 @@ def parse_args(argv=None):
         else:
             add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
             add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
-            add("--cache-crops", type=int, default=1, help="tokenize each picture so often, once, before training (1: centre "
-                                                           "crop); 0: tokenize random crops on the fly")
+            add(
+                "--cache-crops",
+                type=int,
+                default=1,
+                help="tokenize each picture so often, once, before training (1: centre "
+                "crop); 0: tokenize random crops on the fly",
+            )
             add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
     args = parser.parse_args(argv)
+    if args.epochs and not args.steps:
+        args.steps = 0                                                      # the recipe's steps do not count then
     for key, value in RECIPES[args.model_name][args.recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -148,8 +177,8 @@ class EmojiSheet:
 class PictureFolder:
     """DIR/class/picture.*; every item is (index, crop seed), crop seed None for the centre crop.
 
-    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. In place of an unreadable file comes the
-    next readable one, and its path is handed on.
+    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. In place of an unreadable file comes
+    the next readable one, and its path is handed on.
     """
 
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -162,7 +191,9 @@ class PictureFolder:
         files = [(p, c) for c, name in enumerate(self.classes) for p in sorted((root / name).rglob("*"))
                  if p.suffix.lower() in self.SUFFIXES]
         if not files:
-            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or .png, .webp, .bmp)")
+            raise UserError(
+                f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or .png, .webp, .bmp)"
+            )
         if split:
             files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
         self.files = [str(p) for p, _ in files]
@@ -209,7 +240,10 @@ def open_pictures(args):
     if args.data == "demo":
         return EmojiSheet(args.size), EmojiSheet(args.size, train=False)
     if args.val_data:
-        train, val = PictureFolder(args.data, args.size, split=False), PictureFolder(args.val_data, args.size, split=False)
+        train, val = (
+            PictureFolder(args.data, args.size, split=False),
+            PictureFolder(args.val_data, args.size, split=False),
+        )
         if train.classes != val.classes:
             raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
         return train, val
@@ -226,7 +260,9 @@ class TokenCache:
     def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
         self.classes, self.crops, n = pictures.classes, crops, len(pictures)
         weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in tokenizer.quantize.parameters()))
-        key = hashlib.sha256(f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}".encode()).hexdigest()[:12]
+        key = hashlib.sha256(f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}".encode()).hexdigest()[
+            :12
+        ]
         path = Path(folder) / f"tokens_{tag}_{key}.safetensors"
         if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
             self._fill(pictures, tokenizer, patch_nums, device, path)
@@ -238,7 +274,9 @@ class TokenCache:
     def _fill(self, pictures, tokenizer, patch_nums, device, path):
         items = [(i, (i, c) if self.crops > 1 else None) for i in range(len(pictures)) for c in range(self.crops)]
         tokens, labels, broken = [], [], set()
-        for start in tqdm(range(0, len(items), 64), desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
+        for start in tqdm(
+            range(0, len(items), 64), desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False
+        ):
             read = [pictures.__getitems__([item]) for item in items[start:start + 64]]
             broken.update(path for *_, paths in read for path in paths)
             read = [(pixels, label) for pixels, label, paths in read if not paths]
@@ -264,7 +302,7 @@ def report_broken(paths, total):
 
 
 class Batches:
-    """Endless batches of (index, crop seed), a pure function of the seed and the batch's number: that makes runs resumable.
+    """Endless batches of (index, crop seed), a function of seed and batch number alone: that makes runs resumable.
 
     Every epoch is a new permutation; its last batch is filled from the epoch's start. Ranks take contiguous shares.
     """
@@ -294,7 +332,7 @@ def to_input(pixels, device):
 
 
 class TokenizerTask:
-    """`train.py vq`: pixels, quantizer, LPIPS and adversarial losses; codes are initialised from features and restarted."""
+    """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses; codes start from features and are restarted."""
 
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
     val_metrics = ["psnr", "usage"]
@@ -302,17 +340,20 @@ class TokenizerTask:
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = vq.CONFIGS[args.model]
-        if args.size // config.stride != config.patch_nums[-1]:
+        cells = config.patch_nums[-1]
+        if args.size != config.stride * cells:
             raise UserError(f"--size {args.size}: recipe {args.recipe} has stride {config.stride} and ends with a "
-                            f"{config.patch_nums[-1]}x{config.patch_nums[-1]} map; use --size {config.stride * config.patch_nums[-1]}")
+                            f"{cells}x{cells} map; use --size {config.stride * cells}")
         self.model = vq.build(vq.VQVAE, config).to(device)
         self.model.init_weights(g)
         lpips = discriminator = self.disc_optimizer = None
         if args.lpips:
             lpips = vq.load_lpips(*args.lpips).to(device)
         elif args.lpips_weight:
-            raise UserError("this recipe needs --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth and LPIPS' vgg.pth), "
-                            "or --lpips-weight 0 to train without")
+            raise UserError(
+                "this recipe needs --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth and LPIPS' vgg.pth), "
+                "or --lpips-weight 0 to train without"
+            )
         if args.disc_weight:
             discriminator = vq.PatchDiscriminator().to(device)
             discriminator.init_weights(g)
@@ -414,7 +455,9 @@ class VARTask:
             raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
         self.train_set, self.val_set = train_set, val_set
         if args.cache_crops:
-            cache = lambda pictures, crops, tag: TokenCache(pictures, self.tokenizer, self.patch_nums, crops, device, args.out, tag)
+            cache = lambda pictures, crops, tag: TokenCache(
+                pictures, self.tokenizer, self.patch_nums, crops, device, args.out, tag
+            )
             self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, 1, "val")
         self.splits = [p * p for p in self.patch_nums]
 
@@ -474,8 +517,9 @@ TASKS = {"vq": TokenizerTask, "var": VARTask}
 def learning_rate(schedule, step, steps, warmup_steps, warmup_from, final):
     """Learning rate / peak at a step. Linear warm-up, a plateau, then the fall that the schedule is named after.
 
-    lin, lin0, lin00: straight line to `final` after a plateau of 15, 5 or 0 % of the steps; cos: half cosine; exp: geometric
-    after 15 %; linT, e.g. lin0.8: two straight lines that meet at share T, half-way between 1 and the single line; const: none.
+    lin, lin0, lin00: straight line to `final` after a plateau of 15, 5 or 0 % of the steps; cos: half cosine; exp:
+    geometric after 15 %; linT, e.g. lin0.8: two straight lines that meet at share T, half-way between 1 and the single
+    line; const: no fall.
     """
     if step < warmup_steps:
         return warmup_from + (1 - warmup_from) * step / warmup_steps
@@ -549,7 +593,9 @@ class Log:
 
     def __init__(self, path, task, resume_step):
         self.path = path
-        self.columns = ["step", "loss", "lr", "grad_norm", "seconds"] + task.metrics + [f"val_{m}" for m in task.val_metrics]
+        self.columns = (
+            ["step", "loss", "lr", "grad_norm", "seconds"] + task.metrics + [f"val_{m}" for m in task.val_metrics]
+        )
         rows = []
         if resume_step and path.exists():
             rows = [row for row in csv.DictReader(open(path, encoding="utf-8")) if int(row["step"]) <= resume_step]
@@ -570,7 +616,7 @@ def leave_signals_to_parent(_):
 
 
 class StopOnSignal:
-    """Ctrl-C and SIGTERM end the run after the step in progress, with its state saved; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step in progress, with its state saved; a second one ends it at once."""
 
     def __enter__(self):
         self.asked = False
@@ -592,21 +638,34 @@ def prepare_folder(args):
     out = sample.check_writable(Path(args.out))
     (out / "samples").mkdir(exist_ok=True)
     if args.resume == "no" and (out / "state.pt").exists():
-        raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder")
+        raise UserError(
+            f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder"
+        )
     return out
 
 
 def save_state(out, step, task, average, optimizer, scaler, g, args):
     """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
-    state = {"step": step, "model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "average": average.state_dict() if average is not task.model else None, "generator": g.get_state(),
-             "task": task.state_dict(), "recipe": args.recipe, "model_name": args.model_name, "steps": args.steps}
+    state = {
+        "step": step,
+        "model": task.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "average": average.state_dict() if average is not task.model else None,
+        "generator": g.get_state(),
+        "task": task.state_dict(),
+        "recipe": args.recipe,
+        "model_name": args.model_name,
+        "steps": args.steps,
+    }
     try:
         with vq.atomic(out / "state.pt") as temporary:
             torch.save(state, temporary)
         task.save(average, out / "model.safetensors")
     except (OSError, RuntimeError) as e:
-        raise UserError(f"--out {out}: could not save step {step} ({e}); the files of the last save are intact") from None
+        raise UserError(
+            f"--out {out}: could not save step {step} ({e}); the files of the last save are intact"
+        ) from None
 
 
 def load_state(path, task, average, optimizer, scaler, g, args, device):
@@ -614,7 +673,8 @@ def load_state(path, task, average, optimizer, scaler, g, args, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if (state["model_name"], state["steps"]) != (args.model_name, args.steps):
-            raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; give the same flags, or another --out")
+            raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; "
+                            "give the same flags, or another --out")
         task.model.load_state_dict(state["model"])
         if state["average"]:
             average.load_state_dict(state["average"])
@@ -623,12 +683,14 @@ def load_state(path, task, average, optimizer, scaler, g, args, device):
         g.set_state(state["generator"].cpu())
         task.load_state_dict(state["task"])
     except (RuntimeError, KeyError, EOFError) as e:
-        raise UserError(f"{path}: cannot continue from it ({str(e).splitlines()[0]}); delete it or choose another --out") from None
+        raise UserError(
+            f"{path}: cannot continue from it ({str(e).splitlines()[0]}); delete it or choose another --out"
+        ) from None
     return state["step"]
 
 
 def train(args):
-    """The loop. Every random number comes from `g` or from (seed, step), so a resumed run equals an uninterrupted one."""
+    """Sets a run up. All random numbers come from `g` or (seed, step): a resumed run equals an uninterrupted one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, why = sample.choose_device(args.device)
     if world > 1:
@@ -636,7 +698,9 @@ def train(args):
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.batch_size % (args.accum * world):
-        raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times {world} processes")
+        raise UserError(
+            f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times {world} processes"
+        )
     out = prepare_folder(args)
     train_set, val_set = open_pictures(args)
     g = torch.Generator(device).manual_seed(args.seed)                      # the same weights on every rank
@@ -718,9 +782,9 @@ def run(args, out, task, average, optimizer, scaler, g, first, rank, world, devi
                 break
     report_broken(broken, len(task.train_set))
     if rank == 0:
-        print(f"{'interrupted' if stop.asked else 'stopped' if end < args.steps else 'done'} at step {done} of {args.steps}, "
-              f"{time.perf_counter() - started:.0f} s; weights in {out}/model.safetensors"
-              + ("" if done == args.steps else "; go on with --resume auto"))
+        how = "interrupted" if stop.asked else "stopped" if end < args.steps else "done"
+        print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; "
+              f"weights in {out}/model.safetensors" + ("" if done == args.steps else "; go on with --resume auto"))
     if stop.asked:
         sys.exit(130)
 

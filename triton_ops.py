@@ -1,4 +1,4 @@
-"""The five operations that every model here spends its non-matmul time in, each with one contract.
+"""The operations that the models spend their time in besides matrix products, each with one contract.
 
     op               used by                     replaces
     adaln_modulate   var, infinity               LayerNorm, scale, shift (and the gated residual add before it)
@@ -11,7 +11,7 @@ What stands here is plain torch: the mathematical definition, the fallback on ev
 kernel has to equal. REGISTRY at the end lists each op with inputs, bytes and tolerance; tests and benchmarks iterate
 over it, so an op cannot exist without them. Importing this file needs torch only and has no side effect.
 
-Arithmetic is float32 inside whatever the inputs are; results are rounded once, at the end.
+Arithmetic is float32 inside, whatever the inputs are.
 """
 from dataclasses import dataclass
 from typing import Callable
@@ -25,8 +25,8 @@ def _wide(t):
     return t if t.dtype == torch.float64 else t.float()
 
 
-# Floats of scratch per slice of a nearest-code search: 8M floats = 32 MB, about what stays in a last-level cache.
-SEARCH_CHUNK = 8 * 2**20
+# Distances per slice of a nearest-code search: 4M floats = 16 MB, which a last-level cache holds.
+SEARCH_CHUNK = 4 * 2**20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
 
     x:            (B, L, C), any float dtype: the input, or the output of the branch that has just been computed
     scale, shift: (B, 1, C) or (1, 1, C), or both None for the norm alone; gate likewise (None means 1)
-    kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps), then * weight
+    kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps) * weight
     residual:     (B, L, C), the residual stream; its dtype is that of h
     returns       y (B, L, C) in out_dtype (default x.dtype), or (y, h) if a residual was given
     """
@@ -66,7 +66,7 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
 def rotate_pairs(x, cos, sin):
     """Rotates the pairs (x[2i], x[2i+1]) by their angle: (a cos - b sin, a sin + b cos).
 
-    x: (B, L, H, D); cos, sin: (L, D / 2). The first half of the angles belongs to rows, the second to columns (2D RoPE).
+    x: (B, L, H, D); cos, sin: (L, D / 2). In 2D RoPE the first half of the angles is for rows, the second for columns.
     """
     a, b = x[..., 0::2], x[..., 1::2]               # (B, L, H, D / 2)
     cos, sin = cos[None, :, None], sin[None, :, None]
@@ -106,10 +106,10 @@ def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_ca
 def filter_logits(logits, top_k=0, top_p=0.0):
     """Sets to -inf what top-k, and then top-p on the rest, remove.
 
-    logits: (..., V); top_k: keep the k largest and their ties, 0 = all; top_p: of these keep a value if the probability
-    mass of all larger ones is below top_p, so the largest always stays; 0 or 1 = all.
+    logits: (..., V); top_k: keep the k largest and their ties, 0 = all; top_p: of these keep a value, and its ties, if
+    the probability mass of all larger ones is below top_p, so the largest always stays; 0 or 1 = all.
 
-    Only the top_k survivors are sorted. The originals sort all V logits once more for top-p; the kept set is the same.
+    Only the top_k survivors are sorted; the originals sort all V logits once more for top-p, to the same effect.
     """
     V = logits.shape[-1]
     top_k = min(top_k, V) if top_k > 0 else V
@@ -161,8 +161,8 @@ def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p
 def vq_nearest(z, codebook, *, l2norm=False):
     """Index of the nearest codebook row: argmin_v |z|^2 + |e_v|^2 - 2 z.e_v, the lowest index on ties.
 
-    z: (N, C); codebook: (V, C); l2norm: normalise both first. Computed in float32 and never in TF32 on CPU; on CUDA the
-    caller's matmul precision applies. returns (N,) int64.
+    z: (N, C); codebook: (V, C); l2norm: normalise both first; returns (N,) int64. On CUDA leave torch's float32 matmul
+    precision at "highest", its default: TF32 flips indices.
     """
     z, codebook = _wide(z), _wide(codebook)
     if l2norm:
@@ -178,7 +178,7 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
 
 def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
-    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last; the result keeps the memory format and dtype."""
+    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last; keeps the memory format and the dtype."""
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 

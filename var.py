@@ -1,31 +1,35 @@
 """VAR: class -> image by next-scale prediction. Full definition of the model, all of it in this single file.
 
-An autoregressive transformer whose step is not the next token but the next *resolution*. The tokenizer (vq.py) describes
-a picture by token maps of growing size, 1x1, 2x2, ... 16x16. Step k predicts all p_k * p_k tokens of scale k at once and
-in parallel, from the class and from all coarser maps: ten steps instead of 256, and no raster order to unlearn.
+An autoregressive transformer whose step is not the next token but the next *resolution*. The tokenizer (vq.py) turns
+a picture into token maps of growing size, 1x1, 2x2, ... 16x16: grids of codebook indices, each encoding what the
+coarser ones left over. Step k predicts all p_k * p_k tokens of map k at once, from the class and all coarser maps: ten
+steps instead of 680, and no left-to-right order imposed on a picture.
 
-    class c --> embed --+--> condition of every AdaLN: gates, scales and shifts, the same at all scales
+    class c --> embed --+--> condition of every AdaLN: gates, scales and shifts, the same in all steps
                         |
                    scale 0          scale 1            scale 2                  scale 9
     inputs         c + start        word(f_hat 2x2)    word(f_hat 3x3)   ...    word(f_hat 16x16)   + level + position
                         |                |                  |                       |
-    transformer    sees 1 token     sees 1 + 4         sees 1 + 4 + 9           sees all 680       (block-causal attention)
+    transformer    sees 1 token     sees 1 + 4         sees 1 + 4 + 9           sees all 680         block-causal
                         |                |                  |                       |
     logits         1 x 4096         4 x 4096           9 x 4096                 256 x 4096
-                        |                |                  |                       |
-    tokens -> codes -> phi(bicubic(.)) added to f_hat; f_hat resized to the next scale is the next input; decoded at the end
+
+    tokens -> codes -> phi(bicubic(.)) added to f_hat, the picture so far; f_hat resized to the next scale is its input
 
 How it differs from a textbook GPT:
-- the input at scale k is not the embedding of earlier tokens but the picture so far (f_hat), resized to the scale at hand;
-- attention is full within a scale and causal between scales; at sampling time that needs a KV cache but no mask;
-- q and k have length 1, times a learned temperature per head; keys have no bias;
-- AdaLN-Zero conditioning as in DiT; from depth 36 on one AdaLN map is shared by all blocks;
-- classifier-free guidance grows with the scale: none at 1x1, full at the last.
+- the input at scale k is not an embedding of earlier tokens but f_hat, the sum of all coarser maps, resized to scale k.
+  Training computes it from the true tokens, sampling from the drawn ones; the same tokens give the same inputs;
+- attention is full within a scale and causal between scales. In training that takes a mask. In sampling a whole scale
+  goes in at once and the KV cache holds coarser scales only, so everything present may be looked at;
+- q and k have length 1, times a learned sharpness per head; keys have no bias;
+- AdaLN-Zero conditioning as in DiT; var_d36 (and the demo) shares one AdaLN map among all blocks;
+- classifier-free guidance grows linearly over the scales, from none at 1x1.
 
-Letters: B batch, L tokens of all scales (680), l tokens of one scale, C width, H heads, D head dim, V codebook size,
-K number of scales, p side of a scale's token map, Cv codebook channels.
-Paper: Visual Autoregressive Modeling, arXiv 2404.02905. Released weights (FoundationVision/var), beside the tokenizer file:
-var_d16.pth 310 M, var_d20.pth 601 M, var_d24.pth 1.0 B, var_d30.pth 2.0 B parameters at 256 pixels, var_d36.pth 2.4 B at 512.
+Letters: B batch, R rows (2B with guidance, else B), L tokens of all scales (680 at 256 pixels, 2240 at 512), l tokens
+of one scale, C width, H heads, D head dim, V codebook size, K number of scales, p side of a token map, Cv codebook
+channels. Paper: Visual Autoregressive Modeling, arXiv 2404.02905. Released weights, repository FoundationVision/var:
+var_d16.pth 310 M, var_d20.pth 601 M, var_d24.pth 1.0 B, var_d30.pth 2.0 B parameters at 256 pixels, var_d36.pth 2.4 B
+at 512; all with the tokenizer vae_ch160v4096z32.pth.
 
     tokenizer, model = vq.load("vae_ch160v4096z32.pth"), var.load("var_d16.pth")
     images = model.sample(tokenizer, labels=torch.tensor([207, 360]), cfg=4, top_k=900, top_p=0.95,
@@ -46,7 +50,7 @@ from triton_ops import adaln_modulate, exponential_noise, filter_logits, qk_norm
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a VAR. `load` reads all of them but the dropout rates from a released file."""
+    """Sizes of a VAR. Released files tell all but norm_eps and class_drop; drop_path follows from the depth."""
 
     depth: int = 16
     width: int = 1024                           # C; released models: 64 * depth
@@ -58,7 +62,7 @@ class Config:
     mlp_ratio: int = 4
     norm_eps: float = 1e-6
     shared_adaln: bool = False                  # one AdaLN map for all blocks, plus a table in each (depth 36)
-    attn_l2_norm: bool = True                   # q and k of length 1 (all files but the very first uploads)
+    attn_l2_norm: bool = True                   # q and k of length 1: all files but the very first uploads
     class_drop: float = 0.1                     # share of labels replaced by the null class in training
     drop_path: float = 0.1 * 16 / 24            # of the last block; grows linearly from 0 at the first
 
@@ -84,7 +88,7 @@ CONFIGS = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention over this scale's tokens and, through the cache or the mask, all coarser scales' tokens."""
+    """Multi-head attention over the tokens of this scale and of all coarser ones (there by mask, or in the cache)."""
 
     def __init__(self, config):
         super().__init__()
@@ -94,7 +98,7 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
         self.proj = nn.Linear(C, C)
         if self.l2_norm:
-            self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # log of q's length, per head
+            self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # q has this length: sharpness
         # Without the l2 norm the softmax scale is 0.25 / sqrt(D), a quarter of the textbook's.
         self.softmax_scale = 1.0 if self.l2_norm else 0.25 / math.sqrt(C // H)
 
@@ -137,7 +141,7 @@ class Block(nn.Module):
         self.eps, self.drop_path = config.norm_eps, drop_path
 
     def modulation(self, cond, shared=None):
-        """Condition (B, C) -> (B, 1, 6, C): gate, gate, scale, scale, shift, shift. The first of each is for attention."""
+        """Condition (B, C) -> (B, 1, 6, C): two gates, two scales, two shifts; of each the first is for attention."""
         if shared is not None:
             return self.adaln_table + shared
         return rearrange(self.adaln(F.silu(cond).to(self.adaln.weight.dtype)), "b (six c) -> b 1 six c", six=6)
@@ -145,7 +149,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, mask=None, cache=None, pos=0, generator=None):
         """x (B, l, C), the residual stream -> the same."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        dtype = self.ffn.fc1.weight.dtype                                   # of the matrix products; the stream may be wider
+        dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self._drop(self.attn(h, mask, cache, pos), generator)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, gate=gate1, out_dtype=dtype)
@@ -164,8 +168,11 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-# What `VAR.steps` yields after every scale k: logits (B or 2B, l, V) before guidance and filters, guidance t (combined
-# logits are (1 + t) cond - t uncond, the rows being cond, then uncond), the tokens drawn (B, l), and f_hat (B, Cv, p, p).
+# What `VAR.steps` yields after scale k:
+#   logits    (R, l, V) before guidance and filters, the rows with the class first
+#   guidance  t: what was drawn from is (1 + t) * conditional - t * unconditional logits
+#   tokens    (B, l) as drawn. f_hat may hold others: kept ones when editing, mixtures with more_smooth
+#   f_hat     (B, Cv, p, p) the picture so far, at the size of the last scale
 Step = namedtuple("Step", "k logits guidance tokens f_hat")
 
 
@@ -181,35 +188,37 @@ class VAR(nn.Module):
         lengths = [p * p for p in patch_nums]
         level = torch.tensor([k for k, n in enumerate(lengths) for _ in range(n)])
         self.register_buffer("level", level, persistent=False)                      # (L,) scale of every position
-        self.register_buffer("mask", level[:, None] >= level, persistent=False)     # (L, L) block-causal: True = may look
+        self.register_buffer("mask", level[:, None] >= level, persistent=False)     # (L, L) True = row sees column
 
         self.class_embed = nn.Embedding(config.num_classes + 1, C)          # last row: the null class
-        self.word_embed = nn.Linear(config.z_channels, C)
+        self.word_embed = nn.Linear(config.z_channels, C)                   # of f_hat's cells; the name is the paper's
         self.level_embed = nn.Embedding(len(patch_nums), C)
         self.pos_start = nn.Parameter(torch.zeros(1, lengths[0], C))
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(lengths), C))
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(C, 6 * C)
-        self.blocks = nn.ModuleList(Block(config, config.drop_path * i / max(config.depth - 1, 1)) for i in range(config.depth))
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.head_adaln = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.vocab_size)
 
     # pieces that training and sampling share
 
     def modulations(self, cond):
-        """Condition (B, C) -> one (B, 1, 6, C) per block. They depend on the class alone: sampling computes them once."""
+        """Condition (B, C) -> (B, 1, 6, C) for every block. They depend on the class alone, so once per picture."""
         shared = None
         if self.config.shared_adaln:
             shared = rearrange(self.shared_adaln(F.silu(cond)), "b (six c) -> b 1 six c", six=6)
         return [block.modulation(cond, shared) for block in self.blocks]
 
     def head_modulation(self, cond):
-        """Condition (B, C) -> scale and shift (B, 1, C) of the last norm; from the raw condition, also with shared AdaLN."""
+        """Condition (B, C) -> scale and shift (B, 1, C) of the last norm, which is never shared."""
         return self.head_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
 
     def logits(self, x, scale, shift):
         """Residual stream (B, l, C) -> (B, l, V) float32."""
-        return self.head(adaln_modulate(x, scale, shift, self.config.norm_eps, out_dtype=self.head.weight.dtype)).float()
+        x = adaln_modulate(x, scale, shift, self.config.norm_eps, out_dtype=self.head.weight.dtype)
+        return self.head(x).float()
 
     def positions(self, start, end):
         """Level and position embeddings of tokens start .. end: (1, end - start, C)."""
@@ -221,7 +230,8 @@ class VAR(nn.Module):
         """Teacher-forced logits of all scales.
 
         labels:     (B,) class of each picture, 0 .. num_classes
-        features:   (B, L - p_0^2, Cv), `tokenizer.quantize.teacher_input(indices)`: the true picture so far at every scale
+        features:   (B, L - p_0^2, Cv): the true f_hat at every scale but the first, from
+                    `tokenizer.quantize.teacher_input(indices, model.config.patch_nums)`
         class_drop: share of labels replaced by the null class: one uniform number per picture from generator
         returns     (B, L, V) float32; row i predicts token i of the same scale (not of the next position)
         """
@@ -238,32 +248,36 @@ class VAR(nn.Module):
     def loss(self, labels, tokens, features, *, class_drop=None, label_smoothing=0.0, generator=None):
         """Cross entropy, mean over the L tokens and the batch -> (loss, {accuracy, tail_loss, tail_accuracy}).
 
-        tokens: (B, L) true indices of all scales; "tail" is the last scale. class_drop: default that of the config.
+        tokens: (B, L) true indices of all scales; "tail" is the last scale. class_drop: by default that of the config
+        in training and 0 in eval mode, where the original goes on dropping and so gets a random validation loss.
         """
-        class_drop = self.config.class_drop if class_drop is None else class_drop
+        if class_drop is None:
+            class_drop = self.config.class_drop if self.training else 0.0
         logits = self(labels, features, class_drop, generator)
         losses = F.cross_entropy(logits.transpose(1, 2), tokens, label_smoothing=label_smoothing, reduction="none")
         with torch.no_grad():
             correct = (logits.argmax(-1) == tokens).float()
             tail = slice(-self.config.patch_nums[-1] ** 2, None)
-            metrics = {"accuracy": correct.mean(), "tail_loss": losses[:, tail].mean(), "tail_accuracy": correct[:, tail].mean()}
+            metrics = {"accuracy": correct.mean(), "tail_loss": losses[:, tail].mean(),
+                       "tail_accuracy": correct[:, tail].mean()}
         return losses.mean(), metrics
 
     # sampling
 
     @torch.no_grad()
-    def steps(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None, given=None, keep=None):
-        """Yields a Step per scale, coarse to fine. Arguments as in `sample`."""
-        config, quantizer = self.config, tokenizer.quantize
+    def steps(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
+              given=None, keep=None):
+        """Yields a Step per scale, coarse to fine. labels: (B,) on the model's device; the rest as in `sample`."""
+        config, quantizer, null = self.config, tokenizer.quantize, self.config.num_classes
         B, K, side = len(labels), len(config.patch_nums), config.patch_nums[-1]
-        guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be the same
-        rows = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if guided else labels
-        cond = self.class_embed(rows)                                       # (R, C), R = 2B with guidance
-        modulations, head_modulation = self.modulations(cond), self.head_modulation(cond)
-        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # all scales' keys and values, allocated once
+        guided = cfg != 0 and bool((labels != null).any())                  # else both halves would be the same
+        rows = torch.cat([labels, torch.full_like(labels, null)]) if guided else labels
+        condition = self.class_embed(rows)                                  # (R, C)
+        modulations, head_modulation = self.modulations(condition), self.head_modulation(condition)
+        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # keys and values of all scales, at once
             config.depth, 2, len(rows), config.heads, len(self.level), config.width // config.heads)
-        f_hat = cond.new_zeros(B, config.z_channels, side, side)
-        x = cond[:, None] + self.pos_start
+        f_hat = condition.new_zeros(B, config.z_channels, side, side)
+        x = condition[:, None] + self.pos_start
         pos = 0
         for k, p in enumerate(config.patch_nums):
             x = x + self.positions(pos, pos + p * p)                        # (R, l, C)
@@ -272,20 +286,19 @@ class VAR(nn.Module):
             pos += p * p
             logits = self.logits(x, *head_modulation)                       # (R, l, V)
 
-            ratio = k / max(K - 1, 1)
-            t = cfg * ratio if guided else 0.0                              # guidance: 0 at the first scale, cfg at the last
+            ratio = k / max(K - 1, 1)                                       # 0 at the first scale, 1 at the last
+            t = cfg * ratio if guided else 0.0
             tokens, h = self._draw(logits[:B], logits[B:] if t else None, t, ratio, quantizer.codebook,
                                    top_k, top_p, more_smooth, generator)
             h = rearrange(h, "b (h w) c -> b c h w", h=p)                   # (B, Cv, p, p)
-            if keep is not None:                                            # in-painting: put the given codes back
-                kept = F.interpolate(keep[None, None].float(), (p, p), mode="bilinear") > 0.5 if p * p > 3 else True
-                h = torch.where(torch.as_tensor(kept, device=h.device), quantizer.embed(given[k], (p, p)), h)
+            if keep is not None:                                            # editing: put the given codes back
+                h = torch.where(kept_cells(keep, p), quantizer.embed(given[k], (p, p)), h)
             f_hat = f_hat + quantizer.contribution(h, k, K, (side, side))
             yield Step(k, logits, t, tokens, f_hat)
 
             if k + 1 < K:
-                x = self.word_embed(quantizer.next_input(f_hat, k + 1, config.patch_nums))  # the picture so far, (B, l, C)
-                x = x.repeat(len(rows) // B, 1, 1)
+                x = self.word_embed(quantizer.next_input(f_hat, k + 1, config.patch_nums))      # (B, l, C)
+                x = x.repeat(len(rows) // B, 1, 1)                          # both halves see the same picture
 
     @staticmethod
     def _draw(cond, uncond, t, ratio, codebook, top_k, top_p, more_smooth, generator):
@@ -293,42 +306,47 @@ class VAR(nn.Module):
         if not more_smooth:
             tokens = sample_logits(cond, uncond, cfg=1 + t, top_k=top_k, top_p=top_p, generator=generator)
             return tokens, F.embedding(tokens, codebook)
-        # Smoother but less varied: instead of one code a Gumbel-softmax mixture of codes, sharper at every scale. The token
-        # is drawn all the same, which moves the generator on, as in the original.
+        # Instead of a code a Gumbel-softmax mixture of codes, with noise of its own, sharper from scale to scale. The
+        # token is drawn all the same: nothing uses it, but it moves the generator on, as in the original.
         combined = cond if uncond is None else (1 + t) * cond - t * uncond
         filtered = filter_logits(combined, top_k, top_p)
         tokens = sample_logits(filtered, generator=generator)
-        temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
         gumbel = -exponential_noise(filtered.shape, generator, filtered.device).log()
+        temperature = 0.27 * (1 - 0.95 * ratio)
         return tokens, ((filtered * (1 + ratio) + gumbel) / temperature).softmax(-1) @ codebook
 
     @torch.no_grad()
-    def sample(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None, given=None, keep=None,
-               ladder=False):
-        """Draws pictures.
+    def sample(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
+               given=None, keep=None, ladder=False):
+        """Draws pictures -> (B, 3, h, w) float32 in [0, 1], or with ladder=True a list, one per scale.
 
-        tokenizer:   the VQVAE; labels: (B,) int64 classes, or an int: so many random ones; class num_classes is the null class
-        cfg:         guidance: logits = (1 + t) cond - t uncond, t growing from 0 to cfg over the scales; 0 = none
+        tokenizer:    the VQVAE, on the same device
+        labels:       (B,) int64 classes, num_classes being the null class; or an int: so many random classes
+        cfg:          guidance: logits = (1 + t) cond - t uncond, t = cfg * k / (K - 1). In the convention where 1 means
+                      none, cfg=4 is a guidance of 1 at the first scale, 5 at the last and 3 on average
         top_k, top_p: keep the k likeliest tokens, then the likeliest that hold a share p; 0 = all
-        more_smooth: mixtures of codes instead of single ones: smoother pictures, lower scores
-        generator:   one torch.Generator, consumed exactly as by the original, or a list of B, one per picture, which makes
-                     every picture independent of its batch; None draws from torch's global one
-        given, keep: indices of a picture (list of K (B, l)) and a bool mask (p, p) of the last scale: True cells keep them
-        returns      (B, 3, h, w) float32 in [0, 1]; with ladder=True a list, one per scale
+        more_smooth:  mixtures of codes instead of single ones: smoother pictures, lower scores
+        generator:    a torch.Generator of the model's device, consumed exactly as by the original; or a list of B, one
+                      per picture, which makes every picture independent of its batch; None: torch's global one
+        given, keep:  editing: indices of a picture (list of K (B, l)) and a bool mask (p, p) on the last scale. Cells
+                      that are True keep the given codes at every scale. The null class in- and out-paints, a class
+                      edits. What is kept comes back as its reconstruction, blended into what is new by phi and decoder
         """
-        labels = self.labels(labels, generator)
-        sums = [step.f_hat for step in self.steps(tokenizer, labels, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth,
-                                                  generator=generator, given=given, keep=keep)]
+        if (given is None) != (keep is None):
+            raise ValueError("editing takes both: the indices of the picture as given=, the mask as keep=")
+        options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth, generator=generator)
+        steps = self.steps(tokenizer, self.check_labels(labels, generator), given=given, keep=keep, **options)
+        sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
         images = [tokenizer.decode(f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
         return images if ladder else images[0]
 
-    def labels(self, labels, generator=None):
-        """Checks labels; an int B is B classes drawn at random, the first use of the generator."""
+    def check_labels(self, labels, generator=None):
+        """Labels on the model's device; an int B is B classes drawn at random, the first use of the generator."""
         device, n = self.pos_embed.device, self.config.num_classes
         if isinstance(labels, int):
             uniform = torch.full((1, n), 1.0 / n, device=device)
             if isinstance(generator, (list, tuple)):
-                return torch.cat([torch.multinomial(uniform, 1, True, generator=g)[0] for g in generator])
+                return torch.cat([torch.multinomial(uniform, 1, True, generator=g)[0] for g in generator[:labels]])
             return torch.multinomial(uniform, labels, True, generator=generator)[0]
         if labels.numel() == 0 or labels.min() < 0 or labels.max() > n:
             raise ValueError(f"class ids must be 0 .. {n - 1}, or {n} for the null class, not {labels.tolist()}")
@@ -338,7 +356,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init_gamma=1e-3, generator=None):
-        """The authors' initialisation. init_gamma scales the AdaLN gates: the deeper the model, the closer to 0 they start."""
+        """The authors' initialisation. init_gamma scales the AdaLN gates; deeper models take smaller values."""
         c = self.config
         std = math.sqrt(1 / (3 * c.width))
         for name, p in self.named_parameters():
@@ -362,9 +380,9 @@ class VAR(nn.Module):
 
 
 def edit_mask(box, side, inpaint=True):
-    """Which cells of a side x side token map to keep: bool (side, side), for `VAR.sample(keep=...)`.
+    """Which cells of the last token map to keep: bool (side, side), for `VAR.sample(keep=...)`.
 
-    box: (y0, x0, y1, x1) as shares of the picture, 0 .. 1. inpaint: keep what is outside, else (out-painting) what is inside.
+    box: (y0, x0, y1, x1) as shares of the picture. inpaint: keep what is outside of it; else, to out-paint, the inside.
     """
     y0, x0, y1, x1 = (round(v * side) for v in box)
     inside = torch.zeros(side, side, dtype=torch.bool)
@@ -372,18 +390,26 @@ def edit_mask(box, side, inpaint=True):
     return ~inside if inpaint else inside
 
 
+def kept_cells(keep, p):
+    """The mask of the last scale at scale p: bool (1, 1, p, p). A single cell, the overall color, is always kept."""
+    if p == 1:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=keep.device)
+    return F.interpolate(keep[None, None].float(), (p, p), mode="bilinear") > 0.5
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
-RENAMES = [     # official key, our key; {} stands for a number
+RENAMES = [     # fragment of an official key, of ours
     ("pos_1LC", "pos_embed"), ("class_emb", "class_embed"), ("lvl_embed", "level_embed"),
     ("attn.mat_qkv", "attn.qkv"), ("attn.scale_mul_1H11", "attn.log_scale"),
-    ("head_nm.ada_lin.1", "head_adaln"), ("shared_ada_lin.1", "shared_adaln"), ("ada_lin.1", "adaln"), ("ada_gss", "adaln_table"),
+    ("head_nm.ada_lin.1", "head_adaln"), ("shared_ada_lin.1", "shared_adaln"), ("ada_lin.1", "adaln"),
+    ("ada_gss", "adaln_table"),
 ]
 
 
 def _is_derived(key):
-    """Official buffers that follow from the config: the scale of each position, the mask, the bias that keys do not have."""
+    """Official buffers that follow from the config: scale of each position, mask, the zeros in place of a key bias."""
     return key in ("lvl_1L", "attn_bias_for_masking") or key.endswith("zero_k_bias")
 
 
@@ -396,10 +422,11 @@ def infer_config(state, path):
     if "lvl_1L" in state:
         patch_nums = tuple(math.isqrt(n) for n in state["lvl_1L"].flatten().bincount().tolist())
     else:
-        patch_nums = next((s for s in vq.PATCH_NUMS.values() if len(s) == num_scales and sum(p * p for p in s) == length), None)
-        if patch_nums is None:
-            raise vq.CheckpointError(f"{path}: {num_scales} scales with {length} tokens, no released schedule, and the file "
-                                     "has no lvl_1L to tell; pass config=")
+        known = {(len(s), sum(p * p for p in s)): s for s in vq.PATCH_NUMS.values()}
+        if (num_scales, length) not in known:
+            raise vq.CheckpointError(f"{path}: {num_scales} scales with {length} tokens are no released schedule, and "
+                                     "there is no lvl_1L in the file to tell their sizes; pass config=")
+        patch_nums = known[num_scales, length]
     return Config(
         depth=depth, width=width, heads=scale.shape[1] if scale is not None else width // 64, patch_nums=patch_nums,
         num_classes=len(state["class_emb.weight"]) - 1, vocab_size=len(state["head.weight"]), z_channels=z_channels,
@@ -410,8 +437,9 @@ def infer_config(state, path):
 def load(path, config=None, num_classes=None, dtype=torch.float32, generator=None):
     """A VAR in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
-    config: instead of the inferred one. num_classes: for fine-tuning on other classes: if it differs from the file's, all class
-    embeddings but the null class (the last row) start anew from generator. dtype: of the matrix products, see set_dtype.
+    config: instead of the inferred one. num_classes: to fine-tune on other classes: if it differs from the file's, all
+    class embeddings but the null class, the last row, start anew from generator. dtype: see set_dtype.
+    Raises vq.CheckpointError.
     """
     state, saved = vq.read_checkpoint(path, nested=(("trainer", "var_wo_ddp"), ("state_dict",), ("model",)))
     vq.require(state, "word_embed.weight", "pos_1LC", "class_emb.weight", "blocks.0.attn.mat_qkv.weight", path=path,
@@ -430,7 +458,7 @@ def load(path, config=None, num_classes=None, dtype=torch.float32, generator=Non
 
 
 def set_dtype(model, dtype):
-    """Lets blocks and head compute in `dtype`. Embeddings, condition, residual stream and f_hat stay in float32."""
+    """Casts the parameters of blocks and head. Embeddings, residual stream, logits and f_hat stay in float32."""
     model.blocks.to(dtype)
     model.head.to(dtype)
     return model
@@ -442,7 +470,8 @@ def export(model, buffers=True):
     state = vq.rename_keys(state, RENAMES, inverse=True)
     if buffers:
         state["lvl_1L"] = model.level[None].clone()
-        state["attn_bias_for_masking"] = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)[None, None]
+        bias = torch.zeros(model.mask.shape).masked_fill(~model.mask.cpu(), -math.inf)
+        state["attn_bias_for_masking"] = bias[None, None]
         for i in range(model.config.depth):
             state[f"blocks.{i}.attn.zero_k_bias"] = torch.zeros(model.config.width)
     return state

@@ -1,8 +1,8 @@
-"""Image tokenizers: pictures to discrete codes and back. Full definition of the networks, the quantizer and its training losses.
+"""Image tokenizers: pictures to discrete codes and back. The networks, the quantizer, the training losses, all of it.
 
 One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. VAR's quantizer is *multi-scale
-and residual*: the feature map f is not cut into one grid of tokens but described by a ladder of grids, 1x1, 2x2, ... 16x16.
-Each grid encodes what the coarser ones left over, and all grids share one codebook:
+and residual*: the feature map f becomes not one grid of tokens but a ladder of token maps, 1x1, 2x2, ... 16x16. Each
+map encodes what the coarser ones left over, and all share one codebook:
 
     image (B, 3, 256, 256) --Encoder--> f (B, 32, 16, 16)
                                         |  rest = f, f_hat = 0
@@ -11,15 +11,15 @@ Each grid encodes what the coarser ones left over, and all grids share one codeb
               |      z     = area-resize(rest, p x p)              what is still missing, seen coarsely
               |      index = nearest codebook row of every z       p * p tokens of this scale
               |      h     = phi(bicubic-resize(codebook[index]))  back to 16 x 16; phi repairs what the resize blurred
-              |      f_hat += h;  rest -= h
+              |      f_hat += h;  rest = f - f_hat
               v
              f_hat (B, 32, 16, 16) --Decoder--> image
 
-So a picture is 680 tokens, ordered from coarse to fine, and any prefix of whole scales decodes to a blurry version of it.
+So a picture is 680 tokens, ordered from coarse to fine, and any prefix of whole maps decodes to a blurrier version.
 
-Letters: B batch, C channels, H W feature-map size, h w (or p) token-map size of one scale, K number of scales, V codebook size.
+Letters: B batch, C channels, H W feature-map size, h w (or p) token-map size, K number of scales, V codebook size.
 Papers: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924.
-Released weights: vae_ch160v4096z32.pth (109 M parameters, stride 16, for 256 and 512 pixels; repository FoundationVision/var).
+Released weights: vae_ch160v4096z32.pth, 109 M parameters, stride 16, for 256 and 512 pixels; FoundationVision/var.
 
     tokenizer = vq.load("vae_ch160v4096z32.pth")
     indices = tokenizer.tokenize(image)         # image (B, 3, 256, 256) in [-1, 1] -> list of K (B, p * p) int64
@@ -55,10 +55,10 @@ PATCH_NUMS = {  # the released schedules: side of the token map at every scale, 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a tokenizer. `load` reads all but patch_nums, phi_ratio, beta and znorm from the shapes in a file."""
+    """Sizes of a tokenizer. Released files tell all but patch_nums, phi_ratio, beta and znorm."""
 
     ch: int = 160                               # width of the highest resolution
-    ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch; every level but the last halves the resolution
+    ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch; all levels but the last halve the size
     num_res_blocks: int = 2                     # per encoder level; decoder levels have one more
     attn_lowest: bool = True                    # attention after each block of the lowest resolution
     attn_mid: bool = True                       # attention in the middle
@@ -132,7 +132,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution. The zero padding is on the right and bottom only: a symmetric one would shift every token."""
+    """Halves the resolution. Zeros pad the right and bottom only; padding all sides would shift the picture."""
 
     def __init__(self, channels):
         super().__init__()
@@ -154,7 +154,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention after each of them (or none), then a change of resolution (or none)."""
+    """One resolution: residual blocks, attention after each (or none), then a change of resolution (or none)."""
 
     def __init__(self, c_in, c_out, num_blocks, attn=False, downsample=False, upsample=False):
         super().__init__()
@@ -189,7 +189,10 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H * stride, W * stride) -> (B, out_channels, H, W). For a KL head let out_channels be twice the latent's."""
+    """Image (B, 3, H * stride, W * stride) -> (B, out_channels, H, W).
+
+    out_channels: those of the latent, or twice as many for a KL head, which reads them as mean and log-variance.
+    """
 
     def __init__(self, ch, ch_mult, num_res_blocks, out_channels, attn_lowest=True, attn_mid=True):
         super().__init__()
@@ -242,8 +245,9 @@ class Decoder(nn.Module):
 def phi_index(k, num_scales, num_phi):
     """Which of the shared convolutions phi scale k of num_scales uses: the one whose tick is nearest to k / (K - 1).
 
-    Ticks are evenly spaced in [1/(2n), 1 - 1/(2n)]; the released schedule has n = 4, for which the official code widens
-    them to [1/12, 11/12]. float64 as there: for K = 10 scales 2 and 7 lie exactly between two ticks in real arithmetic.
+    Ticks are evenly spaced in [1/(2n), 1 - 1/(2n)] for n convolutions, but for n = 4 in [1/12, 11/12], as in the
+    official code. The released tokenizer so gets 0 0 1 1 1 2 2 3 3 3; its scales 2 and 7 lie half-way between two
+    ticks, where float64, as there, makes both take the upper one.
     """
     margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
     ticks = np.linspace(margin, 1 - margin, num_phi)
@@ -266,11 +270,11 @@ def as_pairs(patch_nums):
 
 
 class MultiScaleVQ(nn.Module):
-    """Residual quantizer over a ladder of resolutions with one codebook (VAR, section 3.2). Computes in float32 always:
-    in half precision nearest codes flip, and every later scale then encodes a different residual.
+    """Residual quantizer over a ladder of resolutions with one codebook (VAR, section 3.2).
 
-    Official keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` our phi, `quantize.ema_vocab_hit_SV`
-    our hits. All methods take an optional schedule `patch_nums`, sides or (h, w) pairs; its last entry is the size of f.
+    Computes in float32 always: in half precision nearest codes flip, and all later scales then encode other residuals.
+    Methods take an optional schedule `patch_nums`, sides or (h, w) pairs; its last entry is the size of f. Official
+    keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` phi, `quantize.ema_vocab_hit_SV` hits.
     """
 
     def __init__(self, config):
@@ -287,11 +291,7 @@ class MultiScaleVQ(nn.Module):
         """Feature map z (B, C, h, w) -> index of the nearest code per cell, row-major (B, h * w)."""
         flat = rearrange(z.detach().float(), "b c h w -> (b h w) c")
         with torch.autocast(z.device.type, enabled=False):
-            if self.config.znorm:
-                index = (F.normalize(flat, dim=-1) @ F.normalize(self.codebook, dim=-1).T).argmax(1)
-            else:
-                index = vq_nearest(flat, self.codebook)
-        return index.view(z.shape[0], -1)
+            return vq_nearest(flat, self.codebook, l2norm=self.config.znorm).view(z.shape[0], -1)
 
     def embed(self, index, size):
         """Indices (B, h * w) -> their codes as a map (B, C, h, w)."""
@@ -354,7 +354,9 @@ class MultiScaleVQ(nn.Module):
     def forward(self, f):
         """f (B, C, H, W) -> (f_hat with a straight-through gradient, loss, usage per scale in percent).
 
-        At every scale: beta * |f - sg(f_hat)|^2 pulls the encoder to the codes, |f_hat - sg(f)|^2 the codes (and phi) to f.
+        With the sum after every scale as f_hat, |f_hat - sg(f)|^2 trains the codes and phi, and nothing else does:
+        straight-through hands the gradient of reconstruction, LPIPS and discriminator to the encoder past them.
+        beta * |f - sg(f_hat)|^2 keeps the encoder near the codes. (sg: no gradient.)
         """
         f = f.float()
         loss, counts = 0.0, []
@@ -363,14 +365,15 @@ class MultiScaleVQ(nn.Module):
             counts.append(index.flatten().bincount(minlength=len(self.codebook)).float())
         if self.training:
             self._record(torch.stack(counts))
-        # A code counts as used if it was hit at least 8 % as often as if all were equally likely.
+        # The original's rule: a code is used if hit 8 % as often as by an even spread of the last scale's cells.
         threshold = 0.08 * _world_size() * f[:, 0].numel() / len(self.codebook)
         usage = (self.hits >= threshold).float().mean(1) * 100
         return f_hat.detach() - f.detach() + f, loss / len(self.patch_nums), usage
 
     @torch.no_grad()
     def _record(self, counts):
-        """Updates the moving averages. As in the original the decay counts scales, not steps: 0 once, 0.9, after 100 0.99."""
+        """Updates the moving averages. The decay is 0 at the first update ever, 0.9 up to 100, then 0.99. As in the
+        original every scale counts as an update: in the first step only the first scale starts from full counts."""
         if _world_size() > 1:
             dist.all_reduce(counts)
         for hits, count in zip(self.hits, counts):
@@ -381,17 +384,16 @@ class MultiScaleVQ(nn.Module):
 
     @torch.no_grad()
     def restart_codes(self, f, dead, generator=None):
-        """Moves the codes marked in `dead` (V,) bool onto random residuals of the batch f: the cure for codebook collapse.
+        """Moves the codes marked in `dead` (V,) bool onto random residuals of the batch f; returns how many.
 
-        Without it codes that are never the nearest never get a gradient; retrained VAR tokenizers lose most of the coarse
-        scales' codes that way. Returns how many were moved.
+        The cure for codebook collapse: codes that are never the nearest never get a gradient. Processes that train
+        together must broadcast the codebook afterwards.
         """
         if self.config.znorm:
             raise ValueError("restart_codes compares by distance: it does not apply to a znorm codebook")
         z = torch.cat([rearrange(z, "b c h w -> (b h w) c") for z, _, _ in self.walk(f)])
         where = dead.nonzero()[:, 0]
-        rows = torch.randint(len(z), (len(where),), generator=generator, device="cpu" if generator is None else generator.device)
-        self.codebook[where] = z[rows.to(z.device)]
+        self.codebook[where] = z[torch.randint(len(z), (len(where),), generator=generator, device=z.device)]
         self.idle[where] = 0
         return len(where)
 
@@ -399,11 +401,11 @@ class MultiScaleVQ(nn.Module):
     def init_codebook(self, f, generator=None, rounds=8):
         """Fills the codebook from features f (B, C, H, W): at random first, then codes that nothing chose try again."""
         self.codebook.zero_()
-        dead = torch.ones(len(self.codebook), dtype=torch.bool, device=f.device)
+        self.restart_codes(f, torch.ones_like(self.idle, dtype=torch.bool), generator)
         for _ in range(rounds):
+            dead = torch.ones_like(self.idle, dtype=torch.bool)
+            dead[torch.cat(self.encode(f), 1).flatten()] = False
             self.restart_codes(f, dead, generator)
-            dead[:] = True
-            dead[torch.cat([index.flatten() for index in self.encode(f)])] = False
 
 
 def _world_size():
@@ -415,13 +417,14 @@ def _world_size():
 
 
 class VQVAE(nn.Module):
-    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, side, side) in [-1, 1], sides divisible by the stride."""
+    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, h, w) in [-1, 1], h and w divisible by the stride."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        sizes = (config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.attn_lowest, config.attn_mid)
-        conv = lambda: nn.Conv2d(config.z_channels, config.z_channels, config.quant_kernel, padding=config.quant_kernel // 2)
+        C, kernel = config.z_channels, config.quant_kernel
+        sizes = (config.ch, config.ch_mult, config.num_res_blocks, C, config.attn_lowest, config.attn_mid)
+        conv = lambda: nn.Conv2d(C, C, kernel, padding=kernel // 2)
         self.encoder = Encoder(*sizes)
         self.quant_conv = conv()
         self.quantize = MultiScaleVQ(config)
@@ -465,7 +468,7 @@ class VQVAE(nn.Module):
     def forward(self, image, quantize=True):
         """Training pass -> (reconstruction, not clamped; quantizer loss; usage per scale in percent, or None).
 
-        quantize=False passes f through unquantized: a warm-up, after which `init_codebook` finds features to start from.
+        quantize=False passes f through unquantized: a warm-up, after which `init_codebook` has features to start from.
         """
         f = self.encode(image)
         if not quantize:
@@ -494,8 +497,8 @@ class VQVAE(nn.Module):
 class LPIPS(nn.Module):
     """Learned perceptual distance: weighted differences of VGG16 features after relu 1_2, 2_2, 3_3, 4_3, 5_3.
 
-    Official keys: `net.slice{1..5}.{n}` with n the layer's number in torchvision's vgg16().features, `lin{0..4}.model.1`.
-    Frozen. Inputs in [-1, 1] (B, 3, H, W); returns (B,).
+    Frozen. Inputs in [-1, 1] (B, 3, H, W); returns (B,). Official keys: `net.slice{1..5}.{n}`, n being the layer's
+    number in torchvision's vgg16().features, and `lin{0..4}.model.1`.
     """
 
     SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))     # numbers of the 3x3 convolutions
@@ -567,11 +570,11 @@ class TokenizerLoss(nn.Module):
     """|x - x'| + |x - x'|^2 + quantizer loss + LPIPS + adversarial loss; every part but the quantizer's has a weight.
 
     lpips: an LPIPS module or None; discriminator: a PatchDiscriminator or None, in effect from step disc_start on.
-    adaptive: scale the adversarial gradient at the decoder's last layer to the size of the reconstruction's (VQGAN, eq. 7).
+    adaptive: scale the adversarial gradient to the size of the reconstruction's, at the last layer (VQGAN, eq. 7).
     """
 
-    def __init__(self, lpips=None, discriminator=None, *, l1=1.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000,
-                 adaptive=True):
+    def __init__(self, lpips=None, discriminator=None, *, l1=1.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5,
+                 disc_start=20000, adaptive=True):
         super().__init__()
         self.lpips, self.discriminator = lpips, discriminator
         self.l1, self.l2, self.lpips_weight = l1, l2, lpips_weight
@@ -624,18 +627,18 @@ BOOKKEEPING = {"quantize.hit_updates", "quantize.idle"}         # ours alone, no
 def infer_config(state, path, patch_nums=None):
     """The Config of an official state dict, read from its shapes.
 
-    The sides of the scales are in no tensor: they come from `patch_nums`, else from the released schedule with as many.
+    The sides of the token maps are in no tensor: they are `patch_nums`, else those of 256 pixels if the number fits.
     """
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
     ch = len(state["encoder.conv_in.weight"])
     num_scales = len(state["quantize.ema_vocab_hit_SV"]) if "quantize.ema_vocab_hit_SV" in state else None
     if patch_nums is None:
         if num_scales not in (None, len(PATCH_NUMS[256])):
-            raise CheckpointError(f"{path}: a tokenizer of {num_scales} scales; their sizes are not in the file: pass patch_nums=")
+            raise CheckpointError(f"{path}: has {num_scales} scales, whose sizes no file tells: pass patch_nums=")
         patch_nums = PATCH_NUMS[256]
     vocab_size, z_channels = state["quantize.embedding.weight"].shape
     phis = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith(".weight")]
-    shared = all(".qresi" in k for k in phis)
+    shared = any(".qresi" in k for k in phis)
     return Config(
         ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
         num_res_blocks=sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state),
@@ -648,8 +651,8 @@ def infer_config(state, path, patch_nums=None):
 def load(path, config=None, patch_nums=None, dtype=torch.float32):
     """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
-    path: .pth or .safetensors; config: instead of the inferred one; patch_nums: the scales, for other schedules than the
-    released; dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
+    path: .pth or .safetensors; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
+    dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
     """
     state, saved = read_checkpoint(path, nested=(("trainer", "vae_local"), ("state_dict",), ("model",)))
     require(state, "quantize.embedding.weight", "encoder.conv_in.weight", path=path, what="an image tokenizer (VQVAE)")
@@ -673,18 +676,18 @@ def set_decoder_dtype(model, dtype):
 
 
 def export(model):
-    """The official state dict of a VQVAE, in float32: keys, shapes and order of a file that the original loads strictly."""
+    """The official state dict of a VQVAE, in float32: what the original code loads strictly."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in BOOKKEEPING}
     return rename_keys(state, renames(model.config.phi_count), inverse=True)
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes a tokenizer as safetensors: official keys, config in the header. dtype: of the stored floats (None: float32)."""
+    """Writes a tokenizer as safetensors: official keys, config (and `extra`) in the header. dtype: of the floats."""
     save_checkpoint(path, export(model), model.config, dtype, **extra)
 
 
 def load_lpips(vgg_path, heads_path):
-    """An LPIPS module from torchvision's vgg16 weights (`features.{n}.*`) and the linear heads (`lin{i}.model.1.weight`)."""
+    """An LPIPS from torchvision's vgg16 weights (`features.{n}.*`) and the linear heads (`lin{i}.model.1.weight`)."""
     vgg, _ = read_checkpoint(vgg_path)
     heads, _ = read_checkpoint(heads_path)
     require(vgg, "features.28.weight", path=vgg_path, what="torchvision's vgg16")
@@ -706,9 +709,9 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path, nested=()):
-    """(state dict, config dict or None) of a .safetensors file of ours or a .pth / .pt file, memory-mapped.
+    """(state dict, config as JSON or None) of a .safetensors file of ours or a .pth / .pt file, memory-mapped.
 
-    nested: where the weights may be inside a training checkpoint, e.g. (("trainer", "var_wo_ddp"),): first match counts.
+    nested: where a training checkpoint may have the weights, e.g. (("trainer", "var_wo_ddp"),); first match counts.
     Nothing is ever unpickled that could run code. Raises CheckpointError.
     """
     path = Path(path)
@@ -727,8 +730,11 @@ def read_checkpoint(path, nested=()):
         reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
         raise CheckpointError(f"{path}: refused: loading it would run code" + (f" ({reason[1]})" if reason else "") +
                               "; open it where you trust it and save only its tensors") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({str(e).splitlines()[0][:100]})") from None
+        reason = (str(e) or "it is empty").splitlines()[0][:100]
+        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({reason})") from None
     for keys in nested:
         inner = obj
         for key in keys:
@@ -782,15 +788,17 @@ class _NoInit(TorchFunctionMode):
 
 
 def rename_keys(state, table, inverse=False):
-    """Keys rewritten by a table of (official, ours) pairs of key fragments, {} standing for a number; others unchanged.
+    """Keys rewritten by a table of (official, ours) pairs of key fragments; others unchanged.
 
-    inverse: from ours to official. The first pair that occurs in a key applies, at a dot or at the key's ends.
+    A fragment is one or more whole dotted parts of a key, {} standing for a number. The first pair that occurs applies.
+    inverse: from ours to official.
     """
     rules = []
     for official, ours in table:
         old, new = (ours, official) if inverse else (official, ours)
-        pattern = r"(?:^|(?<=\.))" + re.escape(old).replace(r"\{\}", r"(\d+)") + ("" if old.endswith(".") else r"(?=\.|$)")
-        rules.append((re.compile(pattern), new.replace("{}", r"\1")))
+        number = re.escape(old).replace(r"\{\}", r"(\d+)")
+        end = "" if old.endswith(".") else r"(?=\.|$)"
+        rules.append((re.compile(rf"(?:^|(?<=\.)){number}{end}"), new.replace("{}", r"\1")))
     renamed = {}
     for key, value in state.items():
         for pattern, new in rules:
@@ -811,8 +819,9 @@ def load_strict(model, state, path, optional=()):
     unexpected = [k for k in state if k not in own]
     shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
               for k in own if k in state and state[k].shape != own[k].shape]
+    found = {"missing": missing, "unexpected": unexpected, "of wrong shape": shapes}
     problems = [f"{len(items)} {name}: " + ", ".join(items[:4]) + (" ..." if len(items) > 4 else "")
-                for name, items in (("missing", missing), ("unexpected", unexpected), ("of wrong shape", shapes)) if items]
+                for name, items in found.items() if items]
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
     with torch.no_grad():
@@ -832,7 +841,7 @@ def save_checkpoint(path, state, config, dtype=None, **extra):
 
 @contextmanager
 def atomic(path):
-    """A temporary name beside `path` to write to; renamed at the end, removed after an error. No reader sees half a file."""
+    """A temporary name beside `path` to write to; renamed at the end, removed after an error: no half files."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:

@@ -219,7 +219,7 @@ def draw(model, tokenizer, call, **edit):
     """The original's call through ours -> steps."""
     g = torch.Generator().manual_seed(call["g_seed"])
     labels = call["B"] if call["label_B"] is None else torch.tensor(call["label_B"])
-    labels = model.labels(labels, g)
+    labels = model.check_labels(labels, g)
     options = {k: call[k] for k in ("cfg", "top_k", "top_p", "more_smooth") if k in call}
     return list(model.steps(tokenizer, labels, generator=g, **options, **edit))
 

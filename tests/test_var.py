@@ -64,9 +64,9 @@ def test_editing_keeps_what_the_mask_keeps(model, tokenizer):
 
 
 def test_random_labels_and_wrong_ones(model):
-    assert model.labels(40, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1, 2, 3, 4]
+    assert model.check_labels(40, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="class ids must be 0 .. 4, or 5 for the null class, not .7."):
-        model.labels(torch.tensor([7]))
+        model.check_labels(torch.tensor([7]))
 
 
 def test_class_dropping_and_drop_path_draw_from_the_generator_only(model, tokenizer):
