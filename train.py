@@ -33,7 +33,7 @@ VQ_EMOJI = dict(
 VAR = COMMON | dict(size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16")
 LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
-    model="emoji_var", size=32, steps=3000, batch_size=64, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
+    model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
 )
 RECIPES = {
     "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
@@ -77,6 +77,7 @@ def parse_args(argv=None):
         add("--clip", type=float, help="largest global gradient norm")
         add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
         add("--dtype", choices=["fp32", "bf16", "fp16"])
+        add("--save-dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the numbers in model.safetensors")
         add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
         add("--seed", type=int, default=0)
         add("--workers", type=int, default=4, help="processes that read pictures")
@@ -417,7 +418,7 @@ class TokenizerTask:
         pairs = torch.stack([image, model.reconstruct(image)], 1).flatten(0, 1)
         return sample.grid(sample.to_pixels(pairs.add(1).div(2)), 8)
 
-    def save(self, model, path, dtype=None):
+    def save(self, model, path, dtype):
         vq.save(model, path, dtype, size=self.args.size)
 
     def state_dict(self):
@@ -496,7 +497,7 @@ class VARTask:
         images = model.sample(self.tokenizer, labels, cfg=2.0, top_k=100, top_p=0.95, generator=generators)
         return sample.grid(sample.to_pixels(images), 8)
 
-    def save(self, model, path, dtype=None):
+    def save(self, model, path, dtype):
         import var
         var.save(model, path, dtype, classes=self.classes)
 
@@ -661,7 +662,7 @@ def save_state(out, step, task, average, optimizer, scaler, g, args):
     try:
         with vq.atomic(out / "state.pt") as temporary:
             torch.save(state, temporary)
-        task.save(average, out / "model.safetensors")
+        task.save(average, out / "model.safetensors", sample.DTYPES[args.save_dtype])
     except (OSError, RuntimeError) as e:
         raise UserError(
             f"--out {out}: could not save step {step} ({e}); the files of the last save are intact"
