@@ -449,7 +449,16 @@ def _bytes(tree):
     return total
 
 
-def replay(func, spec, device, seconds=0.3):
+def timed(run, device):
+    """(seconds, result) of one run."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def replay(func, spec, device, repeats=5):
     """Best time of one bare call on random inputs of the recorded layout.
 
     Activations stay in cache from call to call as they do in the model. Weights do not: each call gets another copy, of
@@ -463,16 +472,11 @@ def replay(func, spec, device, seconds=0.3):
     fresh = lambda x: x[1].clone() if x[0].weight else x[1]
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], _Tensor)
     sets = [tree_map(lambda x: fresh(x) if is_pair(x) else x, first, is_leaf=is_pair) for _ in range(copies)]
-    best, spent, n = float("inf"), 0.0, 0
-    while n < 4 or (spent < seconds and n < 50):
-        args, kwargs = sets[n % copies]
-        synchronize(device)
-        start = time.perf_counter()
-        func(*args, **kwargs)
-        synchronize(device)
-        elapsed = time.perf_counter() - start
-        best, spent, n = min(best, elapsed) if n else best, spent + elapsed, n + 1
-    return best
+    seconds = []
+    for i in range(1 + repeats):
+        args, kwargs = sets[i % copies]
+        seconds.append(timed(lambda: func(*args, **kwargs), device)[0])
+    return min(seconds[1:])
 
 
 @contextmanager
@@ -498,15 +502,6 @@ def staged(methods, enter):
             delattr(obj, name)
 
 
-def timed(run, device):
-    """(seconds, result) of one run."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def split_by_stage(run, stages, rest, device):
     """Seconds of one run inside the methods of each stage, and in the `rest`."""
     spent = dict.fromkeys([rest, *stages], 0.0)
@@ -524,7 +519,7 @@ def split_by_stage(run, stages, rest, device):
     return spent
 
 
-def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, repeats=4):
+def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, repeats=3):
     """Times run() -> images and compares with its bare heavy operators -> the dict that --json writes.
 
     stages: {name: [(object, method), ...]}; `rest` names what happens outside of them; peak: a PeakMemory from before
@@ -534,20 +529,22 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, re
     warmup, images = timed(run, device)
     runs = [timed(run, device) for _ in range(repeats)]
     peak_bytes = peak()
-    best = min(seconds for seconds, _ in runs)
-    if not all(torch.equal(images, again) for _, again in runs):
-        raise RuntimeError("the same seed gave different pictures: nothing is reported")
     spent = split_by_stage(run, stages, rest, device)
-    scale = best / sum(spent.values())  # the split of that run, scaled to the best one
     heavy = Heavy(parameters)
     with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy:
         run()
-    totals = {k: {"seconds": s * scale / pictures, "flops": 0, "bytes": 0, "bare": 0.0} for k, s in spent.items()}
+    totals = {stage: {"seconds": 0.0, "flops": 0, "bytes": 0, "bare": 0.0} for stage in spent}
     for func, spec, stage, flops, size, count in tqdm(heavy.calls.values(), desc="bare operators", leave=False):
         total = totals[stage or rest]
         total["flops"] += flops * count / pictures
         total["bytes"] += size * count / pictures
         total["bare"] += replay(func, spec, device) * count / pictures
+    runs += [timed(run, device) for _ in range(repeats)]                    # before and after: a machine's speed drifts
+    if not all(torch.equal(images, again) for _, again in runs):
+        raise RuntimeError("the same seed gave different pictures: nothing is reported")
+    best = min(seconds for seconds, _ in runs)
+    for stage, total in totals.items():
+        total["seconds"] = spent[stage] * best / sum(spent.values()) / pictures     # split as in that run
     whole = {k: sum(t[k] for t in totals.values()) for k in ("seconds", "flops", "bytes", "bare")}
     for total in (whole, *totals.values()):
         total["share"] = total.pop("bare") / total["seconds"]

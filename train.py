@@ -77,7 +77,7 @@ def parse_args(argv=None):
         add("--clip", type=float, help="largest global gradient norm")
         add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
         add("--dtype", choices=["fp32", "bf16", "fp16"])
-        add("--save-dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the numbers in model.safetensors")
+        add("--save-dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of model.safetensors")
         add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
         add("--seed", type=int, default=0)
         add("--workers", type=int, default=4, help="processes that read pictures")
@@ -141,6 +141,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -594,21 +595,27 @@ class Log:
 
     def __init__(self, path, task, resume_step):
         self.path = path
-        self.columns = (
-            ["step", "loss", "lr", "grad_norm", "seconds"] + task.metrics + [f"val_{m}" for m in task.val_metrics]
-        )
+        self.columns = ["step", "loss", "lr", "grad_norm", "seconds", *task.metrics]
+        self.columns += [f"val_{m}" for m in task.val_metrics]
         rows = []
         if resume_step and path.exists():
-            rows = [row for row in csv.DictReader(open(path, encoding="utf-8")) if int(row["step"]) <= resume_step]
+            with open(path, encoding="utf-8") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume_step]
         with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
+            writer = csv.DictWriter(f, self.columns)
             writer.writeheader()
             writer.writerows(rows)
 
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, self.columns, extrasaction="ignore").writerow(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items()})
+
+    @staticmethod
+    def _cell(value):
+        """Numbers with six digits; one number per scale as a list in one cell."""
+        if isinstance(value, torch.Tensor):
+            return " ".join(f"{v:.6g}" for v in value.detach().flatten().tolist())
+        return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def leave_signals_to_parent(_):
@@ -639,153 +646,159 @@ def prepare_folder(args):
     out = sample.check_writable(Path(args.out))
     (out / "samples").mkdir(exist_ok=True)
     if args.resume == "no" and (out / "state.pt").exists():
-        raise UserError(
-            f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder"
-        )
+        raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder")
     return out
 
 
-def save_state(out, step, task, average, optimizer, scaler, g, args):
-    """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
-    state = {
-        "step": step,
-        "model": task.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "average": average.state_dict() if average is not task.model else None,
-        "generator": g.get_state(),
-        "task": task.state_dict(),
-        "recipe": args.recipe,
-        "model_name": args.model_name,
-        "steps": args.steps,
-    }
-    try:
-        with vq.atomic(out / "state.pt") as temporary:
-            torch.save(state, temporary)
-        task.save(average, out / "model.safetensors", sample.DTYPES[args.save_dtype])
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"--out {out}: could not save step {step} ({e}); the files of the last save are intact"
-        ) from None
+class Run:
+    """What a training run consists of. All random numbers come from `g` or from (seed, step), and `save` writes all
+    that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
 
+    def __init__(self, args):
+        self.args = args
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, why = sample.choose_device(args.device)
+        if args.batch_size % (args.accum * self.world):
+            raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times "
+                            f"{self.world} processes")
+        learning_rate(args.schedule, 1, 2, 0, 0, 1)                         # does that schedule exist?
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.out = prepare_folder(args)
+        train_set, val_set = open_pictures(args)
+        self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every rank
+        self.task = TASKS[args.model_name](args, train_set, val_set, self.device, self.g)
+        self.model = self.task.model
+        n = len(self.task.train_set)
+        args.steps = args.steps or args.epochs * -(-n // args.batch_size)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), args.lr, args.betas, eps=1e-8, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**11, growth_interval=1000,
+                                           enabled=args.dtype == "fp16")
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
+        self.first = 0
+        if args.resume == "auto" and (self.out / "state.pt").exists():
+            self.restore()
+        if self.world > 1:
+            self.g.manual_seed((args.seed * self.world + self.rank) * 2**32 + self.first)   # draws of its own
+        if self.rank == 0:
+            parameters = sum(p.numel() for p in self.model.parameters())
+            print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {n:,} pictures, "
+                  f"{len(train_set.classes)} classes, steps {self.first} to {args.steps}")
 
-def load_state(path, task, average, optimizer, scaler, g, args, device):
-    """Restores what save_state wrote; returns the number of steps done."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if (state["model_name"], state["steps"]) != (args.model_name, args.steps):
-            raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; "
-                            "give the same flags, or another --out")
-        task.model.load_state_dict(state["model"])
-        if state["average"]:
-            average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        g.set_state(state["generator"].cpu())
-        task.load_state_dict(state["task"])
-    except (RuntimeError, KeyError, EOFError) as e:
-        raise UserError(
-            f"{path}: cannot continue from it ({str(e).splitlines()[0]}); delete it or choose another --out"
-        ) from None
-    return state["step"]
+    def save(self, step):
+        """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
+        args, average = self.args, None if self.average is self.model else self.average.state_dict()
+        state = {"model_name": args.model_name, "steps": args.steps, "step": step, "generator": self.g.get_state(),
+                 "model": self.model.state_dict(), "average": average, "optimizer": self.optimizer.state_dict(),
+                 "scaler": self.scaler.state_dict(), "task": self.task.state_dict()}
+        try:
+            with vq.atomic(self.out / "state.pt") as temporary:
+                torch.save(state, temporary)
+            self.task.save(self.average, self.out / "model.safetensors", sample.DTYPES[args.save_dtype])
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"--out {self.out}: could not save step {step} ({e}); the last save is intact") from None
+
+    def restore(self):
+        """Continues from state.pt."""
+        path, args = self.out / "state.pt", self.args
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if (state["model_name"], state["steps"]) != (args.model_name, args.steps):
+                raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; "
+                                "give the same flags, or another --out")
+            self.model.load_state_dict(state["model"])
+            if state["average"]:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.g.set_state(state["generator"].cpu())
+            self.task.load_state_dict(state["task"])
+            self.first = state["step"]
+        except (RuntimeError, KeyError, EOFError, ValueError) as e:
+            reason = (str(e) or "it is empty").splitlines()[0]
+            raise UserError(f"{path}: cannot continue from it ({reason}); delete it or choose another --out") from None
+
+    def batches(self):
+        """Batches from step `first` on, for ever."""
+        args, data = self.args, self.task.train_set
+        size = args.batch_size // args.accum
+        order = Batches(len(data), size, args.seed, self.first * args.accum, self.rank, self.world)
+        workers = args.workers if isinstance(data, PictureFolder) else 0
+        return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
+                               worker_init_fn=leave_signals_to_parent))
+
+    def update(self, step, batches, broken):
+        """One optimizer step -> what there is to log."""
+        args, task, scaler = self.args, self.task, self.scaler
+        warmup = args.warmup * args.steps
+        lr = args.lr * learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
+        set_rates(self.optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
+        for _ in range(args.accum):
+            batch = next(batches)
+            broken.update(batch[2])
+            with torch.autocast(self.device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
+                loss, metrics = task.loss(batch, step, self.g)
+            scaler.scale(loss / args.accum).backward()
+        average_gradients(self.model.parameters())
+        scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        scaler.step(self.optimizer)
+        scaler.update()
+        if args.dtype == "fp16" and scaler.get_scale() > 2.0**15:
+            scaler.update(2.0**15)                                          # the authors' cap
+        self.optimizer.zero_grad()
+        metrics |= task.after_step(step, lr, self.g)
+        if self.average is not self.model:
+            update_average(self.average, self.model, args.ema, step)
+        return {"loss": loss.detach(), "lr": lr, "grad_norm": grad_norm} | metrics
+
+    def report(self, done, last, row, log, bar):
+        """Log, validation, sample grid and checkpoint, each when its turn has come."""
+        args, due = self.args, lambda every: last or done % every == 0
+        if due(args.log_every):
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"the loss is {row['loss']:.3g} at step {done}; lower --lr or use --dtype bf16; "
+                                f"what was saved before is still in {self.out}")
+            bar.set_postfix(loss=f"{row['loss']:.4g}", lr=f"{row['lr']:.2g}", refresh=False)
+            self.average.eval()
+            if due(args.val_every):
+                scores = self.task.validate(self.average)
+                bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
+                row |= {f"val_{k}": v for k, v in scores.items()}
+            log.write({"step": done} | row)
+        if due(args.sample_every):
+            self.average.eval()
+            sample.save_png(self.out / "samples" / f"{done:07d}.png", self.task.picture(self.average))
+        if due(args.save_every):
+            self.save(done)
+        self.model.train()
 
 
 def train(args):
-    """Sets a run up. All random numbers come from `g` or (seed, step): a resumed run equals an uninterrupted one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, why = sample.choose_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.batch_size % (args.accum * world):
-        raise UserError(
-            f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times {world} processes"
-        )
-    out = prepare_folder(args)
-    train_set, val_set = open_pictures(args)
-    g = torch.Generator(device).manual_seed(args.seed)                      # the same weights on every rank
-    task = TASKS[args.model_name](args, train_set, val_set, device, g)
-    learning_rate(args.schedule, 1, 2, 0, 0, 1)                             # does that schedule exist?
-    args.steps = args.steps or args.epochs * -(-len(task.train_set) // args.batch_size)
-    optimizer = torch.optim.AdamW(parameter_groups(task.model), args.lr, args.betas, eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 11, growth_interval=1000, enabled=args.dtype == "fp16")
-    average = copy.deepcopy(task.model).requires_grad_(False) if args.ema else task.model
-    step = 0
-    if args.resume == "auto" and (out / "state.pt").exists():
-        step = load_state(out / "state.pt", task, average, optimizer, scaler, g, args, device)
-    if world > 1:
-        g.manual_seed((args.seed * world + rank) * 2**32 + step)            # but draws of their own
-    if rank == 0:
-        parameters = sum(p.numel() for p in task.model.parameters())
-        print(f"{device} ({why}), {args.dtype}, {parameters:,} parameters, {len(task.train_set):,} pictures, "
-              f"{len(train_set.classes)} classes, steps {step} to {args.steps}")
-    run(args, out, task, average, optimizer, scaler, g, step, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def run(args, out, task, average, optimizer, scaler, g, first, rank, world, device):
-    """Steps `first` to args.steps."""
-    batches = Batches(len(task.train_set), args.batch_size // args.accum, args.seed, first * args.accum, rank, world)
-    workers = args.workers if isinstance(task.train_set, PictureFolder) else 0
-    loader = iter(DataLoader(task.train_set, batch_sampler=batches, num_workers=workers, collate_fn=tuple,
-                             worker_init_fn=leave_signals_to_parent))
-    log = Log(out / "log.csv", task, first) if rank == 0 else None
-    end = min(args.steps, first + args.stop_after) if args.stop_after else args.steps
-    started, broken = time.perf_counter(), set()
-    task.model.train()
-    with StopOnSignal() as stop, tqdm(total=args.steps, initial=first, disable=rank > 0, smoothing=0.05) as bar:
-        for step in range(first, end):
-            warmup = args.warmup * args.steps
-            lr = args.lr * learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
-            set_rates(optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
-            for _ in range(args.accum):
-                batch = next(loader)
-                broken.update(batch[2])
-                with torch.autocast(device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
-                    loss, metrics = task.loss(batch, step, g)
-                scaler.scale(loss / args.accum).backward()
-            average_gradients(task.model.parameters())
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), args.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            if args.dtype == "fp16" and scaler.get_scale() > 2.0 ** 15:
-                scaler.update(2.0 ** 15)
-            optimizer.zero_grad()
-            metrics |= task.after_step(step, lr, g)
-            if average is not task.model:
-                update_average(average, task.model, args.ema, step)
-            done = step + 1
+    """The loop."""
+    run = Run(args)
+    log = Log(run.out / "log.csv", run.task, run.first) if run.rank == 0 else None
+    end = min(args.steps, run.first + args.stop_after) if args.stop_after else args.steps
+    batches, broken, done, started = run.batches(), set(), run.first, time.perf_counter()
+    run.model.train()
+    with StopOnSignal() as stop, tqdm(total=args.steps, initial=done, disable=run.rank > 0, smoothing=0.05) as bar:
+        while done < end and not stop.asked:
+            row = run.update(done, batches, broken)
+            done += 1
             bar.update()
-            last = done == end or stop.asked
-            if rank == 0 and (last or done % args.log_every == 0):
-                row = {"step": done, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(),
-                       "seconds": time.perf_counter() - started} | {k: float(v.detach()) for k, v in metrics.items()}
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"the loss is {row['loss']} at step {done}; lower --lr or use --dtype bf16; "
-                                    f"{out}/state.pt still holds the last good step")
-                bar.set_postfix(loss=f"{row['loss']:.4g}", lr=f"{lr:.2g}", refresh=False)
-                if last or done % args.val_every == 0:
-                    average.eval()
-                    scores = task.validate(average)
-                    row |= {f"val_{k}": v for k, v in scores.items()}
-                    bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
-                log.write(row)
-            if rank == 0 and (last or done % args.sample_every == 0):
-                average.eval()
-                sample.save_png(out / "samples" / f"{done:07d}.png", task.picture(average))
-            if rank == 0 and (last or done % args.save_every == 0):
-                save_state(out, done, task, average, optimizer, scaler, g, args)
-            task.model.train()
-            if stop.asked:
-                break
-    report_broken(broken, len(task.train_set))
-    if rank == 0:
+            if run.rank == 0:
+                row["seconds"] = time.perf_counter() - started
+                run.report(done, done == end or stop.asked, row, log, bar)
+    report_broken(broken, len(run.task.train_set))
+    if run.rank == 0:
         how = "interrupted" if stop.asked else "stopped" if end < args.steps else "done"
-        print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; "
-              f"weights in {out}/model.safetensors" + ("" if done == args.steps else "; go on with --resume auto"))
+        print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; weights in "
+              f"{run.out}/model.safetensors" + ("" if done == args.steps else "; go on with --resume auto"))
+    if run.world > 1:
+        dist.destroy_process_group()
     if stop.asked:
         sys.exit(130)
 

@@ -24,6 +24,7 @@ How it differs from a textbook GPT:
 - q and k have length 1, times a learned sharpness per head; keys have no bias;
 - AdaLN-Zero conditioning as in DiT; var_d36 (and the demo) shares one AdaLN map among all blocks;
 - classifier-free guidance grows linearly over the scales, from none at 1x1.
+Left out on purpose: progressive training (`pg` in the original), which no released model used.
 
 Letters: B batch, R rows (2B with guidance, else B), L tokens of all scales (680 at 256 pixels, 2240 at 512), l tokens
 of one scale, C width, H heads, D head dim, V codebook size, K number of scales, p side of a token map, Cv codebook
