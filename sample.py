@@ -575,8 +575,10 @@ def print_bench(b, tokens):
     for stage, s in [*b["stages"].items(), ("total", b | {"seconds": b["seconds_per_image"]})]:
         print(f"{stage:<14}{s['seconds']:>10.3f}{s['flops'] / 1e9:>9.1f}{s['flops'] / s['seconds'] / 1e9:>9.0f}"
               f"{s['bytes'] / 1e9:>7.1f}{s['share']:>21.2f}")
-    print(f"{tokens / b['seconds_per_image']:.1f} tokens/s; first run {b['warmup_seconds'] / b['pictures']:.2f} s/picture"
-          "; the share is the time of the bare matrix products,\nconvolutions and attention calls / the time of the run")
+    warmup = b["warmup_seconds"] / b["pictures"]
+    speed = tokens / b["seconds_per_image"]
+    print(f"{speed:.1f} tokens/s; first run {warmup:.2f} s/picture; the share is the time of the "
+          "bare\nmatrix products, convolutions and attention calls / the time of the run")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
 
 

@@ -368,7 +368,7 @@ class TokenizerTask:
         rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
         loss, metrics = self.criterion(image, rec.float(), vq_loss, step, self.model.decoder.conv_out.weight)
         self.pair = image, rec.detach()
-        return loss, metrics if usage is None else metrics | {"usage": usage.mean()}
+        return loss, metrics if usage is None else metrics | {"usage": usage}    # (K,) one number per scale
 
     def after_step(self, step, lr, g):
         """What else happens in a training step: the discriminator's update, and the care of the codebook."""
@@ -646,7 +646,7 @@ def prepare_folder(args):
     out = sample.check_writable(Path(args.out))
     (out / "samples").mkdir(exist_ok=True)
     if args.resume == "no" and (out / "state.pt").exists():
-        raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another folder")
+        raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another --out")
     return out
 
 

@@ -847,5 +847,8 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)                                              # some writers do not say which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -39,8 +39,8 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-VQ = ("vq", "--size", 16, "--batch-size", 4, "--device", "cpu", "--workers", 0, "--log-every", 1, "--lr", 1e-3, "--warm-steps", 2,
-      "--ema", 0.9, "--restart-after", 1)
+VQ = ("vq", "--size", 16, "--batch-size", 4, "--device", "cpu", "--workers", 0, "--log-every", 1, "--lr", 1e-3,
+      "--warm-steps", 2, "--ema", 0.9, "--restart-after", 1)
 VAR = ("var", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
 
 
@@ -64,7 +64,8 @@ def test_resumed_tokenizer_run_equals_an_uninterrupted_one(pictures, tmp_path, c
     rows = list(csv.DictReader(open(tmp_path / "parts" / "log.csv")))
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["val_psnr"]
     assert len(list((tmp_path / "parts" / "samples").iterdir())) == 2
-    assert "it holds a run already; continue it with --resume auto" in complaint(capsys, train, *argv, "--out", tmp_path / "parts")
+    again = complaint(capsys, train, *argv, "--out", tmp_path / "parts")
+    assert "it holds a run already; continue it with --resume auto" in again
 
 
 def test_resumed_var_run_equals_an_uninterrupted_one(pictures, files, tmp_path, capsys):
@@ -81,7 +82,8 @@ def test_resumed_var_run_equals_an_uninterrupted_one(pictures, files, tmp_path, 
 
 
 def test_training_on_pictures_without_a_cache_skips_the_broken_one(pictures, files, tmp_path, capsys):
-    run(train, *VAR, "--data", pictures, "--vae", files[1], "--steps", 12, "--cache-crops", 0, "--workers", 0, "--out", tmp_path / "a")
+    argv = (*VAR, "--data", pictures, "--vae", files[1], "--steps", 12, "--cache-crops", 0, "--workers", 0)
+    run(train, *argv, "--out", tmp_path / "a")
     assert "skipped 1 unreadable of 38 pictures: " in capsys.readouterr().out
 
 
@@ -90,14 +92,17 @@ def test_cached_tokens_are_those_of_the_pictures(files, tmp_path):
     cache = train.TokenCache(data, tokenizer, (1, 2, 3, 4), 1, "cpu", tmp_path, "val")
     pixels, labels, _ = data.__getitems__([(3, None), (11, None)])
     tokens, cached_labels, _ = cache.__getitems__([(3, None), (11, None)])
-    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(train.to_input(pixels, "cpu")), 1)) and torch.equal(labels, cached_labels)
+    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(train.to_input(pixels, "cpu")), 1))
+    assert torch.equal(labels, cached_labels)
 
 
 def test_fine_tuning_starts_from_the_given_weights(pictures, files, tmp_path):
-    run(train, *VAR, "--data", pictures, "--vae", files[1], "--init", files[2], "--steps", 1, "--lr", 0, "--out", tmp_path / "a")
+    argv = (*VAR, "--data", pictures, "--vae", files[1], "--init", files[2], "--steps", 1, "--lr", 0)
+    run(train, *argv, "--out", tmp_path / "a")
     tuned, start = weights(tmp_path / "a"), load_file(files[2])
     assert torch.equal(tuned["head.weight"], start["head.weight"])
-    assert tuned["class_emb.weight"].shape[0] == 3 and torch.equal(tuned["class_emb.weight"][-1], start["class_emb.weight"][-1])
+    assert tuned["class_emb.weight"].shape[0] == 3
+    assert torch.equal(tuned["class_emb.weight"][-1], start["class_emb.weight"][-1])
 
 
 def test_loss_goes_down(files, tmp_path, capsys):
@@ -107,8 +112,9 @@ def test_loss_goes_down(files, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_the_run(tmp_path):
-    argv = ["train.py", "vq", "--steps", "100000", "--out", str(tmp_path / "a"), "--batch-size", "2", "--device", "cpu", "--log-every", "1"]
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = ["train.py", "vq", "--out", str(tmp_path / "a"), "--batch-size", "2", "--device", "cpu", "--log-every", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, **pipes)
     log = tmp_path / "a" / "log.csv"
     deadline = time.time() + 120
     while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 2):
@@ -128,9 +134,10 @@ def test_two_processes_compute_what_one_does(pictures, files, tmp_path):
             "sample.guarded(train.train, train.parse_args(sys.argv[1:]))").format(str(ROOT))
     (tmp_path / "go.py").write_text(code)
     argv = [*map(str, VAR), "--data", str(pictures), "--vae", str(files[1]), "--steps", "3"]
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        result = subprocess.run([sys.executable, *launcher, str(tmp_path / "go.py"), *argv, "--out", str(tmp_path / name)],
-                                capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, str(tmp_path / "go.py"), *argv, "--out", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for k in one:

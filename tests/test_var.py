@@ -9,13 +9,15 @@ import vq
 from conftest import tiny_tokenizer, tiny_var
 
 LABELS = torch.tensor([0, 3])
+VARIANTS = pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}],
+                                   ids=["plain", "shared_adaln", "no_l2_norm"])
 
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
-@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}], ids=["plain", "shared_adaln", "no_l2_norm"])
+@VARIANTS
 def test_cached_sampling_equals_teacher_forcing(changes, tokenizer):
     model = tiny_var(**changes)
     steps = list(model.steps(tokenizer, LABELS, cfg=2.0, generator=torch.Generator().manual_seed(0)))
@@ -50,12 +52,13 @@ def test_ladder_ends_with_the_picture(model, tokenizer):
     options = dict(cfg=2.0, top_k=4)
     ladder = model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), ladder=True, **options)
     assert len(ladder) == 4
-    assert torch.equal(ladder[-1], model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), **options))
+    final = model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(ladder[-1], final)
 
 
 def test_editing_keeps_what_the_mask_keeps(model, tokenizer):
     given = tokenizer.tokenize(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    draw = lambda keep: model.sample(tokenizer, LABELS[:1], given=given, keep=keep, generator=torch.Generator().manual_seed(0))
+    draw = lambda keep: model.sample(tokenizer, LABELS[:1], given=given, keep=keep, generator=generators(0)[0])
     everything, nothing = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     torch.testing.assert_close(draw(everything), tokenizer.detokenize(given).add(1).div(2))
     assert (draw(nothing) - draw(everything)).abs().mean() > 1e-3
@@ -74,7 +77,7 @@ def test_class_dropping_and_drop_path_draw_from_the_generator_only(model, tokeni
     features = tokenizer.quantize.teacher_input(tokens.split([1, 4, 9, 16], 1))
     model.train()
     state = torch.get_rng_state()
-    loss = lambda seed: model.loss(LABELS, tokens, features, class_drop=0.5, generator=torch.Generator().manual_seed(seed))[0]
+    loss = lambda seed: model.loss(LABELS, tokens, features, class_drop=0.5, generator=generators(seed)[0])[0]
     assert torch.equal(loss(0), loss(0)) and len({loss(s).item() for s in range(8)}) > 1
     assert torch.equal(state, torch.get_rng_state())
 
@@ -98,12 +101,13 @@ def test_released_sizes(name, parameters, entries):
     assert len(state) + 2 + model.config.depth == entries                   # and the buffers that export() adds
 
 
-@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}], ids=["plain", "shared_adaln", "no_l2_norm"])
+@VARIANTS
 def test_save_load_export(tmp_path, changes):
     model = tiny_var(**changes, heads=1)
     var.save(model, tmp_path / "a.safetensors")
     torch.save(var.export(model), tmp_path / "a.pth")
-    torch.save({"epoch": 1, "trainer": {"var_wo_ddp": var.export(model), "vae_local": {}}, "args": {}}, tmp_path / "ar-ckpt-last.pth")
+    nested = {"epoch": 1, "trainer": {"var_wo_ddp": var.export(model), "vae_local": {}}, "args": {}}
+    torch.save(nested, tmp_path / "ar-ckpt-last.pth")
     for file in ("a.safetensors", "a.pth", "ar-ckpt-last.pth"):
         again = var.load(tmp_path / file)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
