@@ -86,7 +86,6 @@ import csv
 import ctypes
 import json
 import os
-import resource
 import time
 import urllib.error
 import urllib.request
@@ -97,7 +96,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -122,7 +121,7 @@ def choose_device(name):
     """'auto' or a device name -> (torch.device, why)."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda"), torch.cuda.get_device_name()
+            return this_process_gpu(), torch.cuda.get_device_name()
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
         return torch.device("cpu"), "no GPU found"
@@ -131,7 +130,14 @@ def choose_device(name):
     )
     if not available():
         raise UserError(f"--device {name}: not on this machine; use --device cpu, or leave it out")
-    return torch.device(name), "as asked"
+    return this_process_gpu() if name == "cuda" else torch.device(name), "as asked"
+
+
+def this_process_gpu():
+    """The GPU of this process: the first, or under torchrun one for each."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_dtype(name, device):
@@ -176,6 +182,10 @@ class PeakMemory:
 
     @staticmethod
     def _process_peak():
+        try:
+            import resource
+        except ImportError:                                                 # Windows
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # kilobytes, but bytes on macOS
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -208,13 +218,13 @@ def find_checkpoint(name, download=True):
         raise UserError(f"{name}: no such file" + ("" if path.suffix else f", and no released model of that name "
                                                    f"({', '.join(f for f in RELEASED)})"))
     cached = Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible")) / released
-    if not cached.exists():
-        if not download:
-            raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
-        fetch(
-            f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{RELEASED[released]}/resolve/main/{released}",
-            cached,
-        )
+    if not cached.exists() and not download:
+        raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
+    if not cached.exists() and int(os.environ.get("RANK", 0)) == 0:
+        hub = os.environ.get("LEGIBLE_HUB", "https://huggingface.co")
+        fetch(f"{hub}/{RELEASED[released]}/resolve/main/{released}", cached)
+    while not cached.exists():                                              # under torchrun: the first process is at it
+        time.sleep(1)
     return cached
 
 
@@ -265,29 +275,51 @@ def find_companion(given, beside, fallback, download, flag):
 
 
 def read_metadata(path):
-    """The JSON entries in a safetensors header other than the config, e.g. class names; {} for other files."""
+    """What train.py wrote into a safetensors header besides the config: class names, tokenizer; {} for other files."""
     if Path(path).suffix != ".safetensors":
         return {}
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
-        return {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+        metadata = f.metadata() or {}
+    return {k: json.loads(metadata[k]) for k in ("classes", "cfg", "tokenizer") if k in metadata}
+
+
+def check_pair(tokenizer, vae, config, metadata, ckpt):
+    """Makes sure that a transformer is used with the tokenizer it was trained on, as far as the files tell."""
+    t = tokenizer.config
+    if (t.vocab_size, t.z_channels) != (config.vocab_size, config.z_channels):
+        raise UserError(f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on "
+                        f"{config.vocab_size} of {config.z_channels}; give the tokenizer it was trained with as --vae")
+    if metadata.get("tokenizer", vq.fingerprint(tokenizer)) != vq.fingerprint(tokenizer):
+        raise UserError(f"{vae}: is not the tokenizer that {ckpt} was trained with; give that as --vae")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading and writing pictures
 
 
+def open_picture(path):
+    """An RGB PIL picture: turned as its EXIF says, 16 bits as 8, transparent parts on white. Raises what PIL raises."""
+    with Image.open(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+        if "A" in picture.mode or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises for broken files
+
+
 def read_picture(path):
-    """An RGB PIL picture; a transparent one on white."""
+    """open_picture, for a path that a user gave."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode in ("RGBA", "LA", "P"):
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-            return picture.convert("RGB")
+        return open_picture(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise UserError(f"{path}: not a readable picture ({e})") from None
 
 
@@ -300,9 +332,14 @@ def square(picture, side):
     return picture.crop((x, y, x + side, y + side))
 
 
+def to_input(pixels, device):
+    """uint8 (B, 3, h, w) -> float32 in [-1, 1] on the device."""
+    return pixels.to(device).float().div_(127.5).sub_(1)
+
+
 def to_tensor(picture, device):
     """PIL picture -> (1, 3, h, w) float32 in [-1, 1]."""
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
+    return to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device)
 
 
 def to_pixels(images):
@@ -348,12 +385,15 @@ def last_line(device, device_why, dtype, dtype_why, models, seconds, peak, where
             f"{seconds:.2f} s per picture, {note}peak memory {peak() / 1e9:.2f} GB -> {where}")
 
 
-def check_writable(path, flag="--out"):
-    """Creates the folder of an output and makes sure, before any work, that a file can be written there."""
-    folder = path if path.suffix == "" else path.parent
+def check_writable(path, flag="--out", suffix=None):
+    """Makes sure, before any work, that a file of that suffix, or files in that folder (no suffix), can be written."""
+    path = Path(path)
+    if suffix and path.suffix != suffix:
+        raise UserError(f"{flag} {path}: expected a name that ends in {suffix}")
+    folder = path.parent if suffix else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.suffix and path.is_dir():
+        if suffix and path.is_dir():
             raise OSError(21, "it is a folder")
         probe = folder / f".{os.getpid()}.probe"
         probe.touch()
@@ -363,13 +403,21 @@ def check_writable(path, flag="--out"):
     return path
 
 
-def write_pictures(out, pictures, text, names=None):
-    """One file per picture in a folder; returns what to tell the user."""
-    for i, picture in enumerate(pictures):
-        save_png(
-            out / f"{i:05d}.png", picture, text | {"seed": text["seed"] + i} | ({"class": names[i]} if names else {})
-        )
-    return f"{out}/00000.png .. {len(pictures) - 1:05d}.png"
+def check_out(given, default):
+    """--out: (path, whether it is one picture rather than a folder of them)."""
+    path = Path(given or default)
+    if path.suffix not in ("", ".png") and not path.is_dir():
+        raise UserError(f"--out {path}: expected a name that ends in .png, or a folder")
+    single = path.suffix == ".png"
+    return check_writable(path, suffix=".png" if single else None), single
+
+
+def check_ranges(*rows):
+    """Rows of (flag, value, lowest, highest or None); None as value means not given."""
+    for flag, value, low, high in rows:
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            wanted = f"{low} .. {high}" if high is not None else f"at least {low}"
+            raise UserError(f"{flag} {value}: expected {wanted}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -586,36 +634,59 @@ def print_bench(b, tokens):
 # python sample.py var
 
 
-def load_var(args, device, dtype):
-    """(tokenizer, transformer, metadata, name) of --ckpt, --vae, or --random-weights."""
-    if args.random_weights:
-        name = args.random_weights.removesuffix(".pth")
-        if name not in var.CONFIGS:
-            raise UserError(f"--random-weights {name}: choose one of {', '.join(var.CONFIGS)}")
-        g = torch.Generator().manual_seed(args.seed)
-        config = var.CONFIGS[name]
-        tokenizer = vq.build(vq.VQVAE, replace(vq.CONFIGS["emoji_vq" if name == "emoji_var" else "vae_ch160v4096z32"],
-                                               patch_nums=config.patch_nums)).eval()
+class VARJob:
+    """The models of a command line, loaded, and what to draw with them."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device, self.device_why = choose_device(args.device)
+        self.dtype, self.dtype_why = choose_dtype(args.dtype, self.device)
+        self.peak = PeakMemory(self.device)
+        self.metadata, self.files = {}, []
+        tokenizer, model = self.random_models() if args.random_weights else self.load_models()
+        self.tokenizer, self.model = tokenizer.to(self.device), model.to(self.device)
+        self.patch_nums = model.config.patch_nums
+        self.side = tokenizer.config.stride * self.patch_nums[-1]           # of the pictures, in pixels
+        self.names = self.metadata.get("classes", [])
+        cfg = args.cfg if args.cfg is not None else self.metadata.get("cfg", 4.0)
+        self.options = dict(cfg=cfg, top_k=args.top_k, top_p=args.top_p, more_smooth=args.smooth)
+        self.settings = {"model": "var", "checkpoint": self.name, "seed": args.seed} | self.options
+
+    def random_models(self):
+        """--random-weights: a released size without its file."""
+        self.name = self.args.random_weights.removesuffix(".pth")
+        if self.name not in var.CONFIGS:
+            raise UserError(f"--random-weights {self.name}: choose one of {', '.join(var.CONFIGS)}")
+        g, config = torch.Generator().manual_seed(self.args.seed), var.CONFIGS[self.name]
+        tokenizer = vq.CONFIGS["emoji_vq" if self.name == "emoji_var" else "vae_ch160v4096z32"]
+        tokenizer = vq.build(vq.VQVAE, replace(tokenizer, patch_nums=config.patch_nums)).eval()
         tokenizer.init_weights(g)
         model = vq.build(var.VAR, config).eval()
         model.init_weights(generator=g)
-        vq.set_decoder_dtype(tokenizer, dtype)
-        return tokenizer.to(device), var.set_dtype(model, dtype).to(device), {}, name
-    ckpt = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_var.safetensors"
-    model = var.load(ckpt, dtype=dtype)
-    c = model.config
-    released = (c.vocab_size, c.z_channels) == (4096, 32)
-    vae = find_companion(
-        args.vae, ckpt, "vae_ch160v4096z32.pth" if released else "emoji_vq.safetensors", not args.no_download, "--vae"
-    )
-    tokenizer = vq.load(vae, patch_nums=c.patch_nums, dtype=dtype)
-    t = tokenizer.config
-    if (t.vocab_size, t.z_channels) != (c.vocab_size, c.z_channels):
-        raise UserError(
-            f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on {c.vocab_size} of "
-            f"{c.z_channels}; give the tokenizer it was trained with as --vae"
-        )
-    return tokenizer.to(device), model.to(device), read_metadata(ckpt), Path(ckpt).name
+        return vq.set_decoder_dtype(tokenizer, self.dtype), var.set_dtype(model, self.dtype)
+
+    def load_models(self):
+        """--ckpt and --vae, or the demo."""
+        args, download = self.args, not self.args.no_download
+        ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / "emoji_var.safetensors"
+        model, self.metadata = var.load(ckpt, dtype=self.dtype), read_metadata(ckpt)
+        released = (model.config.vocab_size, model.config.z_channels) == (4096, 32)
+        fallback = "vae_ch160v4096z32.pth" if released else "emoji_vq.safetensors"
+        vae = find_companion(args.vae, ckpt, fallback, download, "--vae")
+        tokenizer = vq.load(vae, patch_nums=model.config.patch_nums, dtype=self.dtype)
+        check_pair(tokenizer, vae, model.config, self.metadata, ckpt)
+        self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
+        return tokenizer, model
+
+    def draw(self, labels, first, ladder=False):
+        """Pictures number `first` and following: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
+        seed = self.args.seed + first
+        generator = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(labels))]
+        if self.args.one_generator:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        labels = torch.tensor(labels, device=self.device)
+        images = self.model.sample(self.tokenizer, labels, generator=generator, ladder=ladder, **self.options)
+        return images if ladder else [images]
 
 
 def choose_labels(args, config, names):
@@ -627,10 +698,9 @@ def choose_labels(args, config, names):
         elif c.lstrip("-").isdigit() and 0 <= int(c) <= config.num_classes:
             chosen.append(int(c))
         else:
-            raise UserError(
-                f"--classes {c}: expected an id 0 .. {config.num_classes - 1}, {config.num_classes} for no class"
-                + (", or a name that --list-classes prints" if names else "")
-            )
+            known = ", or a name that --list-classes prints" if names else ""
+            raise UserError(f"--classes {c}: expected an id 0 .. {config.num_classes - 1}, {config.num_classes} for no "
+                            f"class{known}")
     n = args.n or (len(chosen) if chosen else 50 * config.num_classes if args.npz else 16)
     if chosen:
         return [chosen[i % len(chosen)] for i in range(n)]
@@ -641,17 +711,8 @@ def choose_labels(args, config, names):
 
 def check_var_args(args):
     """What argparse does not check."""
-    for flag, value, low, high in (
-        ("-n", args.n, 1, None),
-        ("--batch-size", args.batch_size, 1, None),
-        ("--top-k", args.top_k, 0, None),
-        ("--top-p", args.top_p, 0, 1),
-        ("--cfg", args.cfg, 0, None),
-    ):
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            raise UserError(
-                f"{flag} {value}: expected " + (f"{low} .. {high}" if high is not None else f"at least {low}")
-            )
+    check_ranges(("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--seed", args.seed, 0, None),
+                 ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1), ("--cfg", args.cfg, 0, None))
     y0, x0, y1, x1 = args.box
     if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
         raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
@@ -663,109 +724,105 @@ def check_var_args(args):
         raise UserError("--ckpt and --random-weights exclude each other")
     if args.json and not args.bench:
         raise UserError("--json goes with --bench")
+    if args.npz and (args.edit or args.steps_grid):
+        raise UserError("--npz is for whole sets of pictures: leave out --edit and --steps-grid")
 
 
 def sample_var(args):
+    """Pictures as a grid or one by one; or one of --list-classes, --bench, --npz."""
     check_var_args(args)
-    device, device_why = choose_device(args.device)
-    dtype, dtype_why = choose_dtype(args.dtype, device)
-    out = check_writable(Path(args.out or "out/var.png")) if not (args.bench or args.npz or args.list_classes) else None
-    npz = check_writable(Path(args.npz), "--npz") if args.npz else None
     if args.json:
-        check_writable(Path(args.json), "--json")
-    peak = PeakMemory(device)
-    tokenizer, model, metadata, name = load_var(args, device, dtype)
-    names = metadata.get("classes", [])
-    if args.list_classes:
-        print(
-            "\n".join(f"{i:4d}  {c}" for i, c in enumerate(names))
-            or f"{name}: {model.config.num_classes} classes, no names in the file"
-        )
-        return
-    labels = choose_labels(args, model.config, names)
-    options = dict(
-        cfg=args.cfg if args.cfg is not None else metadata.get("cfg", 4.0),
-        top_k=args.top_k,
-        top_p=args.top_p,
-        more_smooth=args.smooth,
-    )
+        check_writable(args.json, "--json", suffix=".json")
+    if args.npz:
+        check_writable(args.npz, "--npz", suffix=".npz")
     if args.bench:
-        return bench_var(args, tokenizer, model, name, labels, options, device, dtype, peak)
-    settings = {"model": "var", "checkpoint": name, "seed": args.seed} | options
-    if npz:
-        return write_npz(args, npz, tokenizer, model, labels, options, settings, device)
-    original = None
+        return bench_var(VARJob(args))
+    if args.npz:
+        return write_npz(VARJob(args), Path(args.npz))
+    if args.list_classes:
+        job = VARJob(args)
+        names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
+        return print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
+    out, single = check_out(args.out, "out/var.png")
+    given = read_picture(args.image) if args.edit else None
+    job = VARJob(args)
+    labels = choose_labels(args, job.model.config, job.names)
+    extra, titles = [], [f"{p}x{p}" for p in job.patch_nums] if args.steps_grid else []
     if args.edit:
-        side = tokenizer.config.stride * model.config.patch_nums[-1]
-        original = to_tensor(square(read_picture(args.image), side), device)
-        options |= {"given": tokenizer.tokenize(original, model.config.patch_nums),
-                    "keep": var.edit_mask(args.box, model.config.patch_nums[-1], inpaint=args.edit != "out").to(device)}
-        if args.edit != "class":
-            labels = [model.config.num_classes] * len(labels)               # in- and out-painting know no class
-        settings |= {"edit": args.edit, "box": args.box, "image": args.image}
-    seconds, images = timed(lambda: draw_all(args, tokenizer, model, labels, options, device), device)
-    pictures = np.concatenate([to_pixels(torch.stack(ladder, 1).flatten(0, 1)) for ladder in images])
-    frames = len(pictures) // len(labels)
-    named = [names[label] if label < len(names) else str(label) for label in labels]
-    if out.suffix:
-        titles = [f"{p}x{p}" for p in model.config.patch_nums] if args.steps_grid else ()
-        if args.edit and not args.steps_grid:
-            shown = [original, torch.where(mask_picture(options["keep"], side), original, 0.5)]
-            pictures = np.concatenate([to_pixels(torch.cat(shown).add(1).div(2)), pictures])
-            titles = ["given", "kept"]
+        labels, extra = prepare_edit(job, given, labels)
+        titles = titles or ["given", "kept"]
+    seconds, pictures = timed(lambda: draw_all(job, labels, None if single else out), job.device)
+    if single:
+        frames = len(job.patch_nums) if args.steps_grid else 1
+        pictures = extra * (frames == 1) + pictures
         columns = frames if frames > 1 else min(len(pictures), 8 if len(pictures) > 4 else 4)
-        save_png(out, grid(pictures, columns, titles=titles), settings | {"classes": ", ".join(named)})
-        where = out
-    else:
-        where = write_pictures(out, pictures, settings, [c for c in named for _ in range(frames)])
-    print(last_line(device, device_why, dtype, dtype_why, (tokenizer, model), seconds / len(labels), peak, where))
+        classes = ", ".join(class_name(job, label) for label in labels)
+        save_png(out, grid(np.stack(pictures), columns, titles=titles), job.settings | {"classes": classes})
+    where = out if single else f"{len(labels)} files in {out}"
+    print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, (job.tokenizer, job.model),
+                    seconds / len(labels), job.peak, where))
 
 
-def mask_picture(keep, side):
-    """(p, p) bool -> (1, 1, side, side) bool."""
-    return keep.repeat_interleave(side // len(keep), 0).repeat_interleave(side // len(keep), 1)[None, None]
+def prepare_edit(job, given, labels):
+    """Sets what to keep of the given PIL picture -> (labels, [the picture, and what is kept of it])."""
+    args, last = job.args, job.patch_nums[-1]
+    image = to_tensor(square(given, job.side), job.device)
+    keep = var.edit_mask(args.box, last, inpaint=args.edit != "out").to(job.device)
+    job.options |= {"given": job.tokenizer.tokenize(image, job.patch_nums), "keep": keep}
+    job.settings |= {"edit": args.edit, "box": args.box, "image": args.image}
+    cell = job.side // last
+    kept = torch.where(keep.repeat_interleave(cell, 0).repeat_interleave(cell, 1), image, 0.5)
+    if args.edit != "class":
+        labels = [job.model.config.num_classes] * len(labels)               # in- and out-painting know no class
+    return labels, list(to_pixels(torch.cat([image, kept]).add(1).div(2)))
 
 
-def draw_batch(args, tokenizer, model, labels, first, options, device, ladder=False):
-    """Pictures first .. first + len(labels): a list of (B, 3, h, w) in [0, 1], one per scale, or just the last."""
-    generator = [torch.Generator(device).manual_seed(args.seed + first + i) for i in range(len(labels))]
-    if args.one_generator:
-        generator = torch.Generator(device).manual_seed(args.seed + first)
-    images = model.sample(tokenizer, torch.tensor(labels, device=device), generator=generator, ladder=ladder, **options)
-    return images if ladder else [images]
+def class_name(job, label):
+    return job.names[label] if label < len(job.names) else str(label)
 
 
-def draw_all(args, tokenizer, model, labels, options, device):
-    """All pictures, batch by batch."""
-    batches = range(0, len(labels), args.batch_size)
-    return [draw_batch(args, tokenizer, model, labels[i:i + args.batch_size], i, options, device, args.steps_grid)
-            for i in tqdm(batches, unit="batch", disable=len(batches) == 1, leave=False)]
+def draw_all(job, labels, folder):
+    """All pictures, batch by batch, as uint8 arrays; written as they come if there is a folder, else returned."""
+    args, pictures = job.args, []
+    starts = range(0, len(labels), args.batch_size)
+    for start in tqdm(starts, unit="batch", disable=len(starts) == 1, leave=False):
+        batch = labels[start:start + args.batch_size]
+        images = torch.stack(job.draw(batch, start, args.steps_grid), 1)    # (B, frames, 3, h, w)
+        for i, frames in enumerate(images, start):
+            frames = to_pixels(frames)
+            if folder is None:
+                pictures += list(frames)
+                continue
+            text = job.settings | {"seed": args.seed + i, "class": class_name(job, labels[i])}
+            save_png(folder / f"{i:05d}.png", grid(frames, len(frames), enlarge=1), text)
+    return pictures
 
 
-def write_npz(args, path, tokenizer, model, labels, options, settings, device, chunk=250):
+def write_npz(job, path, chunk=250):
     """All pictures as one array arr_0 (N, h, w, 3) uint8, in chunks that survive an interruption.
 
     Every picture has its own generator: neither the batch size nor the number of processes changes it.
     """
+    args, labels = job.args, choose_labels(job.args, job.model.config, job.names)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(exist_ok=True)
+    files = [(str(f.resolve()), f.stat().st_size, int(f.stat().st_mtime)) for f in job.files]
+    settings = {"n": len(labels), "classes": args.classes, "dtype": str(job.dtype), "files": files}
+    settings = json.dumps(job.settings | settings | {"one_generator": args.one_generator and args.batch_size})
     note = parts / "settings.json"
-    wanted = json.dumps(
-        settings | {"n": len(labels), "classes": args.classes, "one_generator": args.one_generator and args.batch_size}
-    )
-    if note.exists() and note.read_text() != wanted:
+    if note.exists() and note.read_text() != settings:
         raise UserError(f"{parts}: holds pictures of other settings; delete it, or choose another --npz")
     with vq.atomic(note) as temporary:
-        temporary.write_text(wanted)
+        temporary.write_text(settings)
     chunks = [parts / f"{i:07d}.npy" for i in range(0, len(labels), chunk)]
     for i, file in enumerate(tqdm(chunks, unit=f"x{chunk} pictures", disable=rank > 0)):
         if i % world != rank or file.exists():
             continue
-        pictures = []
-        for start in range(i * chunk, min((i + 1) * chunk, len(labels)), args.batch_size):
-            batch = labels[start:min(start + args.batch_size, (i + 1) * chunk)]
-            pictures.append(to_pixels(draw_batch(args, tokenizer, model, batch, start, options, device)[0]))
+        end, pictures = min((i + 1) * chunk, len(labels)), []
+        for start in range(i * chunk, end, args.batch_size):
+            batch = labels[start:min(start + args.batch_size, end)]
+            pictures.append(to_pixels(job.draw(batch, start)[0]))
         with vq.atomic(file) as temporary, open(temporary, "wb") as f:
             np.save(f, np.concatenate(pictures))
     while rank == 0 and not all(file.exists() for file in chunks):          # the other processes' share
@@ -781,29 +838,25 @@ def write_npz(args, path, tokenizer, model, labels, options, settings, device, c
 
 def merge_npz(path, chunks, n):
     """Streams .npy chunks into one .npz: 50,000 pictures of 256 pixels are 10 GB and need not be in memory at once."""
-    first = np.load(chunks[0], mmap_mode="r")
+    shape = (n, *np.load(chunks[0], mmap_mode="r").shape[1:])
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z, z.open("arr_0.npy", "w", force_zip64=True) as f:
-        np.lib.format.write_array_header_1_0(
-            f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
-        )
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for chunk in chunks:
             f.write(np.load(chunk).tobytes())
 
 
-def bench_var(args, tokenizer, model, name, labels, options, device, dtype, peak):
+def bench_var(job):
     """--bench: -n pictures in one batch (default one)."""
-    labels = labels[:args.n or 1]
-    run = lambda: draw_batch(args, tokenizer, model, labels, 0, options, device)[0]
-    stages = {
-        "sampling": [(model, "_draw")],
-        "quantizer": [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")],
-        "decoder": [(tokenizer, "decode")],
-    }
-    parameters = [*tokenizer.parameters(), *model.parameters()]
-    result = bench(name, run, stages, "transformer", parameters, device, dtype, len(labels), peak)
-    print_bench(result, sum(p * p for p in model.config.patch_nums))
-    if args.json:
-        with vq.atomic(args.json) as temporary:
+    labels = choose_labels(job.args, job.model.config, job.names)[:job.args.n or 1]
+    quantizer = job.tokenizer.quantize
+    stages = {"sampling": [(job.model, "_draw")], "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
+              "decoder": [(job.tokenizer, "decode")]}
+    parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
+    result = bench(job.name, lambda: job.draw(labels, 0)[0], stages, "transformer", parameters, job.device, job.dtype,
+                   len(labels), job.peak)
+    print_bench(result, sum(p * p for p in job.patch_nums))
+    if job.args.json:
+        with vq.atomic(job.args.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
 
 
@@ -825,7 +878,7 @@ def sample_vq(args):
     """Pictures, and below each what is left of it: by default after all scales, with --steps-grid after every one."""
     device, device_why = choose_device(args.device)
     dtype, dtype_why = choose_dtype(args.dtype, device)
-    out = check_writable(Path(args.out or "out/vq.png"))
+    out, single = check_out(args.out, "out/vq.png")
     peak = PeakMemory(device)
     tokenizer = vq.load(
         find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors", dtype=dtype
@@ -842,21 +895,17 @@ def sample_vq(args):
         scores.append(10 * torch.log10(4 / (ladder[-1] - image).square().mean()).item())    # [-1, 1]: the peak is 2
         rows.append(to_pixels(torch.cat([image, *(ladder if args.steps_grid else ladder[-1:])]).add(1).div(2)))
     titles = ["original"] + ([f"{p}x{p}" for p in c.patch_nums] if args.steps_grid else ["decoded"])
-    if len({row.shape for row in rows}) == 1 and out.suffix:
+    text = {"model": "vq", "checkpoint": args.ckpt or "demo"}
+    if single and len({row.shape for row in rows}) == 1:
         if args.steps_grid:
             sheet = grid(np.concatenate(rows), len(titles), titles=titles)
-        else:
-            sheet = grid(np.concatenate([np.stack([row[i] for row in rows]) for i in range(2)]), len(rows))
-        save_png(out, sheet, {"model": "vq", "checkpoint": args.ckpt or "demo"})
-    else:                                                                   # sizes differ: one file per picture
-        out = out.with_suffix("")
-        check_writable(out)
+        else:                                                               # originals above, reconstructions below
+            sheet = grid(np.concatenate(np.stack(rows, 1)), len(rows))
+        save_png(out, sheet, text)
+    else:                                                                   # one file per picture
+        out = check_writable(out.with_suffix("") if single else out)
         for i, row in enumerate(rows):
-            save_png(
-                out / f"{i:05d}.png",
-                grid(row, len(row), titles=titles),
-                {"model": "vq", "checkpoint": args.ckpt or "demo"},
-            )
+            save_png(out / f"{i:05d}.png", grid(row, len(row), titles=titles), text)
     note = f"PSNR {np.mean(scores):.2f} dB, {len(used)} of {c.vocab_size} codes used, "
     print(last_line(device, device_why, dtype, dtype_why, (tokenizer,), seconds / len(rows), peak, out, note))
 
@@ -893,9 +942,12 @@ def guarded(run, args):
     except (UserError, vq.CheckpointError) as e:
         sys.exit(_complain(e))
     except torch.OutOfMemoryError as e:
-        sys.exit(_complain(f"out of GPU memory; try a smaller --batch-size or --dtype bf16 ({str(e).splitlines()[0]})"))
-    except OSError as e:
-        sys.exit(_complain(f"{e.filename or 'output'}: {e.strerror or e}"))
+        hint = "try a smaller --batch-size, in training a larger --accum, or --dtype bf16"
+        sys.exit(_complain(f"out of GPU memory: {hint} ({str(e).splitlines()[0]})"))
+    except OSError as e:                                                    # a full disk, a missing permission
+        if e.filename is None:
+            raise
+        sys.exit(_complain(f"{e.filename}: {e.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

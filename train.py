@@ -18,7 +18,7 @@ COMMON = dict(
     epochs=0, steps=0, accum=1, lr=1e-4, schedule="lin0", warmup=0.02, warmup_from=0.005, final_lr=0.1,
     wd=0.05, wd_end=0.0, betas=(0.9, 0.95), clip=2.0, ema=0.0, dtype="fp32",
 )
-# VAR's authors released no tokenizer recipe. "imagenet" is LlamaGen's, with VAR's losses and a cure for dead codes.
+# VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's: its batch, rate and discriminator.
 VQ = COMMON | dict(
     model="vae_ch160v4096z32", size=256, epochs=40, batch_size=128, schedule="const", wd=0.0, clip=1.0, ema=0.9999,
     dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000,
@@ -26,14 +26,15 @@ VQ = COMMON | dict(
 )
 VQ_EMOJI = dict(
     model="emoji_vq", size=32, epochs=0, steps=5000, batch_size=16, lr=1e-3, schedule="lin00", final_lr=0.01,
-    betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0,
+    betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0,
     warm_steps=300, restart_after=300,
 )
 # init_gamma: scale of the AdaLN gates at the start
-VAR = COMMON | dict(size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16")
+VAR = COMMON | dict(size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops=0)
 LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
     model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
+    cache_crops=1,
 )
 RECIPES = {
     "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
@@ -110,9 +111,7 @@ def parse_args(argv=None):
             add(
                 "--cache-crops",
                 type=int,
-                default=1,
-                help="tokenize each picture so often, once, before training (1: centre "
-                "crop); 0: tokenize random crops on the fly",
+                help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly",
             )
             add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
     args = parser.parse_args(argv)
@@ -132,6 +131,7 @@ import csv
 import hashlib
 import math
 import os
+import pickle
 import signal
 import time
 from dataclasses import replace
@@ -189,28 +189,29 @@ class PictureFolder:
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
-        self.classes = sorted(d.name for d in root.iterdir() if d.is_dir())
-        files = [(p, c) for c, name in enumerate(self.classes) for p in sorted((root / name).rglob("*"))
-                 if p.suffix.lower() in self.SUFFIXES]
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        found = {d.name: self._pictures_in(d) for d in folders}
+        self.classes = [name for name, paths in found.items() if paths]
+        files = [(p, c) for c, name in enumerate(self.classes) for p in found[name]]
         if not files:
-            raise UserError(
-                f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or .png, .webp, .bmp)"
-            )
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp)")
         if split:
-            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
+            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files    # under 20: no hold-out
         self.files = [str(p) for p, _ in files]
         self.labels = torch.tensor([c for _, c in files])
         self.size = size
         listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
 
+    def _pictures_in(self, folder):
+        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
+
     def __len__(self):
         return len(self.files)
 
     def read(self, index, crop_seed):
         """uint8 (3, size, size)."""
-        with Image.open(self.files[index]) as picture:
-            picture = picture.convert("RGB")
+        picture = sample.open_picture(self.files[index])
         ratio = round(1.125 * self.size) / min(picture.size)
         picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
         room = [s - self.size for s in picture.size]
@@ -228,7 +229,7 @@ class PictureFolder:
                 try:
                     pixels.append(self.read(index, crop_seed))
                     break
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                except sample.UNREADABLE:
                     broken.append(self.files[index])
                     index = (index + 1) % len(self)
             else:
@@ -261,10 +262,12 @@ class TokenCache:
 
     def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
         self.classes, self.crops, n = pictures.classes, crops, len(pictures)
-        weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in tokenizer.quantize.parameters()))
-        key = hashlib.sha256(f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}".encode()).hexdigest()[
-            :12
-        ]
+        weights = hashlib.sha256()
+        for module in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
+            for p in module.parameters():
+                weights.update(p.detach().cpu().numpy().tobytes())
+        key = f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}"
+        self.fingerprint = key = hashlib.sha256(key.encode()).hexdigest()[:12]
         path = Path(folder) / f"tokens_{tag}_{key}.safetensors"
         if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
             self._fill(pictures, tokenizer, patch_nums, device, path)
@@ -284,7 +287,7 @@ class TokenCache:
             read = [(pixels, label) for pixels, label, paths in read if not paths]
             if read:
                 pixels, label = (torch.cat(column) for column in zip(*read))
-                tokens.append(torch.cat(tokenizer.tokenize(to_input(pixels, device), patch_nums), 1).int().cpu())
+                tokens.append(torch.cat(tokenizer.tokenize(sample.to_input(pixels, device), patch_nums), 1).int().cpu())
                 labels.append(label)
         report_broken(broken, len(pictures))
         with vq.atomic(path) as temporary:
@@ -304,29 +307,33 @@ def report_broken(paths, total):
 
 
 class Batches:
-    """Endless batches of (index, crop seed), a function of seed and batch number alone: that makes runs resumable.
+    """Endless lists of (index, crop seed), a function of seed and step alone: that makes runs resumable.
 
-    Every epoch is a new permutation; its last batch is filled from the epoch's start. Ranks take contiguous shares.
+    Every epoch is a new permutation; its last batch is filled from the epoch's start. A step's batch is cut into
+    contiguous shares, one for each process and each of its `accum` backward passes.
     """
 
-    def __init__(self, n, batch_size, seed, first=0, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.first, self.rank, self.world = n, batch_size, seed, first, rank, world
+    def __init__(self, n, batch_size, seed, first=0, accum=1, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.first = n, batch_size, seed, first
+        self.parts, self.mine = accum * world, range(rank * accum, (rank + 1) * accum)
 
     def __iter__(self):
-        per_epoch, share = -(-self.n // self.batch_size), self.batch_size // self.world
-        number, order, order_of = self.first, None, None
+        per_epoch, share = -(-self.n // self.batch_size), self.batch_size // self.parts
+        step, order, order_of = self.first, None, None
         while True:
-            epoch, b = divmod(number, per_epoch)
+            epoch, b = divmod(step, per_epoch)
             if order_of != epoch:
                 order, order_of = np.random.default_rng((self.seed, epoch)).permutation(self.n), epoch
             chosen = order[(b * self.batch_size + np.arange(self.batch_size)) % self.n]
-            yield [(int(i), (self.seed, epoch, int(i))) for i in chosen[self.rank * share:(self.rank + 1) * share]]
-            number += 1
+            for part in self.mine:
+                yield [(int(i), (self.seed, epoch, int(i))) for i in chosen[part * share:(part + 1) * share]]
+            step += 1
 
 
-def to_input(pixels, device):
-    """uint8 (B, 3, h, w) -> float32 in [-1, 1] on the device."""
-    return pixels.to(device).float().div_(127.5).sub_(1)
+def spread(n, most):
+    """At most so many of n validation pictures, spread over the classes: items for __getitems__."""
+    count = min(n, most)
+    return [(i * n // count, None) for i in range(count)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,6 +346,11 @@ class TokenizerTask:
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
     val_metrics = ["psnr", "usage"]
 
+    @staticmethod
+    def score(scores):
+        """What the best checkpoint has most of."""
+        return scores["psnr"]
+
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = vq.CONFIGS[args.model]
@@ -349,61 +361,74 @@ class TokenizerTask:
         self.model = vq.build(vq.VQVAE, config).to(device)
         self.model.init_weights(g)
         lpips = discriminator = self.disc_optimizer = None
-        if args.lpips:
-            lpips = vq.load_lpips(*args.lpips).to(device)
-        elif args.lpips_weight:
-            raise UserError(
-                "this recipe needs --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth and LPIPS' vgg.pth), "
-                "or --lpips-weight 0 to train without"
-            )
+        if bool(args.lpips) != bool(args.lpips_weight):
+            raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) and "
+                            "a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
         if args.disc_weight:
             discriminator = vq.PatchDiscriminator().to(device)
             discriminator.init_weights(g)
             self.disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
+        if args.lpips:
+            lpips = vq.load_lpips(*args.lpips).to(device)
+        self.pairs, self.moved = [], None                                   # pictures of this step; codes it restarted
         self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
                                           disc_weight=args.disc_weight, disc_start=args.disc_start)
 
     def loss(self, batch, step, g):
-        image = to_input(batch[0], self.device)
+        image = sample.to_input(batch[0], self.device)
         rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
         loss, metrics = self.criterion(image, rec.float(), vq_loss, step, self.model.decoder.conv_out.weight)
-        self.pair = image, rec.detach()
-        return loss, metrics if usage is None else metrics | {"usage": usage}    # (K,) one number per scale
+        self.pairs.append((image, rec.detach().float()))
+        return loss, metrics if usage is None else metrics | {"usage": usage}           # (K,) one number per scale
 
     def after_step(self, step, lr, g):
         """What else happens in a training step: the discriminator's update, and the care of the codebook."""
-        args, metrics = self.args, {}
+        args, quantizer, metrics = self.args, self.model.quantize, {}
         if self.criterion.adversarial(step):
-            metrics["disc"] = self.criterion.discriminator_loss(*(t.float() for t in self.pair))
-            self.disc_optimizer.zero_grad()
-            metrics["disc"].backward()
-            average_gradients(self.criterion.discriminator.parameters())
-            for group in self.disc_optimizer.param_groups:
-                group["lr"] = lr
-            self.disc_optimizer.step()
-        quantizer = self.model.quantize
+            metrics["disc"] = self._update_discriminator(lr)
+        self.pairs, self.moved = [], None
         if step + 1 == args.warm_steps:
+            self.moved = torch.ones_like(quantizer.idle, dtype=torch.bool)
             quantizer.init_codebook(self._features(g), g)
         elif args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * args.steps:
-            dead = quantizer.idle > args.restart_after
-            metrics["restarted"] = torch.tensor(float(quantizer.restart_codes(self._features(g), dead, g)))
-        if dist.is_initialized():
+            self.moved = quantizer.idle > args.restart_after * args.accum   # idle counts forward passes
+            metrics["restarted"] = torch.tensor(float(quantizer.restart_codes(self._features(g), self.moved, g)))
+        if self.moved is not None and dist.is_initialized():
             dist.broadcast(quantizer.codebook.data, 0)
+            self.moved[:] = True                                            # each process had found its own
         return metrics
+
+    def sync_average(self, average):
+        """Codes that jumped must jump in the weight average too, or it would hold dead ones for thousands of steps."""
+        if self.moved is not None:
+            average.quantize.codebook.data[self.moved] = self.model.quantize.codebook.data[self.moved]
+
+    def _update_discriminator(self, lr):
+        self.disc_optimizer.zero_grad()                                     # of what the generator's loss left there
+        losses = []
+        for image, rec in self.pairs:
+            losses.append(self.criterion.discriminator_loss(image, rec))
+            (losses[-1] / len(self.pairs)).backward()
+        average_gradients(self.criterion.discriminator.parameters())
+        for group in self.disc_optimizer.param_groups:
+            group["lr"] = lr
+        self.disc_optimizer.step()
+        return torch.stack(losses).detach().mean()
 
     @torch.no_grad()
     def _features(self, g):
         """Features of 128 random training pictures, to take codes from."""
         index = torch.randint(len(self.train_set), (128,), generator=g, device=self.device).tolist()
-        return self.model.encode(to_input(self.train_set.__getitems__([(i, (i,)) for i in index])[0], self.device))
+        pixels, _, _ = self.train_set.__getitems__([(i, (i,)) for i in index])
+        return self.model.encode(sample.to_input(pixels, self.device))
 
     @torch.no_grad()
     def validate(self, model):
         """Mean PSNR in dB over the validation pictures, and the share of codes they use."""
         psnr, used = [], set()
-        for start in range(0, min(len(self.val_set), 1024), 32):
-            items = [(i, None) for i in range(start, min(start + 32, len(self.val_set)))]
-            image = to_input(self.val_set.__getitems__(items)[0], self.device)
+        items = spread(len(self.val_set), 1024)
+        for start in range(0, len(items), 32):
+            image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
             indices = model.tokenize(image)
             mse = (model.detokenize(indices) - image).square().mean((1, 2, 3))
             psnr.append(10 * torch.log10(4 / mse))                          # values span [-1, 1]: peak 2
@@ -413,9 +438,7 @@ class TokenizerTask:
     @torch.no_grad()
     def picture(self, model):
         """Validation pictures, each beside its reconstruction."""
-        n = min(32, len(self.val_set))
-        items = [(i * len(self.val_set) // n, None) for i in range(n)]
-        image = to_input(self.val_set.__getitems__(items)[0], self.device)
+        image = sample.to_input(self.val_set.__getitems__(spread(len(self.val_set), 32))[0], self.device)
         pairs = torch.stack([image, model.reconstruct(image)], 1).flatten(0, 1)
         return sample.grid(sample.to_pixels(pairs.add(1).div(2)), 8)
 
@@ -439,13 +462,20 @@ class VARTask:
     metrics = ["accuracy", "tail_loss", "tail_accuracy"]
     val_metrics = ["loss", "accuracy", "tail_loss", "tail_accuracy"]
 
+    @staticmethod
+    def score(scores):
+        """What the best checkpoint has most of: the authors go by the loss of the last scale."""
+        return -scores["tail_loss"]
+
     def __init__(self, args, train_set, val_set, device, g):
         import var
         self.args, self.device, self.classes = args, device, train_set.classes
         config = replace(var.CONFIGS[args.model], num_classes=len(train_set.classes))
         self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(device)
         if args.init:
-            self.model = var.load(args.init, num_classes=len(train_set.classes), generator=g).to(device)
+            fresh = torch.Generator().manual_seed(args.seed)                # of new class embeddings
+            self.model = var.load(args.init, num_classes=len(train_set.classes), generator=fresh).to(device)
+            sample.check_pair(self.tokenizer, args.vae, self.model.config, sample.read_metadata(args.init), args.init)
         else:
             expected = (self.tokenizer.config.vocab_size, self.tokenizer.config.z_channels)
             config = replace(config, vocab_size=expected[0], z_channels=expected[1])
@@ -467,7 +497,8 @@ class VARTask:
         """Indices per scale, from cached tokens or from pictures."""
         if batch[0].dim() == 2:
             return batch[0].to(self.device).split(self.splits, 1)
-        return self.tokenizer.tokenize(to_input(batch[0], self.device), self.patch_nums)
+        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
+            return self.tokenizer.tokenize(sample.to_input(batch[0], self.device), self.patch_nums)
 
     def loss(self, batch, step, g):
         indices = self._tokens(batch)
@@ -477,30 +508,37 @@ class VARTask:
     def after_step(self, step, lr, g):
         return {}
 
+    def sync_average(self, average):
+        pass
+
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over the validation pictures, without class dropping."""
-        sums, n = {}, min(len(self.val_set), 1024)
-        for start in range(0, n, 32):
-            batch = self.val_set.__getitems__([(i, None) for i in range(start, min(start + 32, n))])
+        sums, items = {}, spread(len(self.val_set), 1024)
+        for start in range(0, len(items), 32):
+            batch = self.val_set.__getitems__(items[start:start + 32])
             indices = self._tokens(batch)
             features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
             loss, metrics = model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, class_drop=0.0)
             for key, value in (metrics | {"loss": loss}).items():
                 sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
-        return {key: value / n for key, value in sums.items()}
+        return {key: value / len(items) for key, value in sums.items()}
 
     def picture(self, model):
         """One sample of each of 32 classes, spread over the list."""
         count = len(self.classes)
-        labels = torch.tensor([i * count // min(32, count) for i in range(min(32, count))], device=self.device)
-        generators = [torch.Generator(self.device).manual_seed(i) for i in range(len(labels))]
-        images = model.sample(self.tokenizer, labels, cfg=2.0, top_k=100, top_p=0.95, generator=generators)
-        return sample.grid(sample.to_pixels(images), 8)
+        n = min(32, count)
+        labels = torch.tensor([i * count // n for i in range(n)], device=self.device)
+        images = []
+        for i in range(0, n, 4):                                            # few at a time: large models need memory
+            generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(i, min(i + 4, n))]
+            images.append(model.sample(self.tokenizer, labels[i:i + 4], cfg=2.0, top_k=100, top_p=0.95,
+                                       generator=generators))
+        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
 
     def save(self, model, path, dtype):
         import var
-        var.save(model, path, dtype, classes=self.classes)
+        var.save(model, path, dtype, classes=self.classes, tokenizer=vq.fingerprint(self.tokenizer))
 
     def state_dict(self):
         return {}
@@ -535,13 +573,15 @@ def learning_rate(schedule, step, steps, warmup_steps, warmup_from, final):
         try:
             bend = float(schedule.removeprefix("lin"))
         except ValueError:
-            raise UserError(f"--schedule {schedule}: choose lin, lin0, lin00, lin0.8, cos, exp or const") from None
+            bend = 0.0
+        if not 0 < bend < 1:
+            raise UserError(f"--schedule {schedule}: choose lin, lin0, lin00, lin0.8, cos, exp or const")
         middle = (1 + final + (1 - final) * (1 - bend)) / 2
         return 1 + (middle - 1) * u / bend if u < bend else final + (middle - final) * (1 - u) / (1 - bend)
     if u < plateau:
         return 1.0
     if schedule == "exp":
-        return math.exp((u - plateau) / (1 - plateau) * math.log(final))
+        return max(final, 1e-8) ** ((u - plateau) / (1 - plateau))
     return final + (1 - final) * (1 - u) / (1 - plateau)
 
 
@@ -619,8 +659,9 @@ class Log:
 
 
 def leave_signals_to_parent(_):
-    """Reading processes ignore Ctrl-C: the training process finishes its step and ends them."""
+    """Reading processes ignore Ctrl-C and SIGTERM: the training process finishes its step and ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopOnSignal:
@@ -641,98 +682,112 @@ class StopOnSignal:
             signal.signal(s, handler)
 
 
+def check_args(args):
+    """What argparse does not check."""
+    at_least = {"batch_size": 1, "accum": 1}
+    counts = ("steps", "epochs", "batch_size", "accum", "seed", "workers", "log_every", "val_every", "sample_every",
+              "save_every", "stop_after", "lr", "wd", "wd_end", "clip")
+    sample.check_ranges(*((f"--{k.replace('_', '-')}", getattr(args, k), at_least.get(k, 0), None) for k in counts),
+                        ("--warmup", args.warmup, 0, 1), ("--final-lr", args.final_lr, 0, 1), ("--ema", args.ema, 0, 1),
+                        ("--cache-crops", getattr(args, "cache_crops", None), 0, None))
+    learning_rate(args.schedule, 1, 2, 0, 0, 1)                             # does that schedule exist?
+    if not args.steps and not args.epochs:
+        raise UserError("nothing to do: give --steps or --epochs")
+
+
 def prepare_folder(args):
     """Creates --out, checks that it can be written, and that no other run's results would be lost in it."""
-    out = sample.check_writable(Path(args.out))
+    out = sample.check_writable(args.out)
     (out / "samples").mkdir(exist_ok=True)
-    if args.resume == "no" and (out / "state.pt").exists():
+    if args.resume == "no" and any((out / name).exists() for name in ("state.pt", "model.safetensors")):
         raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another --out")
     return out
 
 
 class Run:
-    """What a training run consists of. All random numbers come from `g` or from (seed, step), and `save` writes all
-    that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
+    """What a training run consists of. Random numbers come from `g`, seeded anew in every step, or from (seed, step),
+    and `save` writes all that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
+
+    SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "accum", "lr", "schedule", "warmup", "final_lr",
+                "wd", "wd_end", "clip", "ema", "dtype", "seed")             # a resumed run must have the same
 
     def __init__(self, args):
+        check_args(args)
         self.args = args
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, why = sample.choose_device(args.device)
         if args.batch_size % (args.accum * self.world):
             raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times "
                             f"{self.world} processes")
-        learning_rate(args.schedule, 1, 2, 0, 0, 1)                         # does that schedule exist?
         if self.world > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.out = prepare_folder(args)
         train_set, val_set = open_pictures(args)
         self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every rank
         self.task = TASKS[args.model_name](args, train_set, val_set, self.device, self.g)
         self.model = self.task.model
-        n = len(self.task.train_set)
-        args.steps = args.steps or args.epochs * -(-n // args.batch_size)
+        args.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), args.lr, args.betas, eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**11, growth_interval=1000,
                                            enabled=args.dtype == "fp16")
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
-        self.first = 0
+        self.first, self.best = 0, -math.inf
+        self.settings = {k: getattr(args, k) for k in self.SETTINGS} | {"data": self.task.train_set.fingerprint}
         if args.resume == "auto" and (self.out / "state.pt").exists():
             self.restore()
-        if self.world > 1:
-            self.g.manual_seed((args.seed * self.world + self.rank) * 2**32 + self.first)   # draws of its own
         if self.rank == 0:
             parameters = sum(p.numel() for p in self.model.parameters())
-            print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {n:,} pictures, "
-                  f"{len(train_set.classes)} classes, steps {self.first} to {args.steps}")
+            print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {len(self.task.train_set):,} "
+                  f"pictures, {len(train_set.classes)} classes, steps {self.first} to {args.steps}")
 
     def save(self, step):
         """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
-        args, average = self.args, None if self.average is self.model else self.average.state_dict()
-        state = {"model_name": args.model_name, "steps": args.steps, "step": step, "generator": self.g.get_state(),
-                 "model": self.model.state_dict(), "average": average, "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict(), "task": self.task.state_dict()}
+        average = None if self.average is self.model else self.average.state_dict()
+        state = {"settings": self.settings, "step": step, "best": self.best, "model": self.model.state_dict(),
+                 "average": average, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "task": self.task.state_dict()}
         try:
             with vq.atomic(self.out / "state.pt") as temporary:
                 torch.save(state, temporary)
-            self.task.save(self.average, self.out / "model.safetensors", sample.DTYPES[args.save_dtype])
+            self.export("model.safetensors")
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"--out {self.out}: could not save step {step} ({e}); the last save is intact") from None
 
+    def export(self, name):
+        self.task.save(self.average, self.out / name, sample.DTYPES[self.args.save_dtype])
+
     def restore(self):
-        """Continues from state.pt."""
-        path, args = self.out / "state.pt", self.args
+        """Continues from state.pt, if that was a run with the same settings."""
+        path = self.out / "state.pt"
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if (state["model_name"], state["steps"]) != (args.model_name, args.steps):
-                raise UserError(f"{path}: was a run of '{state['model_name']}' over {state['steps']} steps; "
-                                "give the same flags, or another --out")
+            changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
+                       if v != self.settings.get(k)]
+            if changed:
+                raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags or another --out")
             self.model.load_state_dict(state["model"])
             if state["average"]:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.g.set_state(state["generator"].cpu())
             self.task.load_state_dict(state["task"])
-            self.first = state["step"]
-        except (RuntimeError, KeyError, EOFError, ValueError) as e:
+            self.first, self.best = state["step"], state["best"]
+        except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as e:
             reason = (str(e) or "it is empty").splitlines()[0]
             raise UserError(f"{path}: cannot continue from it ({reason}); delete it or choose another --out") from None
 
     def batches(self):
         """Batches from step `first` on, for ever."""
         args, data = self.args, self.task.train_set
-        size = args.batch_size // args.accum
-        order = Batches(len(data), size, args.seed, self.first * args.accum, self.rank, self.world)
+        order = Batches(len(data), args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
         workers = args.workers if isinstance(data, PictureFolder) else 0
         return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
                                worker_init_fn=leave_signals_to_parent))
 
     def update(self, step, batches, broken):
         """One optimizer step -> what there is to log."""
-        args, task, scaler = self.args, self.task, self.scaler
+        args, task, scaler, parts = self.args, self.task, self.scaler, []
+        self.g.manual_seed(int(np.random.default_rng((args.seed, step, self.rank)).integers(2**63)))
         warmup = args.warmup * args.steps
         lr = args.lr * learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
         set_rates(self.optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
@@ -742,6 +797,7 @@ class Run:
             with torch.autocast(self.device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
                 loss, metrics = task.loss(batch, step, self.g)
             scaler.scale(loss / args.accum).backward()
+            parts.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
         average_gradients(self.model.parameters())
         scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
@@ -750,31 +806,47 @@ class Run:
         if args.dtype == "fp16" and scaler.get_scale() > 2.0**15:
             scaler.update(2.0**15)                                          # the authors' cap
         self.optimizer.zero_grad()
-        metrics |= task.after_step(step, lr, self.g)
+        extra = task.after_step(step, lr, self.g)
         if self.average is not self.model:
             update_average(self.average, self.model, args.ema, step)
-        return {"loss": loss.detach(), "lr": lr, "grad_norm": grad_norm} | metrics
+            task.sync_average(self.average)
+        means = {k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]}
+        return means | {"lr": lr, "grad_norm": grad_norm} | extra
 
-    def report(self, done, last, row, log, bar):
-        """Log, validation, sample grid and checkpoint, each when its turn has come."""
-        args, due = self.args, lambda every: last or done % every == 0
-        if due(args.log_every):
-            if not math.isfinite(row["loss"]):
-                raise UserError(f"the loss is {row['loss']:.3g} at step {done}; lower --lr or use --dtype bf16; "
-                                f"what was saved before is still in {self.out}")
-            bar.set_postfix(loss=f"{row['loss']:.4g}", lr=f"{row['lr']:.2g}", refresh=False)
-            self.average.eval()
-            if due(args.val_every):
-                scores = self.task.validate(self.average)
-                bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
-                row |= {f"val_{k}": v for k, v in scores.items()}
-            log.write({"step": done} | row)
-        if due(args.sample_every):
-            self.average.eval()
-            sample.save_png(self.out / "samples" / f"{done:07d}.png", self.task.picture(self.average))
-        if due(args.save_every):
+    def report(self, done, last, stopping, row, log, bar):
+        """Checkpoint, log, validation and sample grid, each when its turn has come; when stopping only what must be."""
+        args = self.args
+        due = lambda every: (last and not stopping) or (every > 0 and done % every == 0)
+        save, validate, draw = last or due(args.save_every), due(args.val_every), due(args.sample_every)
+        if not (save or validate or draw or due(args.log_every)):
+            return
+        loss, grad_norm = float(row["loss"]), float(row["grad_norm"])
+        if not math.isfinite(loss) or (args.dtype != "fp16" and not math.isfinite(grad_norm)):  # fp16 skips such steps
+            raise UserError(f"the loss is {loss:.3g} and its gradient {grad_norm:.3g} at step {done}; lower --lr or "
+                            f"use --dtype bf16; what was saved before is still in {self.out}")
+        bar.set_postfix(loss=f"{loss:.4g}", lr=f"{row['lr']:.2g}", refresh=False)
+        self.average.eval()
+        if validate:
+            scores = self.task.validate(self.average)
+            bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
+            row |= {f"val_{k}": v for k, v in scores.items()}
+            if self.task.score(scores) > self.best:
+                self.best = self.task.score(scores)
+                self.export("best.safetensors")
+        log.write({"step": done} | row)
+        if save:
             self.save(done)
+        if draw:
+            sample.save_png(self.out / "samples" / f"{done:07d}.png", self.task.picture(self.average))
         self.model.train()
+
+    def someone_asked(self, stop):
+        """Whether any of the processes got a signal to stop: all must stop after the same step."""
+        if self.world == 1:
+            return stop.asked
+        asked = torch.tensor(float(stop.asked), device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
 
 
 def train(args):
@@ -782,24 +854,25 @@ def train(args):
     run = Run(args)
     log = Log(run.out / "log.csv", run.task, run.first) if run.rank == 0 else None
     end = min(args.steps, run.first + args.stop_after) if args.stop_after else args.steps
-    batches, broken, done, started = run.batches(), set(), run.first, time.perf_counter()
+    batches, broken, done, started, stopping = run.batches(), set(), run.first, time.perf_counter(), False
     run.model.train()
     with StopOnSignal() as stop, tqdm(total=args.steps, initial=done, disable=run.rank > 0, smoothing=0.05) as bar:
-        while done < end and not stop.asked:
+        while done < end and not stopping:
             row = run.update(done, batches, broken)
             done += 1
             bar.update()
+            stopping = run.someone_asked(stop) and done < end
             if run.rank == 0:
                 row["seconds"] = time.perf_counter() - started
-                run.report(done, done == end or stop.asked, row, log, bar)
+                run.report(done, done == end or stopping, stopping, row, log, bar)
     report_broken(broken, len(run.task.train_set))
     if run.rank == 0:
-        how = "interrupted" if stop.asked else "stopped" if end < args.steps else "done"
+        how = "interrupted" if stopping else "stopped" if end < args.steps else "done"
         print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; weights in "
               f"{run.out}/model.safetensors" + ("" if done == args.steps else "; go on with --resume auto"))
     if run.world > 1:
         dist.destroy_process_group()
-    if stop.asked:
+    if stopping:
         sys.exit(130)
 
 

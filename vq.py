@@ -27,6 +27,7 @@ Released weights: vae_ch160v4096z32.pth, 109 M parameters, stride 16, for 256 an
 
 At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
 """
+import hashlib
 import json
 import os
 import pickle
@@ -673,6 +674,11 @@ def set_decoder_dtype(model, dtype):
     model.post_quant_conv.to(dtype)
     model.decoder.to(dtype)
     return model
+
+
+def fingerprint(model):
+    """A short name for a codebook, the same in every precision: tells whether tokens belong to this tokenizer."""
+    return hashlib.sha256(model.quantize.codebook.detach().half().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def export(model):

@@ -104,14 +104,14 @@ def test_npz_goes_on_where_it_stopped_and_is_the_same_in_pieces(tiny, capsys, mo
     expected = np.load(out / "a.npz")["arr_0"]
     assert expected.shape == (10, 16, 16, 3) and expected.dtype == np.uint8
 
-    calls, real = [], sample.draw_batch
+    calls, real = [], sample.VARJob.draw
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(sample, "draw_batch", interrupted)
+    monkeypatch.setattr(sample.VARJob, "draw", interrupted)
     with pytest.raises(SystemExit, match="130"):
         run(sample, *command, "--npz", out / "b.npz", "--batch-size", 3)
     assert not (out / "b.npz").exists() and len(list((out / "b.npz.parts").glob("*.npy"))) == 1
@@ -227,6 +227,9 @@ def test_bad_files(tiny, files, capsys):
     wrong["head.weight"] = wrong["head.weight"][:, :5].clone()
     torch.save(wrong, out / "shape.pth")
     assert "head.weight is (32, 5), expected (32, 64)" in say("--ckpt", out / "shape.pth")
+    var.save(tiny_var(), out / "known.safetensors", tokenizer=vq.fingerprint(tiny_tokenizer()))
+    vq.save(tiny_tokenizer(z_channels=8, phi_count=1), out / "stranger.safetensors")
+    assert "is not the tokenizer that" in say("--ckpt", out / "known.safetensors", "--vae", out / "stranger.safetensors")
     vq.save(tiny_tokenizer(vocab_size=16), out / "other.safetensors")
     assert "has 16 codes of 8 channels, but" in say(*argv, "--vae", out / "other.safetensors")
     (out / "text.png").write_text("no picture")
@@ -245,6 +248,10 @@ def test_bad_files(tiny, files, capsys):
     (["--edit", "class", "--image", "x.png"], "give the new class with --classes"),
     (["--json", "x.json"], "--json goes with --bench"),
     (["--random-weights", "var_d17"], "exclude each other"),
+    (["--seed", "-1"], "--seed -1: expected at least 0"),
+    (["--npz", "a.npz", "--steps-grid"], "leave out --edit and --steps-grid"),
+    (["--npz", "a"], "--npz a: expected a name that ends in .npz"),
+    (["--out", "a.jpg"], "--out a.jpg: expected a name that ends in .png, or a folder"),
     (["--out", "/proc/nowhere/a.png"], "--out /proc/nowhere/a.png: cannot be written"),
     (["--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
     (["--device", "tpu"], "invalid choice: 'tpu'"),

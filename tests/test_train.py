@@ -64,16 +64,18 @@ def test_resumed_tokenizer_run_equals_an_uninterrupted_one(pictures, tmp_path, c
     rows = list(csv.DictReader(open(tmp_path / "parts" / "log.csv")))
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["val_psnr"]
     assert len(list((tmp_path / "parts" / "samples").iterdir())) == 2
+    other = complaint(capsys, train, *argv, "--out", tmp_path / "parts", "--resume", "auto", "--lr", 1e-4)
+    assert "is of another run (lr was 0.001, now 0.0001); give the same flags" in other
     again = complaint(capsys, train, *argv, "--out", tmp_path / "parts")
     assert "it holds a run already; continue it with --resume auto" in again
 
 
 def test_resumed_var_run_equals_an_uninterrupted_one(pictures, files, tmp_path, capsys):
-    argv = (*VAR, "--data", pictures, "--vae", files[1], "--steps", 5, "--accum", 2, "--ema", 0.5)
+    argv = (*VAR, "--data", pictures, "--vae", files[1], "--steps", 5, "--accum", 2, "--ema", 0.5, "--cache-crops", 2)
     run(train, *argv, "--out", tmp_path / "whole")
     said = capsys.readouterr()
     assert "skipped 1 unreadable of 38 pictures: " in said.err + said.out and "circle/07.png" in said.err + said.out
-    assert "37 pictures, 2 classes" in said.out
+    assert "74 pictures, 2 classes" in said.out                             # two crops of each readable one
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -92,7 +94,7 @@ def test_cached_tokens_are_those_of_the_pictures(files, tmp_path):
     cache = train.TokenCache(data, tokenizer, (1, 2, 3, 4), 1, "cpu", tmp_path, "val")
     pixels, labels, _ = data.__getitems__([(3, None), (11, None)])
     tokens, cached_labels, _ = cache.__getitems__([(3, None), (11, None)])
-    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(train.to_input(pixels, "cpu")), 1))
+    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(sample.to_input(pixels, "cpu")), 1))
     assert torch.equal(labels, cached_labels)
 
 
@@ -152,7 +154,9 @@ def test_mistakes(pictures, files, tmp_path, capsys):
     assert "--size 20: recipe emoji has stride 4 and ends with a 4x4 map; use --size 16" in say(*VQ, "--size", 20)
     assert "not divisible by --accum 3" in say(*VQ, "--accum", 3)
     assert "--schedule fast: choose lin" in say(*VQ, "--schedule", "fast", "--steps", 9)
-    assert "needs --lpips VGG16 HEADS" in say(*VQ, "--lpips-weight", 1)
+    assert "needs both: --lpips VGG16 HEADS" in say(*VQ, "--lpips-weight", 1)
+    assert "--log-every -1: expected at least 0" in say(*VQ, "--log-every", -1)
+    assert "--accum 0: expected at least 1" in say(*VQ, "--accum", 0)
     assert "not an image tokenizer" in say(*VAR, "--vae", files[2])
     assert "the loss is" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30)
     assert "--out /proc/nowhere: cannot be written" in complaint(capsys, train, *VQ, "--out", "/proc/nowhere")
@@ -165,3 +169,20 @@ def test_batches_cover_every_epoch_and_continue_anywhere():
     assert take(4, first=2) == take(6)[2:]
     ranks = [take(2, rank=r, world=2) for r in (0, 1)]
     assert [a + b for a, b in zip(*ranks)] == take(2)
+    assert [a + b for a, b in zip(*[iter(take(4, accum=2))] * 2)] == take(2)
+
+
+def test_pictures_of_every_kind_are_read_as_a_person_sees_them(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "16bit.png")
+    assert np.abs(np.asarray(sample.open_picture(tmp_path / "16bit.png"))[..., 0].astype(int) - ramp // 257).max() <= 1
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert np.asarray(sample.open_picture(tmp_path / "clear.png")).min() == 255         # transparent: white
+    turned = Image.new("RGB", (8, 4), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6                                                        # hold the camera upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert sample.open_picture(tmp_path / "turned.jpg").size == (4, 8)
+    for mode in ("L", "P", "CMYK", "1"):
+        Image.new(mode, (8, 8)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    assert all(sample.open_picture(p).mode == "RGB" for p in tmp_path.iterdir())

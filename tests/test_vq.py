@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import sample
 import train
 import vq
 from conftest import ROOT, randn, tiny_tokenizer
@@ -127,7 +128,7 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     """With the trained demo tokenizer, on held-out pictures. Encoding a decoded picture again does not give every token
     back (many codes are near-ties), but loses much less than the first encoding did, and no more each time."""
     tokenizer = vq.load(ROOT / "demo" / "emoji_vq.safetensors")
-    image = train.to_input(train.EmojiSheet(32, train=False).pixels[::4], "cpu")
+    image = sample.to_input(train.EmojiSheet(32, train=False).pixels[::4], "cpu")
     psnr = lambda a, b: (10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))).mean()
     first = tokenizer.detokenize(tokenizer.tokenize(image))
     second = tokenizer.detokenize(tokenizer.tokenize(first))
