@@ -21,12 +21,8 @@ def parse_args(argv=None):
     add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
     add("--seed", type=int, default=0, help="picture i is drawn with seed + i, whatever its batch (default 0)")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        help="of the matrix products and convolutions",
-    )
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the matrix products and convolutions")
     add("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
     add("--steps-grid", action="store_true", help="a filmstrip: one frame per scale")
     add("--no-download", action="store_true", help="never fetch anything")
@@ -37,38 +33,21 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--vae", metavar="FILE|NAME", help="the tokenizer; default: beside --ckpt, else the released one")
     add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
-    add(
-        "--classes",
-        nargs="+",
-        default=[],
-        metavar="ID|NAME",
-        help="repeated as needed; default: spread over all classes",
-    )
+    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="repeated as needed; default: a selection, or all")
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
-    add("--cfg", type=float, help="guidance at the last scale (default 4, demo 2)")
-    add("--top-k", type=int, default=900, help="keep so many tokens, 0 = all (default 900)")
-    add("--top-p", type=float, default=0.95, help="then keep those that hold this share, 0 = all (default 0.95)")
+    own = "else the checkpoint's own, else"
+    add("--cfg", type=float, help=f"guidance at the last scale; {own} 4")
+    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {own} 900")
+    add("--top-p", type=float, help=f"then keep those that hold this share, 0 = all; {own} 0.95")
     add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
     add("--image", metavar="FILE", help="the picture to edit")
-    add(
-        "--edit",
-        choices=["in", "out", "class"],
-        help="redraw inside --box | outside it | inside it, as the class of --classes",
-    )
-    add(
-        "--box",
-        type=float,
-        nargs=4,
-        default=[0.1, 0.1, 0.8, 0.8],
-        metavar=("Y0", "X0", "Y1", "X1"),
-        help="shares of the picture",
-    )
-    add(
-        "--npz",
-        metavar="FILE",
-        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works",
-    )
+    add("--edit", choices=["in", "out", "class"],
+        help="redraw inside --box | outside it | inside it, as the class of --classes")
+    add("--box", type=float, nargs=4, default=[0.1, 0.1, 0.8, 0.8], metavar=("Y0", "X0", "Y1", "X1"),
+        help="shares of the picture")
+    add("--npz", metavar="FILE",
+        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
     add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
@@ -281,7 +260,7 @@ def read_metadata(path):
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}
-    return {k: json.loads(metadata[k]) for k in ("classes", "cfg", "tokenizer") if k in metadata}
+    return {k: json.loads(metadata[k]) for k in ("classes", "counts", "sampling", "tokenizer") if k in metadata}
 
 
 def check_pair(tokenizer, vae, config, metadata, ckpt):
@@ -634,6 +613,9 @@ def print_bench(b, tokens):
 # python sample.py var
 
 
+DEMO_SETTINGS = dict(cfg=4.0, top_k=900, top_p=0.95)                        # the authors', for good-looking pictures
+
+
 class VARJob:
     """The models of a command line, loaded, and what to draw with them."""
 
@@ -648,8 +630,8 @@ class VARJob:
         self.patch_nums = model.config.patch_nums
         self.side = tokenizer.config.stride * self.patch_nums[-1]           # of the pictures, in pixels
         self.names = self.metadata.get("classes", [])
-        cfg = args.cfg if args.cfg is not None else self.metadata.get("cfg", 4.0)
-        self.options = dict(cfg=cfg, top_k=args.top_k, top_p=args.top_p, more_smooth=args.smooth)
+        given = {k: v for k in ("cfg", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+        self.options = DEMO_SETTINGS | self.metadata.get("sampling", {}) | given | {"more_smooth": args.smooth}
         self.settings = {"model": "var", "checkpoint": self.name, "seed": args.seed} | self.options
 
     def random_models(self):
@@ -689,24 +671,25 @@ class VARJob:
         return images if ladder else [images]
 
 
-def choose_labels(args, config, names):
+def choose_labels(job):
     """The class of every picture, from --classes (ids or names) and -n."""
+    args, names, total = job.args, job.names, job.model.config.num_classes
     chosen = []
     for c in args.classes:
         if c in names:
             chosen.append(names.index(c))
-        elif c.lstrip("-").isdigit() and 0 <= int(c) <= config.num_classes:
+        elif c.isdigit() and int(c) <= total:
             chosen.append(int(c))
         else:
             known = ", or a name that --list-classes prints" if names else ""
-            raise UserError(f"--classes {c}: expected an id 0 .. {config.num_classes - 1}, {config.num_classes} for no "
-                            f"class{known}")
-    n = args.n or (len(chosen) if chosen else 50 * config.num_classes if args.npz else 16)
-    if chosen:
-        return [chosen[i % len(chosen)] for i in range(n)]
-    if n >= config.num_classes:
-        return [i % config.num_classes for i in range(n)]
-    return [int((i + 0.5) * config.num_classes / n) for i in range(n)]
+            raise UserError(f"--classes {c}: expected an id 0 .. {total - 1}, {total} for no class{known}")
+    n = args.n or (len(chosen) if chosen else 50 * total if args.npz else 16)
+    if not chosen and n < total and "counts" in job.metadata:               # those it has seen most of
+        chosen = sorted(range(total), key=lambda i: -job.metadata["counts"][i])[:n]
+    elif not chosen and n < total:
+        chosen = [int((i + 0.5) * total / n) for i in range(n)]
+    chosen = chosen or range(total)
+    return [chosen[i % len(chosen)] for i in range(n)]
 
 
 def check_var_args(args):
@@ -746,7 +729,7 @@ def sample_var(args):
     out, single = check_out(args.out, "out/var.png")
     given = read_picture(args.image) if args.edit else None
     job = VARJob(args)
-    labels = choose_labels(args, job.model.config, job.names)
+    labels = choose_labels(job)
     extra, titles = [], [f"{p}x{p}" for p in job.patch_nums] if args.steps_grid else []
     if args.edit:
         labels, extra = prepare_edit(job, given, labels)
@@ -803,7 +786,7 @@ def write_npz(job, path, chunk=250):
 
     Every picture has its own generator: neither the batch size nor the number of processes changes it.
     """
-    args, labels = job.args, choose_labels(job.args, job.model.config, job.names)
+    args, labels = job.args, choose_labels(job)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(exist_ok=True)
@@ -847,7 +830,7 @@ def merge_npz(path, chunks, n):
 
 def bench_var(job):
     """--bench: -n pictures in one batch (default one)."""
-    labels = choose_labels(job.args, job.model.config, job.names)[:job.args.n or 1]
+    labels = choose_labels(job)[:job.args.n or 1]
     quantizer = job.tokenizer.quantize
     stages = {"sampling": [(job.model, "_draw")], "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
               "decoder": [(job.tokenizer, "decode")]}

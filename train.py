@@ -29,12 +29,15 @@ VQ_EMOJI = dict(
     betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0,
     warm_steps=300, restart_after=300,
 )
-# init_gamma: scale of the AdaLN gates at the start
-VAR = COMMON | dict(size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops=0)
+# init_gamma: scale of the AdaLN gates at the start; sampling: for the sample grids, and sample.py's default
+VAR = COMMON | dict(
+    size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops=0,
+    sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
+)
 LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
     model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
-    cache_crops=1,
+    cache_crops=1, sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
 )
 RECIPES = {
     "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
@@ -51,9 +54,7 @@ RECIPES = {
 
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
-    style = dict(
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
-    )  # complaints of one line
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)  # complaints of one line
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
     for name, recipes in RECIPES.items():
@@ -86,20 +87,11 @@ def parse_args(argv=None):
         add("--val-every", type=int, default=500)
         add("--sample-every", type=int, default=500)
         add("--save-every", type=int, default=500)
-        add(
-            "--stop-after",
-            type=int,
-            default=0,
-            metavar="STEPS",
-            help="save and stop after so many steps of this session",
-        )
+        add("--stop-after", type=int, default=0, metavar="STEPS",
+            help="save and stop after so many steps of this session")
         if name == "vq":
-            add(
-                "--lpips",
-                nargs=2,
-                metavar=("VGG16", "HEADS"),
-                help="torchvision's vgg16 weights, and LPIPS' linear heads",
-            )
+            add("--lpips", nargs=2, metavar=("VGG16", "HEADS"),
+                help="torchvision's vgg16 weights, and LPIPS' linear heads")
             for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
                 add(f"--{flag}", type=float, help="weight of that loss")
             add("--disc-start", type=int, help="first step of the discriminator")
@@ -108,11 +100,8 @@ def parse_args(argv=None):
         else:
             add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
             add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
-            add(
-                "--cache-crops",
-                type=int,
-                help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly",
-            )
+            add("--cache-crops", type=int,
+                help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly")
             add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
     args = parser.parse_args(argv)
     if args.epochs and not args.steps:
@@ -362,8 +351,8 @@ class TokenizerTask:
         self.model.init_weights(g)
         lpips = discriminator = self.disc_optimizer = None
         if bool(args.lpips) != bool(args.lpips_weight):
-            raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) and "
-                            "a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
+            raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
+                            "and a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
         if args.disc_weight:
             discriminator = vq.PatchDiscriminator().to(device)
             discriminator.init_weights(g)
@@ -532,13 +521,14 @@ class VARTask:
         images = []
         for i in range(0, n, 4):                                            # few at a time: large models need memory
             generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(i, min(i + 4, n))]
-            images.append(model.sample(self.tokenizer, labels[i:i + 4], cfg=2.0, top_k=100, top_p=0.95,
-                                       generator=generators))
+            images.append(model.sample(self.tokenizer, labels[i:i + 4], generator=generators, **self.args.sampling))
         return sample.grid(sample.to_pixels(torch.cat(images)), 8)
 
     def save(self, model, path, dtype):
         import var
-        var.save(model, path, dtype, classes=self.classes, tokenizer=vq.fingerprint(self.tokenizer))
+        counts = torch.bincount(self.train_set.labels, minlength=len(self.classes)).tolist()
+        var.save(model, path, dtype, classes=self.classes, counts=counts, sampling=self.args.sampling,
+                 tokenizer=vq.fingerprint(self.tokenizer))
 
     def state_dict(self):
         return {}
@@ -764,7 +754,8 @@ class Run:
             changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
                        if v != self.settings.get(k)]
             if changed:
-                raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags or another --out")
+                raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or "
+                                "another --out")
             self.model.load_state_dict(state["model"])
             if state["average"]:
                 self.average.load_state_dict(state["average"])

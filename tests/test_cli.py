@@ -147,7 +147,7 @@ def test_bench_reports_share_flops_and_writes_json(tiny, capsys):
     pairs = 1 * 1 + 4 * 5 + 9 * 14 + 16 * 30
     adaln = 2 * rows * (2 * 6 * C * C + 2 * C * C)                           # once per picture, not once per scale
     assert result["stages"]["transformer"]["flops"] == linear + rows * 2 * 4 * C * pairs + adaln
-    assert 0 < result["share"] and result["peak_memory_bytes"] > 0 and result["variants"]["plain"]["equal"]
+    assert 0 < result["share"] and result["seconds_per_image"] > 0 and result["variants"]["plain"]["equal"]
     assert "share of the limit" in capsys.readouterr().out
 
 
