@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--vae", metavar="FILE|NAME", help="the tokenizer; default: beside --ckpt, else the released one")
     add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
-    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="repeated as needed; default: a selection, or all")
+    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
     own = "else the checkpoint's own, else"
     add("--cfg", type=float, help=f"guidance at the last scale; {own} 4")
@@ -260,7 +260,7 @@ def read_metadata(path):
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}
-    return {k: json.loads(metadata[k]) for k in ("classes", "counts", "sampling", "tokenizer") if k in metadata}
+    return {k: json.loads(metadata[k]) for k in ("classes", "show", "sampling", "tokenizer") if k in metadata}
 
 
 def check_pair(tokenizer, vae, config, metadata, ckpt):
@@ -684,8 +684,8 @@ def choose_labels(job):
             known = ", or a name that --list-classes prints" if names else ""
             raise UserError(f"--classes {c}: expected an id 0 .. {total - 1}, {total} for no class{known}")
     n = args.n or (len(chosen) if chosen else 50 * total if args.npz else 16)
-    if not chosen and n < total and "counts" in job.metadata:               # those it has seen most of
-        chosen = sorted(range(total), key=lambda i: -job.metadata["counts"][i])[:n]
+    if not chosen and not args.npz and job.metadata.get("show"):            # what its makers want to show
+        chosen = [names.index(c) for c in job.metadata["show"]]
     elif not chosen and n < total:
         chosen = [int((i + 0.5) * total / n) for i in range(n)]
     chosen = chosen or range(total)

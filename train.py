@@ -29,15 +29,18 @@ VQ_EMOJI = dict(
     betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0,
     warm_steps=300, restart_after=300,
 )
-# init_gamma: scale of the AdaLN gates at the start; sampling: for the sample grids, and sample.py's default
+# init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
+# settings and its classes (none: spread over all)
 VAR = COMMON | dict(
     size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops=0,
-    sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
+    sampling=dict(cfg=4.0, top_k=900, top_p=0.95), show=(),
 )
 LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
     model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
     cache_crops=1, sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
+    show=("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person-role", "place-map",
+          "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses", "money"),
 )
 RECIPES = {
     "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
@@ -54,7 +57,7 @@ RECIPES = {
 
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
-    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)  # complaints of one line
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
     for name, recipes in RECIPES.items():
@@ -79,7 +82,7 @@ def parse_args(argv=None):
         add("--clip", type=float, help="largest global gradient norm")
         add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
         add("--dtype", choices=["fp32", "bf16", "fp16"])
-        add("--save-dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of model.safetensors")
+        add("--save-dtype", choices=["fp32", "bf16", "fp16", "fp8"], default="fp32", help="of model.safetensors")
         add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
         add("--seed", type=int, default=0)
         add("--workers", type=int, default=4, help="processes that read pictures")
@@ -526,8 +529,8 @@ class VARTask:
 
     def save(self, model, path, dtype):
         import var
-        counts = torch.bincount(self.train_set.labels, minlength=len(self.classes)).tolist()
-        var.save(model, path, dtype, classes=self.classes, counts=counts, sampling=self.args.sampling,
+        show = [c for c in self.args.show if c in self.classes]
+        var.save(model, path, dtype, classes=self.classes, show=show, sampling=self.args.sampling,
                  tokenizer=vq.fingerprint(self.tokenizer))
 
     def state_dict(self):
@@ -618,6 +621,9 @@ def update_average(average, model, decay, step):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
+
+
+SAVE_DTYPES = sample.DTYPES | {"fp8": torch.float8_e4m3fn}
 
 
 class Log:
@@ -744,7 +750,7 @@ class Run:
             raise UserError(f"--out {self.out}: could not save step {step} ({e}); the last save is intact") from None
 
     def export(self, name):
-        self.task.save(self.average, self.out / name, sample.DTYPES[self.args.save_dtype])
+        self.task.save(self.average, self.out / name, SAVE_DTYPES[self.args.save_dtype])
 
     def restore(self):
         """Continues from state.pt, if that was a run with the same settings."""

@@ -837,9 +837,18 @@ def load_strict(model, state, path, optional=()):
 
 
 def save_checkpoint(path, state, config, dtype=None, **extra):
-    """Writes tensors, config and further JSON-able `extra` metadata as safetensors, atomically."""
+    """Writes tensors, config and further JSON-able `extra` metadata as safetensors, atomically.
+
+    dtype: of the floats; torch.float8_e4m3fn is for matrices alone (three bits of mantissa), vectors are then float16.
+    """
     from safetensors.torch import save_file
-    cast = lambda t: t.to(dtype) if dtype and t.is_floating_point() else t
+
+    def cast(t):
+        if dtype is None or not t.is_floating_point():
+            return t
+        if dtype == torch.float8_e4m3fn:
+            return t.clamp(-448, 448).to(dtype) if t.ndim > 1 else t.half()     # beyond 448 it has only NaN
+        return t.to(dtype)
     metadata = {k: json.dumps(v) for k, v in {"config": asdict(config), **extra}.items()}
     with atomic(path) as temporary:
         save_file({k: cast(v).contiguous() for k, v in state.items()}, temporary, metadata)

@@ -114,6 +114,16 @@ def test_save_load_export(tmp_path, changes):
         assert again.config.heads == 1 and again.config.patch_nums == (1, 2, 3, 4)
 
 
+def test_small_files_stay_close(model, tokenizer, tmp_path):
+    features = tokenizer.quantize.teacher_input(tokenizer.tokenize(torch.zeros(2, 3, 16, 16)))
+    exact = model(LABELS, features)
+    for dtype, error in ((torch.float16, 2e-3), (torch.float8_e4m3fn, 0.15)):   # 11 and 4 bits of mantissa
+        var.save(model, tmp_path / "a.safetensors", dtype)
+        small = var.load(tmp_path / "a.safetensors")
+        assert small.head.weight.dtype == torch.float32
+        assert 0 < (small(LABELS, features) - exact).norm() / exact.norm() < error
+
+
 def test_fine_tuning_on_other_classes_keeps_the_null_row_last(model, tmp_path):
     var.save(model, tmp_path / "a.safetensors")
     tuned = var.load(tmp_path / "a.safetensors", num_classes=9, generator=torch.Generator().manual_seed(0))
