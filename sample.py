@@ -485,8 +485,8 @@ def timed(run, device):
     return time.perf_counter() - start, result
 
 
-def replay(func, spec, device, repeats=5):
-    """Best time of one bare call on random inputs of the recorded layout.
+def replay(func, spec, device, count):
+    """Seconds of `count` bare calls on random inputs of the recorded layout, after one to warm up.
 
     Activations stay in cache from call to call as they do in the model. Weights do not: each call gets another copy, of
     more than a cache holds, because in the model all other weights are read before the same one's turn comes again.
@@ -499,11 +499,8 @@ def replay(func, spec, device, repeats=5):
     fresh = lambda x: x[1].clone() if x[0].weight else x[1]
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], _Tensor)
     sets = [tree_map(lambda x: fresh(x) if is_pair(x) else x, first, is_leaf=is_pair) for _ in range(copies)]
-    seconds = []
-    for i in range(1 + repeats):
-        args, kwargs = sets[i % copies]
-        seconds.append(timed(lambda: func(*args, **kwargs), device)[0])
-    return min(seconds[1:])
+    seconds = [timed(lambda: func(*sets[i % copies][0], **sets[i % copies][1]), device)[0] for i in range(1 + count)]
+    return sum(seconds[1:])
 
 
 @contextmanager
@@ -546,32 +543,34 @@ def split_by_stage(run, stages, rest, device):
     return spent
 
 
-def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, repeats=3):
+def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, rounds=3):
     """Times run() -> images and compares with its bare heavy operators -> the dict that --json writes.
 
     stages: {name: [(object, method), ...]}; `rest` names what happens outside of them; peak: a PeakMemory from before
-    the weights were loaded.
+    the weights were loaded. A machine's speed drifts: whole runs take turns with replays of all recorded calls, as many
+    and so as long as in a run, and the best run is compared with the best replay.
     """
     weights = sum({p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
     warmup, images = timed(run, device)
-    runs = [timed(run, device) for _ in range(repeats)]
-    peak_bytes = peak()
-    spent = split_by_stage(run, stages, rest, device)
     heavy = Heavy(parameters)
     with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy:
         run()
-    totals = {stage: {"seconds": 0.0, "flops": 0, "bytes": 0, "bare": 0.0} for stage in spent}
-    for func, spec, stage, flops, size, count in tqdm(heavy.calls.values(), desc="bare operators", leave=False):
-        total = totals[stage or rest]
-        total["flops"] += flops * count / pictures
-        total["bytes"] += size * count / pictures
-        total["bare"] += replay(func, spec, device) * count / pictures
-    runs += [timed(run, device) for _ in range(repeats)]                    # before and after: a machine's speed drifts
+    calls, runs, splits, peak_bytes = list(heavy.calls.values()), [], [], 0
+    replays = []                                                            # per round: seconds of every kind of call
+    for _ in tqdm(range(rounds), desc="whole runs and bare operators in turn", leave=False):
+        runs += [timed(run, device) for _ in range(2)]
+        splits.append(split_by_stage(run, stages, rest, device))
+        peak_bytes = peak_bytes or peak()                                   # before the replays allocate anything
+        replays.append([replay(func, spec, device, count) for func, spec, _, _, _, count in calls])
     if not all(torch.equal(images, again) for _, again in runs):
         raise RuntimeError("the same seed gave different pictures: nothing is reported")
-    best = min(seconds for seconds, _ in runs)
-    for stage, total in totals.items():
-        total["seconds"] = spent[stage] * best / sum(spent.values()) / pictures     # split as in that run
+    best = min(seconds for seconds, _ in runs) / pictures
+    split = min(splits, key=lambda split: sum(split.values()))
+    totals = {stage: {"seconds": best * spent / sum(split.values()), "flops": 0, "bytes": 0, "bare": 0.0}
+              for stage, spent in split.items()}
+    for seconds, (_, _, stage, flops, size, count) in zip(min(replays, key=sum), calls):
+        for key, value in (("flops", flops * count), ("bytes", size * count), ("bare", seconds)):
+            totals[stage or rest][key] += value / pictures
     whole = {k: sum(t[k] for t in totals.values()) for k in ("seconds", "flops", "bytes", "bare")}
     for total in (whole, *totals.values()):
         total["share"] = total.pop("bare") / total["seconds"]

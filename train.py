@@ -39,7 +39,7 @@ LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
     model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
     cache_crops=1, sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
-    show=("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person-role", "place-map",
+    show=("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person", "place-map",
           "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses", "money"),
 )
 RECIPES = {
