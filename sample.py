@@ -131,6 +131,7 @@ def choose_dtype(name, device):
 
 
 def synchronize(device):
+    """Waits for the work given to a GPU: before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -428,14 +429,8 @@ class Heavy(TorchDispatchMode):
             spec = tree_map(self._describe, (args, kwargs))
             key = (str(func), repr(spec), self.stage)
             if key not in self.calls:
-                self.calls[key] = [
-                    func,
-                    spec,
-                    self.stage,
-                    self._flops(func, args, kwargs, out),
-                    _bytes((args, kwargs, out)),
-                    0,
-                ]
+                flops, size = self._flops(func, args, kwargs, out), _bytes((args, kwargs, out))
+                self.calls[key] = [func, spec, self.stage, flops, size, 0]
             self.calls[key][-1] += 1
         return out
 
@@ -760,6 +755,7 @@ def prepare_edit(job, given, labels):
 
 
 def class_name(job, label):
+    """The name of a class if the checkpoint knows it, else its id."""
     return job.names[label] if label < len(job.names) else str(label)
 
 
@@ -907,6 +903,7 @@ def fit(picture, config, keep_size):
 
 
 def both_ways(tokenizer, image, patch_nums):
+    """(indices, reconstructions after every scale) of a picture."""
     indices = tokenizer.tokenize(image, patch_nums)
     return indices, tokenizer.detokenize(indices, patch_nums, ladder=True)
 

@@ -91,7 +91,7 @@ def parse_args(argv=None):
         add("--sample-every", type=int, default=500)
         add("--save-every", type=int, default=500)
         add("--stop-after", type=int, default=0, metavar="STEPS",
-            help="save and stop after so many steps of this session")
+            help="save and stop after so many steps; --resume auto goes on")
         if name == "vq":
             add("--lpips", nargs=2, metavar=("VGG16", "HEADS"),
                 help="torchvision's vgg16 weights, and LPIPS' linear heads")
@@ -294,6 +294,7 @@ class TokenCache:
 
 
 def report_broken(paths, total):
+    """Says which files could not be read."""
     if paths:
         tqdm.write(f"skipped {len(paths)} unreadable of {total} pictures: " + ", ".join(sorted(paths)[:3]))
 
@@ -594,6 +595,7 @@ def parameter_groups(model):
 
 
 def set_rates(optimizer, lr, wd):
+    """Sets the learning rate of all groups and the weight decay of those that decay."""
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr, wd * group["decay"]
 

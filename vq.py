@@ -95,6 +95,7 @@ def norm_silu(norm, x, silu=True):
 
 
 def group_norm(channels):
+    """The normalisation of all tokenizers: 32 groups, so widths are multiples of 32."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -731,6 +732,9 @@ def read_checkpoint(path, nested=()):
         except SafetensorError as e:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
     try:
+        with open(path, "rb") as f:
+            if f.read(2)[:1] not in (b"P", b"\x80"):                        # a zip archive, or a bare pickle
+                raise EOFError("its first bytes are not those of one")
         obj = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
@@ -738,7 +742,7 @@ def read_checkpoint(path, nested=()):
                               "; open it where you trust it and save only its tensors") from None
     except PermissionError:
         raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:                                                  # a damaged pickle can raise anything
         reason = (str(e) or "it is empty").splitlines()[0][:100]
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({reason})") from None
     for keys in nested:

@@ -221,6 +221,11 @@ def test_bad_files(tiny, files, capsys):
     torch.save(var.export(tiny_var()), out / "whole.pth")
     (out / "cut.pth").write_bytes((out / "whole.pth").read_bytes()[:9000])
     assert "cut.pth: truncated or not a PyTorch file" in say("--ckpt", out / "cut.pth")
+    for i, junk in enumerate((b"", b"root:x:0:0", b"PK\x03\x04junk", b"\x80\x02junk", bytes(5000))):
+        for suffix in ("pth", "safetensors"):
+            (out / f"junk{i}.{suffix}").write_bytes(junk)
+            said = say("--ckpt", out / f"junk{i}.{suffix}")
+            assert f"junk{i}.{suffix}: truncated or not a" in said or f"junk{i}.{suffix}: refused" in said
     torch.save({"args": train.Batches(1, 1, 0)}, out / "code.pth")
     assert "code.pth: refused: loading it would run code (train.Batches)" in say("--ckpt", out / "code.pth")
     wrong = var.export(tiny_var(heads=1))
