@@ -327,6 +327,11 @@ def to_pixels(images):
     return images.mul(255).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of pictures (B, 3, h, w) in [-1, 1] -> (B,)."""
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))           # the peak is 2
+
+
 def grid(pictures, columns, gap=2, enlarge=None, titles=()):
     """uint8 (N, h, w, 3) -> one picture, row by row on white, small ones enlarged; titles stand over the columns."""
     n, h, w, _ = pictures.shape
@@ -867,11 +872,13 @@ def sample_vq(args):
     for picture in tqdm(tiles, unit="picture", leave=False, disable=len(tiles) < 8):
         picture, patch_nums = fit(picture, c, args.keep_size)
         image = to_tensor(picture, device)
-        elapsed, (indices, ladder) = timed(lambda: both_ways(tokenizer, image, patch_nums), device)
-        seconds += elapsed
+        there, indices = timed(lambda: tokenizer.tokenize(image, patch_nums), device)
+        back, decoded = timed(lambda: tokenizer.detokenize(indices, patch_nums, ladder=args.steps_grid), device)
+        ladder = decoded if args.steps_grid else [decoded]
+        seconds += there + back
         used |= set(torch.cat(indices, 1).flatten().tolist())
-        scores.append(10 * torch.log10(4 / (ladder[-1] - image).square().mean()).item())    # [-1, 1]: the peak is 2
-        rows.append(to_pixels(torch.cat([image, *(ladder if args.steps_grid else ladder[-1:])]).add(1).div(2)))
+        scores.append(psnr(ladder[-1], image).item())
+        rows.append(to_pixels(torch.cat([image, *ladder]).add(1).div(2)))
     titles = ["original"] + ([f"{p}x{p}" for p in c.patch_nums] if args.steps_grid else ["decoded"])
     text = {"model": "vq", "checkpoint": args.ckpt or "demo"}
     if single and len({row.shape for row in rows}) == 1:
@@ -900,12 +907,6 @@ def fit(picture, config, keep_size):
         )
     patch_nums = [(max(1, round(p * h / last)), max(1, round(p * w / last))) for p in config.patch_nums]
     return picture.crop((0, 0, w * stride, h * stride)), patch_nums
-
-
-def both_ways(tokenizer, image, patch_nums):
-    """(indices, reconstructions after every scale) of a picture."""
-    indices = tokenizer.tokenize(image, patch_nums)
-    return indices, tokenizer.detokenize(indices, patch_nums, ladder=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -235,10 +235,7 @@ def open_pictures(args):
     if args.data == "demo":
         return EmojiSheet(args.size), EmojiSheet(args.size, train=False)
     if args.val_data:
-        train, val = (
-            PictureFolder(args.data, args.size, split=False),
-            PictureFolder(args.val_data, args.size, split=False),
-        )
+        train, val = (PictureFolder(folder, args.size, split=False) for folder in (args.data, args.val_data))
         if train.classes != val.classes:
             raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
         return train, val
@@ -253,7 +250,7 @@ class TokenCache:
     """
 
     def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
-        self.classes, self.crops, n = pictures.classes, crops, len(pictures)
+        self.classes, self.crops = pictures.classes, crops
         weights = hashlib.sha256()
         for module in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
             for p in module.parameters():
@@ -271,9 +268,8 @@ class TokenCache:
     def _fill(self, pictures, tokenizer, patch_nums, device, path):
         items = [(i, (i, c) if self.crops > 1 else None) for i in range(len(pictures)) for c in range(self.crops)]
         tokens, labels, broken = [], [], set()
-        for start in tqdm(
-            range(0, len(items), 64), desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False
-        ):
+        starts = range(0, len(items), 64)
+        for start in tqdm(starts, desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
             read = [pictures.__getitems__([item]) for item in items[start:start + 64]]
             broken.update(path for *_, paths in read for path in paths)
             read = [(pixels, label) for pixels, label, paths in read if not paths]
@@ -423,8 +419,7 @@ class TokenizerTask:
         for start in range(0, len(items), 32):
             image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
             indices = model.tokenize(image)
-            mse = (model.detokenize(indices) - image).square().mean((1, 2, 3))
-            psnr.append(10 * torch.log10(4 / mse))                          # values span [-1, 1]: peak 2
+            psnr.append(sample.psnr(model.detokenize(indices), image))
             used |= set(torch.cat(indices, 1).unique().tolist())
         return {"psnr": torch.cat(psnr).mean().item(), "usage": 100 * len(used) / model.config.vocab_size}
 

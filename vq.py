@@ -362,7 +362,7 @@ class MultiScaleVQ(nn.Module):
         """
         f = f.float()
         loss, counts = 0.0, []
-        for k, (_, index, f_hat) in enumerate(self.walk(f)):
+        for _, index, f_hat in self.walk(f):
             loss = loss + self.config.beta * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
             counts.append(index.flatten().bincount(minlength=len(self.codebook)).float())
         if self.training:

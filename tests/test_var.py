@@ -6,7 +6,7 @@ import torch
 
 import var
 import vq
-from conftest import tiny_tokenizer, tiny_var
+from conftest import tiny_var
 
 LABELS = torch.tensor([0, 3])
 VARIANTS = pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}],

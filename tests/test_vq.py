@@ -129,7 +129,7 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     back (many codes are near-ties), but loses much less than the first encoding did, and no more each time."""
     tokenizer = vq.load(ROOT / "demo" / "emoji_vq.safetensors")
     image = sample.to_input(train.EmojiSheet(32, train=False).pixels[::4], "cpu")
-    psnr = lambda a, b: (10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))).mean()
+    psnr = lambda a, b: sample.psnr(a, b).mean()
     first = tokenizer.detokenize(tokenizer.tokenize(image))
     second = tokenizer.detokenize(tokenizer.tokenize(first))
     third = tokenizer.detokenize(tokenizer.tokenize(second))
