@@ -5,7 +5,7 @@
     python sample.py var --ckpt var_d16.pth --classes 207 360       the released model; fetched if it is not here
     python sample.py var --ckpt var_d30.pth --image cat.png --edit in --box 0.1 0.1 0.8 0.8
     python sample.py var --ckpt var_d16.pth -n 50000 --npz d16.npz --cfg 1.5 --top-p 0.96       for the ADM evaluator
-    python sample.py var --bench --random-weights var_d16           speed, against what this machine can do
+    python sample.py var --bench --compile --random-weights var_d16         speed, against what this machine can do
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
 """
 import argparse
@@ -48,6 +48,8 @@ def parse_args(argv=None):
         help="shares of the picture")
     add("--npz", metavar="FILE",
         help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
+    add("--compile", action="store_true",
+        help="warm up longer, then draw faster: CUDA graphs; without CUDA torch.compile, which gains little")
     add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
@@ -61,8 +63,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()                     # before the imports that take seconds: --help answers at once
 
+import copy
 import csv
-import ctypes
 import json
 import os
 import time
@@ -77,12 +79,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import var
 import vq
+from triton_ops import BackendError, keep_freed_memory
 
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,17 +139,6 @@ def synchronize(device):
         torch.cuda.synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def keep_freed_memory():
-    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets
-    them anew page by page, zeroed: on a CPU that costs a run about 4 %. Without glibc nothing happens."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):           # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
 
 
 class PeakMemory:
@@ -406,6 +398,62 @@ def check_ranges(*rows):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Speed: launches taken away
+
+
+class CUDAGraphs:
+    """Captures functions in CUDA graphs when they are first called and replays them from then on: `run=` of a sampler.
+
+    A step of a small model is hundreds of kernels of a few microseconds each, and launching one takes the host as long.
+    A graph is launched once. It works on fixed addresses: tensors given are copied to where the graph reads, unless they
+    lie there already, being results of an earlier graph; results are overwritten by the next call with the same
+    function, constants and shapes. Functions run three times when captured: they may write only what they write anew.
+    """
+
+    def __init__(self):
+        self.graphs, self.own, self.pool = {}, set(), None
+
+    @torch.no_grad()
+    def __call__(self, function, constants, *tensors):
+        given, structure = tree_flatten(tensors)
+        key = (function, constants, str(structure), *((t.shape, t.dtype) for t in given))
+        if key not in self.graphs:
+            inputs = [t if t.data_ptr() in self.own else t.clone() for t in given]
+            replay, results = self.record(lambda: function(*constants, *tree_unflatten(inputs, structure)))
+            self.own |= {t.data_ptr() for t in tree_flatten(results)[0]}
+            self.graphs[key] = replay, inputs, results
+        replay, inputs, results = self.graphs[key]
+        for mine, theirs in zip(inputs, given):
+            if mine.data_ptr() != theirs.data_ptr():
+                mine.copy_(theirs)
+        replay()
+        return results
+
+    def record(self, run):
+        """(a function that repeats run() on the same addresses, its results)."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):                                     # compiles kernels, sets up libraries
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            results = run()
+        self.pool = self.pool or graph.pool()                               # one pool for all: they run one by one
+        return graph.replay, results
+
+
+def with_compiled_blocks(model):
+    """The same model, sharing its weights, whose blocks go through torch.compile. They are alike, so one is compiled,
+    and again when it meets shapes of another kind."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)
+    return twin
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Speed: how close a run comes to its bare matrix products, convolutions and attention calls
 
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -505,7 +553,7 @@ def replay(func, spec, device, count):
 
 @contextmanager
 def staged(methods, enter):
-    """Wraps methods, {stage: [(object, name), ...]}: `enter(stage)` is called before each and enter(None) after."""
+    """Wraps functions, {stage: [(owner, name), ...]}: `enter(stage)` is called before each and enter(None) after."""
     wrapped = []
     for stage, places in methods.items():
         for obj, name in places:
@@ -517,13 +565,13 @@ def staged(methods, enter):
                     return _f(*args, **kwargs)
                 finally:
                     enter(None)
+            wrapped.append((obj, name, vars(obj).get(name)))
             setattr(obj, name, wrapper)
-            wrapped.append((obj, name))
     try:
         yield
     finally:
-        for obj, name in wrapped:
-            delattr(obj, name)
+        for obj, name, before in wrapped:
+            delattr(obj, name) if before is None else setattr(obj, name, before)
 
 
 def split_by_stage(run, stages, rest, device):
@@ -594,6 +642,25 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, ro
     }
 
 
+def race(run, variants, pictures, device, rounds=3):
+    """Other ways to do run() -> images, {name: function}, against run() itself, in turn.
+
+    Returns {name: {seconds, first_seconds, equal, max_difference}}; no seconds for what draws other pictures: more than
+    1e-4 apart, on a scale from 0 to 1.
+    """
+    expected, results = run(), {}
+    for name, variant in tqdm(variants.items(), desc="variants", leave=False):
+        first, images = timed(variant, device)
+        again = variant()                                                   # a captured graph shows itself when replayed
+        difference = max((x - expected).abs().max().item() for x in (images, again))
+        result = results[name] = {"first_seconds": first, "equal": difference <= 1e-4, "max_difference": difference}
+        if result["equal"]:
+            pairs = [(timed(run, device)[0], timed(variant, device)[0]) for _ in range(rounds)]
+            plain, seconds = (min(times) / pictures for times in zip(*pairs))
+            result |= {"seconds": seconds, "speedup": plain / seconds}
+    return results
+
+
 def print_bench(b, tokens):
     """The table of a bench."""
     print(f"{b['model']}  {b['device']}, {b['dtype']}, torch {b['torch']}, batch {b['pictures']}")
@@ -606,6 +673,12 @@ def print_bench(b, tokens):
     print(f"{speed:.1f} tokens/s; first run {warmup:.2f} s/picture; the share is the time of the "
           "bare\nmatrix products, convolutions and attention calls / the time of the run")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
+    for name, v in b["variants"].items():
+        if name == "plain":
+            continue
+        found = f"pictures {v['max_difference']:.0e} apart at most" if v["max_difference"] else "pictures bit-identical"
+        speed = f"{v['seconds']:.3f} s/picture, {v['speedup']:.2f}x" if v["equal"] else "NOT EQUAL, so not timed"
+        print(f"{name:<14}{speed}; {found}; first run {v['first_seconds']:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -632,6 +705,7 @@ class VARJob:
         given = {k: v for k in ("cfg", "top_k", "top_p") if (v := getattr(args, k)) is not None}
         self.options = DEMO_SETTINGS | self.metadata.get("sampling", {}) | given | {"more_smooth": args.smooth}
         self.settings = {"model": "var", "checkpoint": self.name, "seed": args.seed} | self.options
+        self.run = None
 
     def random_models(self):
         """--random-weights: a released size without its file."""
@@ -659,14 +733,24 @@ class VARJob:
         self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
         return tokenizer, model
 
+    def variants(self):
+        """{name: a copy of this job, sharing the weights, that draws the same pictures faster}, the best one first."""
+        twins = {"graph": copy.copy(self)} if self.device.type == "cuda" else {}
+        twins["compile"] = copy.copy(self)
+        twins["compile"].model = with_compiled_blocks(self.model)
+        if self.device.type == "cuda":
+            for twin in twins.values():
+                twin.run = CUDAGraphs()
+        return twins
+
     def draw(self, labels, first, ladder=False):
         """Pictures number `first` and following: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
         seed = self.args.seed + first
         generator = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(labels))]
         if self.args.one_generator:
             generator = torch.Generator(self.device).manual_seed(seed)
-        labels = torch.tensor(labels, device=self.device)
-        images = self.model.sample(self.tokenizer, labels, generator=generator, ladder=ladder, **self.options)
+        images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=generator, ladder=ladder, run=self.run,
+                                   **self.options)
         return images if ladder else [images]
 
 
@@ -717,17 +801,18 @@ def sample_var(args):
         check_writable(args.json, "--json", suffix=".json")
     if args.npz:
         check_writable(args.npz, "--npz", suffix=".npz")
-    if args.bench:
-        return bench_var(VARJob(args))
-    if args.npz:
-        return write_npz(VARJob(args), Path(args.npz))
-    if args.list_classes:
-        job = VARJob(args)
-        names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
-        return print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
-    out, single = check_out(args.out, "out/var.png")
+    out, single = (None, True) if args.bench or args.npz or args.list_classes else check_out(args.out, "out/var.png")
     given = read_picture(args.image) if args.edit else None
     job = VARJob(args)
+    if args.bench:
+        return bench_var(job)
+    if args.compile:
+        job = next(iter(job.variants().values()))
+    if args.npz:
+        return write_npz(job, Path(args.npz))
+    if args.list_classes:
+        names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
+        return print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
     labels = choose_labels(job)
     extra, titles = [], [f"{p}x{p}" for p in job.patch_nums] if args.steps_grid else []
     if args.edit:
@@ -832,11 +917,14 @@ def bench_var(job):
     """--bench: -n pictures in one batch (default one)."""
     labels = choose_labels(job)[:job.args.n or 1]
     quantizer = job.tokenizer.quantize
-    stages = {"sampling": [(job.model, "_draw")], "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
+    stages = {"sampling": [(job.model, "_draw"), (var, "exponential_noise")], "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
               "decoder": [(job.tokenizer, "decode")]}
     parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
     result = bench(job.name, lambda: job.draw(labels, 0)[0], stages, "transformer", parameters, job.device, job.dtype,
                    len(labels), job.peak)
+    if job.args.compile:
+        variants = {name: lambda twin=twin: twin.draw(labels, 0)[0] for name, twin in job.variants().items()}
+        result["variants"] |= race(lambda: job.draw(labels, 0)[0], variants, len(labels), job.device)
     print_bench(result, sum(p * p for p in job.patch_nums))
     if job.args.json:
         with vq.atomic(job.args.json) as temporary:
@@ -919,7 +1007,7 @@ def guarded(run, args):
     keep_freed_memory()
     try:
         run(args)
-    except (UserError, vq.CheckpointError) as e:
+    except (UserError, vq.CheckpointError, BackendError) as e:
         sys.exit(_complain(e))
     except torch.OutOfMemoryError as e:
         hint = "try a smaller --batch-size, in training a larger --accum, or --dtype bf16"

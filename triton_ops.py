@@ -1,23 +1,82 @@
-"""The operations that the models spend their time in besides matrix products, each with one contract.
+"""The operations that the models spend their time in besides matrix products: one contract each, two implementations.
 
-    op               used by                     replaces
-    adaln_modulate   var, infinity               LayerNorm, scale, shift (and the gated residual add before it)
+    op               used by                     what becomes one pass over memory
+    adaln_modulate   var, infinity, llamagen     gated residual add, LayerNorm or RMSNorm, scale and shift
     qk_norm_rope     var, infinity, llamagen     l2 norm of q and k, learned scale, 2D RoPE, write into the KV cache
-    sample_logits    var, llamagen               guidance, temperature, top-k, top-p and the random draw
+    sample_logits    var, llamagen               guidance, temperature, top-k, top-p and the random draw, without a sort
     vq_nearest       vq                          nearest codebook row, without the N x V distance matrix
     group_norm_silu  vq, latentsync              GroupNorm followed by SiLU, in either memory format
 
-What stands here is plain torch: the mathematical definition, the fallback on every device and the oracle that a fused
-kernel has to equal. REGISTRY at the end lists each op with inputs, bytes and tolerance; tests and benchmarks iterate
-over it, so an op cannot exist without them. Importing this file needs torch only and has no side effect.
+Each op is one public function: its contract, the choice, and its definition in plain torch, which is the fallback on
+every device and what the kernel has to equal. The Triton kernel stands right below it. REGISTRY at the end knows
+inputs, real shapes and unavoidable bytes of every op; tests, benchmark and README iterate over it. Importing this file
+needs torch only, no Triton and no GPU.
 
-Arithmetic is float32 inside, whatever the inputs are.
+These ops do little arithmetic per number: on a GPU they take the time their bytes take (an H100 moves 3.35 TB/s) or, if
+small, that of a launch. Unfused, each step of a chain writes its result to memory and the next one reads it back. All
+kernels follow one plan: a program (a block of threads) owns some rows, reads each once, computes in float32 in
+registers, writes once. Sums over rows are added up in a fixed order, without atomics, so two runs give the same bits.
+Nothing waits for the device, so all of it may stand in a CUDA graph; call once before capture, to compile.
+
+    OPS_BACKEND=auto     kernels for CUDA tensors where Triton is installed, else torch (the default)
+    OPS_BACKEND=torch    never kernels;     OPS_BACKEND=triton   always, or an error
+    TRITON_INTERPRET=1   kernels run on the CPU, one program at a time: for tests, and to step through them
+    python triton_ops.py --bench [op ...] [--json FILE]
+
+Kernels run on the current CUDA device, as all of Triton does: `torch.cuda.set_device` first if the tensors are on
+another one.
 """
+import argparse
+import ctypes
+import itertools
+import json
+import math
+import os
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                                                         # the kernels below must parse all the same
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: kernel
+
+BACKEND = os.environ.get("OPS_BACKEND", "auto")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(RuntimeError):
+    """OPS_BACKEND asks for what is not there."""
+
+
+@contextmanager
+def backend(name):
+    """Within it, OPS_BACKEND is `name`."""
+    global BACKEND
+    before, BACKEND = BACKEND, name
+    try:
+        yield
+    finally:
+        BACKEND = before
+
+
+def _use_triton(x):
+    """Whether a kernel takes over for x. Decided on Python values alone, so that torch.compile folds it away."""
+    if BACKEND == "torch" or x.dtype == torch.float64:                      # float64 is for the oracles of the tests
+        return False
+    possible = triton is not None and (x.is_cuda or INTERPRET)
+    if BACKEND == "triton" and not possible:
+        raise BackendError(f"OPS_BACKEND=triton: no Triton for tensors on {x.device} here; use OPS_BACKEND=auto")
+    if BACKEND not in ("auto", "triton"):
+        raise BackendError(f"OPS_BACKEND={BACKEND}: expected auto, torch or triton")
+    return possible
 
 
 def _wide(t):
@@ -25,8 +84,14 @@ def _wide(t):
     return t if t.dtype == torch.float64 else t.float()
 
 
-# Distances per slice of a nearest-code search: 4M floats = 16 MB, which a last-level cache holds.
-SEARCH_CHUNK = 4 * 2**20
+def _block(n):
+    """n rounded up to a power of two, which block sizes must be: `ok` masks in the kernels cover the rest."""
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(block):
+    """Warps per program for so many numbers."""
+    return 4 if block < 2048 else 8 if block < 8192 else 16 if block < 32768 else 32
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,25 +103,145 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
 
     x:            (B, L, C), any float dtype: the input, or the output of the branch that has just been computed
     scale, shift: (B, 1, C) or (1, 1, C), or both None for the norm alone; gate likewise (None means 1)
-    kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps) * weight
+    kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps)
+    weight:       (C,), multiplies the norm after it was rounded to the weight's dtype, as in Llama
     residual:     (B, L, C), the residual stream; its dtype is that of h
     returns       y (B, L, C) in out_dtype (default x.dtype), or (y, h) if a residual was given
+
+    Bytes: read x and residual, write y and h, 4 numbers per element; LayerNorm, modulation, casts and the gated
+    residual add as separate steps move 14. Scale, shift and gate are one row per picture and stay in cache.
     """
-    h, out_dtype = x, out_dtype or x.dtype
-    if residual is not None:
-        x = x.to(residual.dtype)
-        h = residual + x if gate is None else torch.addcmul(residual, gate.to(residual.dtype), x)
-    if kind == "layer":
-        y = F.layer_norm(_wide(h), h.shape[-1:], eps=eps)
-    elif kind == "rms":
-        y = F.rms_norm(_wide(h), h.shape[-1:], eps=eps)
-    else:
+    if kind not in ("layer", "rms"):
         raise ValueError(f"adaln_modulate: kind is 'layer' or 'rms', not {kind!r}")
+    per_picture = all(t is None or t.shape[1] == 1 for t in (scale, shift, gate))
+    if _use_triton(x) and per_picture and x.shape[-1] <= 16384:             # a row has to fit into registers
+        return _AdaLN.apply(x, scale, shift, weight, residual, gate, eps, kind == "layer", out_dtype or x.dtype)
+    h = x
+    if residual is not None:
+        h = _wide(residual) + _wide(x) if gate is None else torch.addcmul(_wide(residual), _wide(gate), _wide(x))
+        h = h.to(residual.dtype)
+    y = (F.layer_norm if kind == "layer" else F.rms_norm)(_wide(h), h.shape[-1:], eps=eps)
     if weight is not None:
-        y = y.to(weight.dtype) * weight  # Llama's order: round first, then multiply
+        y = y.to(weight.dtype) * weight                                     # Llama's order: round, then multiply
     if scale is not None:
-        y = torch.addcmul(_wide(shift), y, 1 + _wide(scale))
-    return y.to(out_dtype) if residual is None else (y.to(out_dtype), h)
+        y = torch.addcmul(_wide(shift), _wide(y), 1 + _wide(scale))
+    y = y.to(out_dtype or x.dtype)
+    return y if residual is None else (y, h)
+
+
+@jit
+def _adaln_fwd(x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, gate_b, scale_b, shift_b,
+               LAYER: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row of C numbers, which it keeps in registers from the first load to the last store."""
+    row = tl.program_id(0).to(tl.int64)                                     # int64: offsets may pass 2^31
+    b, col = row // L, tl.arange(0, BLOCK)
+    ok = col < C
+    v = tl.load(x + row * C + col, mask=ok, other=0).to(tl.float32)
+    if residual is not None:
+        if gate is not None:
+            v *= tl.load(gate + b * gate_b + col, mask=ok, other=0).to(tl.float32)
+        v += tl.load(residual + row * C + col, mask=ok, other=0).to(tl.float32)
+        v = v.to(h.dtype.element_ty)                                        # the norm sees what the next block will see
+        tl.store(h + row * C + col, v, mask=ok)
+        v = v.to(tl.float32)
+    if LAYER:
+        m = tl.sum(v, 0) / C
+        tl.store(mean + row, m)
+        v = tl.where(ok, v - m, 0)                                          # two passes: no cancellation
+    r = 1 / tl.sqrt(tl.sum(v * v, 0) / C + tl.cast(eps, tl.float32))        # torch.compile passes floats as doubles
+    tl.store(rstd + row, r)
+    v *= r
+    if weight is not None:
+        v = v.to(weight.dtype.element_ty).to(tl.float32) * tl.load(weight + col, mask=ok, other=0).to(tl.float32)
+    if scale is not None:
+        v *= 1 + tl.load(scale + b * scale_b + col, mask=ok, other=0).to(tl.float32)
+        v += tl.load(shift + b * shift_b + col, mask=ok, other=0).to(tl.float32)
+    tl.store(y + row * C + col, v, mask=ok)
+
+
+@jit
+def _adaln_bwd(dy, dh, x, h, scale, gate, weight, mean, rstd, dx, d_residual, partial, L, C, chunks, gate_b, scale_b,
+               LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS rows of one picture per program. With u = norm(h) and g the gradient of u, that of h is
+    rstd * (g - mean(g) - u * mean(g * u)); RMSNorm lacks the middle term. Row sums: partial (B, chunks, 4, C)."""
+    b, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    col = tl.arange(0, BLOCK)
+    ok = col < C
+    zero = tl.zeros((BLOCK,), tl.float32)
+    w, s, a = zero + 1, zero + 1, zero + 1
+    if weight is not None:
+        w = tl.load(weight + col, mask=ok, other=0).to(tl.float32)
+    if scale is not None:
+        s = 1 + tl.load(scale + b * scale_b + col, mask=ok, other=0).to(tl.float32)
+    if gate is not None:
+        a = tl.load(gate + b * gate_b + col, mask=ok, other=0).to(tl.float32)
+    d_scale, d_shift, d_gate, d_weight = zero, zero, zero, zero
+    for i in range(ROWS):
+        row = b * L + chunk * ROWS + i
+        inside = chunk * ROWS + i < L
+        at, inner = row * C + col, col < tl.where(inside, C, 0)
+        g = tl.load(dy + at, mask=inner, other=0).to(tl.float32)
+        u = tl.load(h + at, mask=inner, other=0).to(tl.float32)
+        r = tl.load(rstd + row, mask=inside, other=0)
+        if LAYER:
+            u -= tl.load(mean + row, mask=inside, other=0)
+        u = tl.where(inner, u * r, 0)
+        d_shift += g
+        d_scale += g * u * w
+        d_weight += g * u * s
+        g *= s * w
+        d = g - u * (tl.sum(g * u, 0) / C)
+        if LAYER:
+            d -= tl.sum(g, 0) / C
+        d *= r
+        if d_residual is not None:
+            d += tl.load(dh + at, mask=inner, other=0).to(tl.float32)
+            tl.store(d_residual + at, d, mask=inner)
+            d_gate += d * tl.load(x + at, mask=inner, other=0).to(tl.float32)
+        tl.store(dx + at, d * a, mask=inner)
+    to = partial + (b * chunks + chunk) * 4 * C + col
+    tl.store(to, d_scale, mask=ok)
+    tl.store(to + C, d_shift, mask=ok)
+    tl.store(to + 2 * C, d_gate, mask=ok)
+    tl.store(to + 3 * C, d_weight, mask=ok)
+
+
+def _step(t):
+    """Stride of the batch of a modulation (B, 1, C): 0 if it is not there, or one for all pictures."""
+    return 0 if t is None or len(t) == 1 else t.stride(0)
+
+
+class _AdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, weight, residual, gate, eps, layer, out_dtype):
+        (B, L, C), block = x.shape, _block(x.shape[-1])
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        scale, shift, gate = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (scale, shift, gate))
+        y = x.new_empty(x.shape, dtype=out_dtype)
+        h = x if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
+        mean, rstd = x.new_empty(2, B * L, dtype=torch.float32)
+        if x.numel():
+            _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _step(gate),
+                                 _step(scale), _step(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
+        ctx.save_for_backward(x, h, scale, shift, weight, gate, mean, rstd)
+        ctx.residual, ctx.layer = None if residual is None else residual.dtype, layer
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh=None):
+        x, h, scale, shift, weight, gate, mean, rstd = ctx.saved_tensors
+        (B, L, C), block, rows = x.shape, _block(x.shape[-1]), 16
+        chunks = -(-L // rows)
+        dx, d_residual = torch.empty_like(x), None if ctx.residual is None else torch.empty_like(h)
+        partial = x.new_empty(B, chunks, 4, C, dtype=torch.float32)
+        if x.numel():
+            _adaln_bwd[(B * chunks,)](dy.contiguous(), dh if dh is None else dh.contiguous(), x, h, scale, gate, weight,
+                                      mean, rstd, dx, d_residual, partial, L, C, chunks, _step(gate), _step(scale),
+                                      LAYER=ctx.layer, ROWS=rows, BLOCK=block, num_warps=_warps(block))
+        d_scale, d_shift, d_gate, d_weight = (                              # (B, C), and whose gradient it is
+            t if t is None else (d.sum(0) if t.dim() == 1 else d[:, None].sum_to_size(t.shape)).to(t.dtype)
+            for d, t in zip(partial.sum(1).unbind(1), (scale, shift, gate, weight)))
+        return dx, d_scale, d_shift, d_weight, d_residual, d_gate, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +253,7 @@ def rotate_pairs(x, cos, sin):
 
     x: (B, L, H, D); cos, sin: (L, D / 2). In 2D RoPE the first half of the angles is for rows, the second for columns.
     """
-    a, b = x[..., 0::2], x[..., 1::2]               # (B, L, H, D / 2)
+    a, b = x[..., 0::2], x[..., 1::2]                                       # (B, L, H, D / 2)
     cos, sin = cos[None, :, None], sin[None, :, None]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
@@ -79,24 +264,145 @@ def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_ca
     q, k, v:          (B, L, H, D), may be views of a packed projection
     q_scale:          (H,) float32, multiplies q after its normalisation
     l2norm:           divide q and k by max(norm, 1e-12) over D
-    cos, sin:         (L, D / 2) float32, rotation of q and k; None for no rotation
-    k_cache, v_cache: (B, H, Lmax, D); the new keys and values are written at pos .. pos + L
-    returns           q (B, H, L, D), k and v (B, H, pos + L, D): what the new queries may look at, in v.dtype
+    cos, sin:         (L, D / 2) float32, rotation of the pairs (2i, 2i + 1) of q and k; None for no rotation
+    k_cache, v_cache: (B, H, Lmax, D), any strides; the new keys and values are written at pos .. pos + L
+    pos:              an int, or an int tensor of one element on the device, which a CUDA graph reads at every replay
+    returns           q (B, H, L, D), k and v (B, H, pos + L, D): what the new queries may look at, in v.dtype. With a
+                      tensor as pos the whole caches instead: their length is not known on the host
+
+    Bytes: read q, k, v, write q and the new rows of the cache, 6 numbers per channel of a token. Norm, division, both
+    halves of the rotation, stack, cast and copy as separate steps move some 60, most of them in float32.
     """
+    on_device = isinstance(pos, torch.Tensor)
+    end = k_cache.shape[2] if on_device else pos + k.shape[1]
+    if k_cache is not None and end > k_cache.shape[2]:
+        raise ValueError(f"qk_norm_rope: {k.shape[1]} tokens at {pos} do not fit into a cache of {k_cache.shape[2]}")
+    if _use_triton(q) and (k_cache is None or not torch.is_grad_enabled()):
+        cos, sin = (t if t is None else t.contiguous() for t in (cos, sin))
+        q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, pos)
+        return (q, new_k, v.transpose(1, 2)) if k_cache is None else (q, k_cache[:, :, :end], v_cache[:, :, :end])
     dtype = v.dtype
     if l2norm:
         q, k = F.normalize(_wide(q), dim=-1), F.normalize(_wide(k), dim=-1)
     if q_scale is not None:
-        q = q * _wide(q_scale)[:, None]
+        q = _wide(q) * _wide(q_scale)[:, None]
     if cos is not None:
         q, k = rotate_pairs(_wide(q), cos, sin), rotate_pairs(_wide(k), cos, sin)
-    q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))  # (B, H, L, D)
+    q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))              # (B, H, L, D)
     if k_cache is None:
         return q, k, v
-    end = pos + k.shape[2]
-    k_cache[:, :, pos:end] = k
-    v_cache[:, :, pos:end] = v
+    where = pos + torch.arange(k.shape[2], device=k.device) if on_device else slice(pos, end)
+    k_cache[:, :, where] = k
+    v_cache[:, :, where] = v
     return q, k_cache[:, :, :end], v_cache[:, :, :end]
+
+
+@jit
+def _rotated(p, cos, sin, l, d, ok, D, SIGN: tl.constexpr):
+    """A tile x (heads, D), and the same with its pairs rotated: x[d] cos -+ x[d ^ 1] sin. The second load hits L1."""
+    x = tl.load(p + d, mask=ok, other=0).to(tl.float32)
+    y = x
+    if cos is not None:
+        at = l * (D // 2) + d // 2
+        c = tl.load(cos + at, mask=d < D, other=0).to(tl.float32)
+        s = tl.load(sin + at, mask=d < D, other=0).to(tl.float32) * tl.where(d % 2 == 0, -SIGN, SIGN)
+        y = x * c + tl.load(p + (d ^ 1), mask=ok, other=0).to(tl.float32) * s
+    return x, y
+
+
+@jit
+def _qk_fwd(q, k, v, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D, room, x_b, x_l, x_h, out_b, out_h, out_l,
+            L2NORM: tl.constexpr, POS_TENSOR: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per token and group of heads: a tile (HEADS, D) of q, of k, and a copy of v."""
+    row = tl.program_id(0).to(tl.int64)
+    b, l = row // L, row % L
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]          # (HEADS, 1)
+    d = tl.arange(0, BLOCK)[None, :]                                        # (1, BLOCK)
+    ok = (head < H) & (d < D)
+    at = b * x_b + l * x_l + head * x_h
+    x, y = _rotated(q + at, cos, sin, l, d, ok, D, 1.0)
+    if L2NORM:
+        y /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+    if q_scale is not None:
+        y *= tl.load(q_scale + head, mask=head < H, other=0).to(tl.float32)
+    tl.store(q_out + ((b * H + head) * L + l) * D + d, y, mask=ok)
+    x, y = _rotated(k + at, cos, sin, l, d, ok, D, 1.0)
+    if L2NORM:
+        y /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+    if POS_TENSOR:
+        l += tl.load(pos)                                                   # l becomes the row of the cache
+    else:
+        l += pos
+    ok &= head < tl.where(l < room, H, 0)                                   # never past the end of the cache
+    to = b * out_b + head * out_h + l * out_l + d
+    tl.store(k_out + to, y, mask=ok)
+    if v is not None:
+        tl.store(v_out + to, tl.load(v + at + d, mask=ok, other=0), mask=ok)
+
+
+@jit
+def _qk_bwd(dq_out, dk_out, q, k, q_scale, cos, sin, dq, dk, d_scale, L, H, D, x_b, x_l, x_h,
+            L2NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Turns the gradients back by the angles; then with u = x / |x| that of x is (g - u (u . g)) / |x|, and that of
+    q_scale the sum of u . g, of which d_scale (B * L, H) holds one term per token."""
+    row = tl.program_id(0).to(tl.int64)
+    b, l = row // L, row % L
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    ok = (head < H) & (d < D)
+    at, to, grad_at = b * x_b + l * x_l + head * x_h, (row * H + head) * D + d, ((b * H + head) * L + l) * D
+    for i in tl.static_range(2):                                            # q, then k
+        _, g = _rotated((dk_out if i else dq_out) + grad_at, cos, sin, l, d, ok, D, -1.0)
+        u = tl.load((k if i else q) + at + d, mask=ok, other=0).to(tl.float32)
+        norm = tl.full((HEADS, 1), 1, tl.float32)
+        if L2NORM:
+            norm = tl.sqrt(tl.sum(u * u, 1))[:, None]
+        u /= tl.maximum(norm, 1e-12)
+        along = tl.sum(g * u, 1)[:, None]
+        if L2NORM:
+            g -= tl.where(norm > 1e-12, u * along, 0)
+            g /= tl.maximum(norm, 1e-12)
+        if i == 0 and q_scale is not None:
+            g *= tl.load(q_scale + head, mask=head < H, other=0).to(tl.float32)
+            tl.store(d_scale + row * H + head, along, mask=head < H)
+        tl.store((dk if i else dq) + to, g, mask=ok)
+
+
+def _qk_grid(B, L, H, D):
+    """Grid and tile: as many heads per program as make about 2048 numbers."""
+    heads = min(_block(H), max(1, 2048 // _block(D)))
+    return (B * L, -(-H // heads)), dict(HEADS=heads, BLOCK=_block(D))
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_scale, cos, sin, l2norm, k_out, v_out, pos):
+        B, L, H, D = q.shape
+        if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):      # views of one projection are alike
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q_out = v.new_empty(B, H, L, D)
+        caching = k_out is not None
+        k_out = k_out if caching else torch.empty_like(q_out)
+        if q.numel():
+            grid, tile = _qk_grid(B, L, H, D)
+            _qk_fwd[grid](q, k, v if caching else None, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D,
+                          k_out.shape[2], *q.stride()[:3], *k_out.stride()[:3], L2NORM=l2norm,
+                          POS_TENSOR=isinstance(pos, torch.Tensor), **tile)
+        ctx.save_for_backward(q, k, q_scale, cos, sin)
+        ctx.l2norm = l2norm
+        return q_out, None if caching else k_out
+
+    @staticmethod
+    def backward(ctx, dq_out, dk_out):
+        q, k, q_scale, cos, sin = ctx.saved_tensors
+        B, L, H, D = q.shape
+        dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+        d_scale = None if q_scale is None else q.new_empty(B * L, H, dtype=torch.float32)
+        if q.numel():
+            grid, tile = _qk_grid(B, L, H, D)
+            _qk_bwd[grid](dq_out.contiguous(), dk_out.contiguous(), q, k, q_scale, cos, sin, dq, dk, d_scale, L, H, D,
+                          *q.stride()[:3], L2NORM=ctx.l2norm, **tile)
+        return dq, dk, None, None if d_scale is None else d_scale.sum(0).to(q_scale.dtype), *[None] * 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,7 +426,7 @@ def filter_logits(logits, top_k=0, top_p=0.0):
     least = best[..., -1:]                                                  # smallest value kept
     if nucleus:
         kept = logits.masked_fill(logits < least, float("-inf")) if top_k < V else logits
-        p = (_wide(best) - _wide(kept).logsumexp(-1, keepdim=True)).exp() # exact even if ties make more than k survive
+        p = (_wide(best) - _wide(kept).logsumexp(-1, keepdim=True)).exp()   # exact even if more than k survive
         mass_above = p.cumsum(-1) - p
         n = (mass_above < top_p).sum(-1, keepdim=True).clamp(min=1)
         least = best.gather(-1, n - 1)
@@ -137,40 +443,128 @@ def exponential_noise(shape, generator=None, device=None):
 
 
 def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p=0.0, noise=None, generator=None):
-    """One draw per row from softmax(filter((cfg * cond + (1 - cfg) * uncond) / temperature)).
+    """One draw per row from softmax(filter((cfg * cond + (1 - cfg) * uncond) / temperature)), see filter_logits.
 
-    cond, uncond: (..., V) float logits; noise: Exp(1) noise of that shape, by default drawn from generator
-    returns       (...) int64
+    cond, uncond: (..., V) float logits; temperature 0 takes the largest
+    noise:        Exp(1) noise of that shape, by default drawn from generator
+    returns       (...) int64; 0 for a row of nothing but -inf; with NaN in the row some index in range
 
     The draw is an exponential race, argmax(p / noise): index for index what `torch.multinomial(p, 1, generator=...)`
     gives, which does the same internally but then waits for the device.
+    Bytes: read both logits and the noise, 3 V numbers per row, in one launch. As separate steps: some 25 launches and
+    a sort.
     """
+    V = cond.shape[-1]
+    if noise is None and temperature != 0:
+        noise = exponential_noise(cond.shape, generator, cond.device)
+    if _use_triton(cond) and temperature != 0 and V <= 32768:               # a row has to fit into registers
+        out = torch.empty(cond.shape[:-1], dtype=torch.int64, device=cond.device)
+        cond, uncond, noise = (t if t is None else t.reshape(-1, V).contiguous() for t in (cond, uncond, noise))
+        if out.numel():
+            _sample[(len(cond),)](cond, uncond, noise, out, V, float(cfg), float(1 - cfg), float(temperature),
+                                  min(top_k, V), float(top_p), TOP_K=0 < top_k < V, TOP_P=0 < top_p < 1,
+                                  BLOCK=_block(V), num_warps=_warps(_block(V)))
+        return out
     logits = _wide(cond) if uncond is None else cfg * _wide(cond) + (1 - cfg) * _wide(uncond)
-    if temperature != 1.0:
+    if temperature == 0:
+        return logits.argmax(-1)
+    if temperature != 1:
         logits = logits / temperature
-    p = filter_logits(logits, top_k, top_p).softmax(-1)
-    if noise is None:
-        noise = exponential_noise(p.shape, generator, p.device)
-    return (p / noise).argmax(-1)
+    return (filter_logits(logits, top_k, top_p).softmax(-1) / noise).argmax(-1)
+
+
+@jit
+def _largest_threshold(key, weight, target):
+    """The largest t with sum(weight[key >= t]) >= target, bit by bit from the top: 32 sums, no sort. With weight 1 and
+    target k it is the k-th largest key; with probabilities and target p, the smallest that top-p keeps."""
+    t = tl.full((), 0, tl.uint32)
+    for i in range(32):
+        higher = t | (tl.full((), 1, tl.uint32) << (31 - i))
+        t = tl.where(tl.sum(tl.where(key >= higher, weight, 0.0), 0) >= target, higher, t)
+    return t
+
+
+@jit
+def _sample(cond, uncond, noise, out, V, cfg, rest, temperature, k, p,
+            TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row of V logits."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    ok = col < V
+    x = tl.load(cond + row * V + col, mask=ok, other=0).to(tl.float32)
+    if uncond is not None:
+        x = tl.cast(cfg, tl.float32) * x
+        x += tl.cast(rest, tl.float32) * tl.load(uncond + row * V + col, mask=ok, other=0).to(tl.float32)
+    x = x / tl.cast(temperature, tl.float32)
+    x = tl.where(ok & (x == x), x, float("-inf"))                           # NaN is never drawn
+    x = tl.where(x == 0, 0.0, x)                                            # -0 and 0 are ties
+    top = tl.max(x, 0)
+    e = tl.where(ok, tl.exp(tl.where(x == top, 0.0, x - top)), 0.0)         # probabilities but for their sum
+    if TOP_K or TOP_P:
+        bits = x.to(tl.uint32, bitcast=True)
+        sign = tl.full((), 1, tl.uint32) << 31
+        key = tl.where(bits >= sign, ~bits, bits | sign)                    # unsigned, in the order of the floats
+        least = tl.full((), 0, tl.uint32)
+        if TOP_K:
+            least = _largest_threshold(key, tl.where(ok, 1.0, 0.0), tl.cast(k, tl.float32))
+        if TOP_P:
+            mass = tl.where(key >= least, e, 0.0)
+            least = _largest_threshold(key, mass, tl.cast(p, tl.float32) * tl.sum(mass, 0))
+        e = tl.where(key >= least, e, -1.0)                                 # loses every race
+    race = tl.where(ok, e / tl.load(noise + row * V + col, mask=ok, other=1), float("-inf"))
+    index = tl.argmax(race, 0)
+    tl.store(out + row, tl.where(top == float("-inf"), 0, index).to(tl.int64))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # vq_nearest
 
+SEARCH_CHUNK = 4 * 2**20    # distances per slice in torch: 4M floats = 16 MB, which a last-level cache holds
+
 
 def vq_nearest(z, codebook, *, l2norm=False):
     """Index of the nearest codebook row: argmin_v |z|^2 + |e_v|^2 - 2 z.e_v, the lowest index on ties.
 
-    z: (N, C); codebook: (V, C); l2norm: normalise both first; returns (N,) int64. On CUDA leave torch's float32 matmul
-    precision at "highest", its default: TF32 flips indices.
+    z: (N, C); codebook: (V, C); l2norm: normalise both first; returns (N,) int64. No gradient. Which of two codes wins
+    whose distances differ by less than 1e-5 relative may depend on the device. In torch on CUDA leave the float32
+    matmul precision at "highest", its default: TF32 flips indices.
+
+    Bytes: read z and the codebook, write N indices. The N x V distances, gigabytes for a batch of pictures, never leave
+    the registers. What remains is arithmetic: 2 N V C operations in true float32.
     """
-    z, codebook = _wide(z), _wide(codebook)
+    z, codebook = _wide(z.detach()), _wide(codebook.detach())
     if l2norm:
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
     code_norm = codebook.square().sum(1)                                    # (V,)
+    if _use_triton(z) and z.shape[1] <= 64:
+        (N, C), out = z.shape, torch.empty(len(z), dtype=torch.int64, device=z.device)
+        if N:
+            _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, len(codebook), C,
+                                     ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
+        return out
     best = [torch.addmm(part.square().sum(1, keepdim=True) + code_norm, part, codebook.T, alpha=-2).argmin(1)
             for part in z.split(max(1, SEARCH_CHUNK // len(codebook)))]     # slices of (n, V)
     return torch.cat(best)
+
+
+@jit
+def _nearest(z, codebook, code_norm, out, N, V, C, ROWS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS rows of z per program, against CODES codes at a time; keeps the best so far of every row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    mine = tl.load(z + row[:, None] * C + c[None, :], mask=(row < N)[:, None] & (c < C)[None, :], other=0)
+    z_norm = tl.sum(mine * mine, 1)
+    best = tl.full((ROWS,), float("inf"), tl.float32)
+    index = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, V, CODES):
+        code = start + tl.arange(0, CODES)
+        e = tl.load(codebook + code[None, :] * C + c[:, None], mask=(code < V)[None, :] & (c < C)[:, None], other=0)
+        norm = tl.load(code_norm + code, mask=code < V, other=float("inf"))
+        distance = z_norm[:, None] + norm[None, :] - 2 * tl.dot(mine, e, input_precision="ieee")
+        least, at = tl.min(distance, 1, return_indices=True, return_indices_tie_break_left=True)
+        index = tl.where(least < best, start + at, index)                   # strictly: the lowest index wins a tie
+        best = tl.minimum(least, best)
+    tl.store(out + row, index.to(tl.int64), mask=row < N)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,74 +572,396 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
 
 def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
-    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last; keeps the memory format and the dtype."""
+    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last; keeps the memory format and the dtype.
+
+    weight, bias: (C,). Statistics over the C / groups channels of a group and all positions; silu=False leaves it out.
+
+    Bytes: read x twice, the second time from the L2 cache if it fits, and write y. Torch reads and writes once more for
+    the SiLU, and has no channels_last GroupNorm on CUDA: it copies to NCHW and back around every convolution.
+    """
+    if _use_triton(x):
+        return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
+# A picture (C, S = H * W) is cut into tiles, wide along the dimension that is dense in memory. A group that fits into
+# registers takes one launch. Others take three: mean and squared deviations of every channel in a tile, (N * C, tiles);
+# these combined into mean and 1 / std of every group; the normalisation.
+
+
+@jit
+def _gn_tile(C, S, tiles, LAST: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
+    """The tile of this program: its channels c and the same counted over all pictures, addresses, mask, and place of
+    its sums. LAST: channels_last."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, n = pid % tiles, pid // tiles // tl.cdiv(C, BC)
+    c = pid // tiles % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
+    s = tile * BS + tl.arange(0, BS)
+    at = n * C * S + (c[:, None] + s[None, :] * C if LAST else c[:, None] * S + s[None, :])
+    return c, n * C + c, at, (c < C)[:, None] & (s < S)[None, :], (n * C + c) * tiles + tile
+
+
+@jit
+def _gn_silu(u, weight, bias, c, ok, SILU: tl.constexpr):
+    """silu(z), silu'(z) and weight, where z = u * weight + bias; z and 1 without SiLU. u: (channels, positions)."""
+    w = tl.load(weight + c, mask=ok, other=0).to(tl.float32)[:, None]
+    z = u * w + tl.load(bias + c, mask=ok, other=0).to(tl.float32)[:, None]
+    y, slope = z, tl.full((1, 1), 1, tl.float32)
+    if SILU:
+        sigma = 1 / (1 + tl.exp(-z))
+        y, slope = z * sigma, sigma * (1 + z * (1 - sigma))
+    return y, slope, w
+
+
+@jit
+def _gn_group(x, weight, bias, y, mean, rstd, C, S, D, eps, SILU: tl.constexpr, LAST: tl.constexpr,
+              BC: tl.constexpr, BS: tl.constexpr):
+    """One program per group of D channels, which it keeps in registers."""
+    pid = tl.program_id(0).to(tl.int64)
+    row, s = pid * D + tl.arange(0, BC), tl.arange(0, BS)                   # row: channels over all pictures
+    c, mine = row % C, tl.arange(0, BC) < D
+    at = (row - c)[:, None] * S + (c[:, None] + s[None, :] * C if LAST else c[:, None] * S + s[None, :])
+    ok = mine[:, None] & (s < S)[None, :]
+    v = tl.load(x + at, mask=ok, other=0).to(tl.float32)
+    m = tl.sum(v) / (D * S)
+    v = tl.where(ok, v - m, 0)
+    r = 1 / tl.sqrt(tl.sum(v * v) / (D * S) + tl.cast(eps, tl.float32))
+    tl.store(mean + pid, m)
+    tl.store(rstd + pid, r)
+    out, _, _ = _gn_silu(v * r, weight, bias, c, mine, SILU)
+    tl.store(y + at, out, mask=ok)
+
+
+@jit
+def _gn_stats(x, means, squares, C, S, tiles, LAST: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
+    """Mean and sum of squared deviations of every channel in this tile."""
+    c, _, at, ok, to = _gn_tile(C, S, tiles, LAST, BC, BS)
+    v = tl.load(x + at, mask=ok, other=0).to(tl.float32)
+    m = tl.sum(v, 1) / tl.minimum(S - tl.program_id(0) % tiles * BS, BS)
+    v = tl.where(ok, v - m[:, None], 0)
+    tl.store(means + to, m, mask=c < C)
+    tl.store(squares + to, tl.sum(v * v, 1), mask=c < C)
+
+
+@jit
+def _gn_combine(means, squares, mean, rstd, S, D, tiles, eps, BS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
+    """One program per group: its D * tiles partial results -> mean and 1 / std, by Chan's formula: no cancellation."""
+    pid = tl.program_id(0).to(tl.int64)
+    d, t = tl.arange(0, BD)[:, None], tl.arange(0, BT)[None, :]
+    at, ok = (pid * D + d) * tiles + t, (d < D) & (t < tiles)
+    share = tl.where(ok, tl.minimum(S - t * BS, BS), 0).to(tl.float32) / S / D
+    part = tl.load(means + at, mask=ok, other=0)
+    m = tl.sum(part * share)
+    variance = tl.sum(tl.load(squares + at, mask=ok, other=0) / S / D + (part - m) * (part - m) * share)
+    tl.store(mean + pid, m)
+    tl.store(rstd + pid, 1 / tl.sqrt(variance + tl.cast(eps, tl.float32)))
+
+
+@jit
+def _gn_apply(x, weight, bias, y, mean, rstd, C, S, D, tiles, SILU: tl.constexpr, LAST: tl.constexpr,
+              BC: tl.constexpr, BS: tl.constexpr):
+    c, row, at, ok, _ = _gn_tile(C, S, tiles, LAST, BC, BS)
+    m, r = tl.load(mean + row // D, mask=c < C, other=0), tl.load(rstd + row // D, mask=c < C, other=0)
+    u = (tl.load(x + at, mask=ok, other=0).to(tl.float32) - m[:, None]) * r[:, None]
+    out, _, _ = _gn_silu(u, weight, bias, c, c < C, SILU)
+    tl.store(y + at, out, mask=ok)
+
+
+@jit
+def _gn_bwd(dy, x, weight, bias, mean, rstd, a, b, dx, C, S, D, tiles, SUMS: tl.constexpr, SILU: tl.constexpr,
+            LAST: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr):
+    """Run twice. SUMS: sums of dz and dz * u per channel and tile into a and b. Then, with g = dz * weight and in a and
+    b the group's means of g and g * u: dx = rstd * (g - a - u * b)."""
+    c, row, at, ok, to = _gn_tile(C, S, tiles, LAST, BC, BS)
+    m, r = tl.load(mean + row // D, mask=c < C, other=0), tl.load(rstd + row // D, mask=c < C, other=0)
+    u = tl.where(ok, (tl.load(x + at, mask=ok, other=0).to(tl.float32) - m[:, None]) * r[:, None], 0)
+    _, slope, w = _gn_silu(u, weight, bias, c, c < C, SILU)
+    dz = tl.load(dy + at, mask=ok, other=0).to(tl.float32) * slope
+    if SUMS:
+        tl.store(a + to, tl.sum(dz, 1), mask=c < C)
+        tl.store(b + to, tl.sum(dz * u, 1), mask=c < C)
+    else:
+        g_mean = tl.load(a + row // D, mask=c < C, other=0)[:, None]
+        gu_mean = tl.load(b + row // D, mask=c < C, other=0)[:, None]
+        tl.store(dx + at, (dz * w - g_mean - u * gu_mean) * r[:, None], mask=ok)
+
+
+def _gn_layout(x):
+    """(N, C, S), memory format, number of tiles along S, grid, and how a kernel is told about it."""
+    N, C, S = x.shape[0], x.shape[1], x.numel() // max(1, x.shape[0] * x.shape[1])
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        BC, BS, form = min(64, _block(C)), min(128, _block(S)), last
+    else:
+        BS, form = min(8192, _block(S)), torch.contiguous_format
+        BC = min(8192 // BS, _block(C))
+    tiles = -(-S // BS)
+    how = dict(LAST=form != torch.contiguous_format, BC=BC, BS=BS, num_warps=_warps(BC * BS))
+    return (N, C, S), form, tiles, (N * -(-C // BC) * tiles,), how
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        (N, C, S), form, tiles, grid, how = _gn_layout(x)
+        x, D = x.contiguous(memory_format=form), C // groups
+        y, whole = torch.empty_like(x), _block(D) * _block(S)
+        mean, rstd = x.new_empty(2, N * groups, dtype=torch.float32)
+        if x.numel() and whole <= 16384:
+            _gn_group[(N * groups,)](x, weight, bias, y, mean, rstd, C, S, D, eps, SILU=silu, LAST=how["LAST"],
+                                     BC=_block(D), BS=_block(S), num_warps=_warps(whole))
+        elif x.numel():
+            means, squares = x.new_empty(2, N * C, tiles, dtype=torch.float32)
+            _gn_stats[grid](x, means, squares, C, S, tiles, **how)
+            _gn_combine[(N * groups,)](means, squares, mean, rstd, S, D, tiles, eps, BS=how["BS"], BD=_block(D),
+                                       BT=_block(tiles), num_warps=_warps(_block(D) * _block(tiles)))
+            _gn_apply[grid](x, weight, bias, y, mean, rstd, C, S, D, tiles, SILU=silu, **how)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.silu, ctx.D = silu, D
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        (N, C, S), form, tiles, grid, how = _gn_layout(x)
+        dy, dx, D = dy.contiguous(memory_format=form), torch.empty_like(x), ctx.D
+        sums = x.new_empty(2, N * C, tiles, dtype=torch.float32)
+        if x.numel():
+            _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *sums, dx, C, S, D, tiles, SUMS=True, SILU=ctx.silu, **how)
+        sums = sums.sum(-1).view(2, N, C)
+        means = (sums * weight.float()).view(2, -1, D).sum(-1) / (D * S)    # (2, N * groups)
+        if x.numel():
+            _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *means, dx, C, S, D, tiles, SUMS=False, SILU=ctx.silu, **how)
+        d_bias, d_weight = sums.sum(1)
+        return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, None, None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The registry: what tests and benchmarks know about the ops
+# The registry: what tests, benchmark and README know about the ops
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op, inputs to try it on, the bytes it must move at least, and how far float32 may be from float64."""
+    """An op, inputs to try it on, and what it cannot avoid doing."""
 
     fn: Callable
-    make_inputs: Callable   # (generator, shape, dtype) -> (args, kwargs)
-    shapes: dict            # name -> shape: a small odd one for tests, and real ones from the models
-    bytes: Callable         # (shape, itemsize) -> int
-    tol: float = 2e-5       # relative to the largest value; 0 for exact (integer) results
+    inputs: Callable                        # (randn, *shape) -> args, kwargs; randn(*size): a tensor to fill them with
+    shapes: dict                            # name -> shape: a small odd one for tests, then real ones from the models
+    bytes: Callable                         # (itemsize, *shape) -> bytes moved at least
+    flops: Callable = lambda *shape: 0      # float32 operations at least, where those count
+    textbook: Callable = None               # how it is usually written, if not like the torch lines of fn
+    peers: Callable = lambda: {}            # -> {name: function of the same arguments} from packages installed here
+    trains: bool = False                    # has a backward
+    tol: float = 2e-5                       # float32, relative to the largest value; of indices, the share that differs
 
 
-def _randn(g, *shape, dtype):
-    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+def _adaln_inputs(randn, B, L, C):
+    scale, shift, gate = randn(B, 1, 3, C).unbind(2)
+    return (randn(B, L, C), scale, shift), dict(residual=randn(B, L, C), gate=gate)
 
 
-def _adaln_inputs(g, shape, dtype):
-    B, L, C = shape
-    x, residual = _randn(g, B, L, C, dtype=dtype), _randn(g, B, L, C, dtype=dtype)
-    scale, shift, gate = _randn(g, B, 1, 3, C, dtype=dtype).unbind(2)
-    return (x, scale, shift), dict(residual=residual, gate=gate)
+def _qk_inputs(randn, B, L, H, D):
+    (q, k, v), angle = randn(B, L, 3, H, D).unbind(2), randn(L, D // 2)
+    return (q, k, v), dict(q_scale=randn(H).exp(), cos=angle.cos(), sin=angle.sin())
 
 
-def _qk_inputs(g, shape, dtype):
-    B, L, H, D = shape
-    q, k, v = _randn(g, B, L, 3, H, D, dtype=dtype).unbind(2)
-    angle = _randn(g, L, D // 2, dtype=dtype)
-    return (q, k, v), dict(q_scale=_randn(g, H, dtype=dtype).exp(), cos=angle.cos(), sin=angle.sin())
+def _sample_inputs(randn, R, V):
+    noise = randn(R, V).float().abs() + 1e-3                                # any positive noise will do
+    return (randn(R, V), randn(R, V)), dict(cfg=2.5, top_k=max(1, V // 4), top_p=0.95, noise=noise)
 
 
-def _sample_inputs(g, shape, dtype):
-    cond, uncond = _randn(g, *shape, dtype=dtype), _randn(g, *shape, dtype=dtype)
-    noise = torch.empty(shape).exponential_(generator=g)
-    return (cond, uncond), dict(cfg=2.5, top_k=max(1, shape[-1] // 4), top_p=0.95, noise=noise)
+def _gn_inputs(randn, N, C, H, W, form=torch.contiguous_format):
+    return (randn(N, C, H, W).contiguous(memory_format=form), randn(C), randn(C)), {}
 
 
-def _vq_inputs(g, shape, dtype):
-    N, V, C = shape
-    return (_randn(g, N, C, dtype=dtype), _randn(g, V, C, dtype=dtype)), {}
+def _sample_by_sorting(cond, uncond, cfg, top_k, top_p, noise):
+    logits = cfg * _wide(cond) + (1 - cfg) * _wide(uncond)
+    logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    ascending, index = logits.sort(-1)
+    ascending = ascending.masked_fill(ascending.softmax(-1).cumsum(-1) <= 1 - top_p, float("-inf"))
+    return (torch.empty_like(logits).scatter_(-1, index, ascending).softmax(-1) / noise).argmax(-1)
 
 
-def _gn_inputs(g, shape, dtype):
-    C = shape[1]
-    return (_randn(g, *shape, dtype=dtype), _randn(g, C, dtype=dtype), _randn(g, C, dtype=dtype)), {}
+def _nearest_by_matrix(z, codes):
+    z, codes = _wide(z), _wide(codes)
+    return torch.addmm(z.square().sum(1, keepdim=True) + codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
+
+
+def _liger_layer_norm():
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    except ImportError:
+        return {}
+    norm = lambda x, weight: LigerLayerNormFunction.apply(x, weight, weight, 1e-6)
+    return {"liger, the norm alone": lambda x, scale, *_, **__: norm(x, scale[0, 0].contiguous())}
 
 
 REGISTRY = {
-    "adaln_modulate": OpSpec(adaln_modulate, _adaln_inputs,
-                             {"odd": (3, 17, 40), "var_d30 last scale, 8 images": (16, 256, 1920)},
-                             lambda s, i: 4 * s[0] * s[1] * s[2] * i),
-    "qk_norm_rope": OpSpec(qk_norm_rope, _qk_inputs,
-                           {"odd": (2, 5, 3, 12), "var_d30 last scale, 8 images": (16, 256, 30, 64)},
-                           lambda s, i: 6 * s[0] * s[1] * s[2] * s[3] * i),
-    "sample_logits": OpSpec(sample_logits, _sample_inputs,
-                            {"odd": (7, 33), "var last scale, 8 images": (2048, 4096)},
-                            lambda s, i: 3 * s[0] * s[1] * i, tol=0),
-    "vq_nearest": OpSpec(vq_nearest, _vq_inputs,
-                         {"odd": (17, 33, 5), "var 64 images": (43520, 4096, 32)},
-                         lambda s, i: (s[0] + s[1]) * s[2] * i + 8 * s[0], tol=0),
-    "group_norm_silu": OpSpec(group_norm_silu, _gn_inputs,
-                              {"odd": (2, 32, 5, 3), "vae decoder, full resolution": (8, 160, 256, 256)},
-                              lambda s, i: 2 * s[0] * s[1] * s[2] * s[3] * i),
+    "adaln_modulate": OpSpec(
+        adaln_modulate, _adaln_inputs,
+        {"odd": (3, 17, 40), "var_d30, 8 images, last scale": (16, 256, 1920),
+         "infinity_2b, last scale": (2, 4096, 2048), "var_d16, training": (96, 680, 1024)},
+        lambda i, B, L, C: 4 * B * L * C * i, peers=_liger_layer_norm, trains=True),
+    "qk_norm_rope": OpSpec(
+        qk_norm_rope, _qk_inputs,
+        {"odd": (2, 5, 3, 12), "var_d30, 8 images, last scale": (16, 256, 30, 64),
+         "infinity_2b, last scale": (2, 4096, 16, 128)},
+        lambda i, B, L, H, D: 4 * B * L * H * D * i, trains=True),         # without a cache v stays where it is
+    "sample_logits": OpSpec(
+        sample_logits, _sample_inputs,
+        {"odd": (7, 33), "var, 8 images, last scale": (2048, 4096), "llamagen, 8 images": (8, 16384)},
+        lambda i, R, V: (2 * i + 4) * R * V, textbook=_sample_by_sorting, tol=1e-3),
+    "vq_nearest": OpSpec(
+        vq_nearest, lambda randn, N, V, C: ((randn(N, C), randn(V, C)), {}),
+        {"odd": (17, 33, 5), "var, 64 images": (43520, 4096, 32), "llamagen, 16 images": (9216, 16384, 8)},
+        lambda i, N, V, C: (N + V) * C * i + 8 * N, flops=lambda N, V, C: 2 * N * V * C, textbook=_nearest_by_matrix,
+        peers=lambda: {"cdist().argmin": lambda z, codes: torch.cdist(_wide(z), _wide(codes)).argmin(1)}, tol=1e-3),
+    "group_norm_silu": OpSpec(
+        group_norm_silu, _gn_inputs,
+        {"odd": (2, 32, 5, 3), "vae decoder, 8 images, finest": (8, 160, 256, 256),
+         "the same, channels_last": (8, 160, 256, 256, torch.channels_last),
+         "vae decoder, 1 image, coarsest": (1, 640, 16, 16, torch.channels_last)},
+        lambda i, N, C, H, W, *form: 2 * N * C * H * W * i, trains=True),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python triton_ops.py --bench
+
+
+def keep_freed_memory():
+    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets
+    them anew page by page, zeroed: on a CPU that dominates ops like these. Without glibc nothing happens."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):                  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
+
+
+def _seconds(run, cuda):
+    """Median seconds of a call; on CUDA with a cold L2 cache, or, if short, replayed in a graph, as inference does."""
+    if cuda:
+        ms = triton.testing.do_bench(run, return_mode="median")
+        return (ms if ms > 0.02 else triton.testing.do_bench_cudagraph(run, return_mode="median")) / 1e3
+    times = []
+    while len(times) < 4 or (sum(times) < 0.5 and len(times) < 50):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times[1:]) // 2]                           # the first one warms up
+
+
+def _runner(fn, args, kwargs, backward):
+    """What is to be timed: the op, or its backward alone."""
+    if not backward:
+        return lambda: fn(*args, **kwargs)
+    leaves = [t.detach().requires_grad_() for t in args]
+    out = fn(*leaves, **kwargs)
+    out = (out,) if isinstance(out, torch.Tensor) else out
+    return lambda: torch.autograd.grad(out, leaves, [torch.ones_like(t) for t in out], retain_graph=True)
+
+
+def _difference(out, expected):
+    """Largest difference relative to the largest value; of indices, the share that differs."""
+    if not isinstance(out, torch.Tensor):
+        return max(_difference(a, b) for a, b in zip(out, expected))
+    if out.dtype == torch.int64:
+        return (out != expected).float().mean().item()
+    return ((out.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def measure(spec, shape, dtype, device, backward=False):
+    """({version: seconds}, difference of this file's version from plain torch). What fails has its complaint in place
+    of a time, and so has what is wrong."""
+    g, cuda = torch.Generator(device).manual_seed(0), device == "cuda"
+    own = "triton" if cuda else "fallback"
+    args, kwargs = spec.inputs(lambda *size: torch.randn(size, generator=g, device=device).to(dtype), *shape)
+    eager, tol = spec.textbook or spec.fn, max(spec.tol, {torch.float32: 0, torch.float16: 4e-3}.get(dtype, 3e-2))
+    versions = {"eager": eager, "compile": torch.compile(eager, dynamic=False), own: spec.fn}
+    seconds, results, difference = {}, [], math.nan
+    for name, fn in (versions | ({} if backward else spec.peers())).items():
+        if name == "fallback" and fn is eager:
+            seconds[name], difference = seconds["eager"], 0.0               # one and the same
+            continue
+        try:
+            with backend("auto" if name == "triton" else "torch"):
+                run = _runner(fn, args, kwargs, backward)
+                results += [run()]
+                if fn is spec.fn and name != "eager":
+                    difference = _difference(results[-1], results[0])
+                    if difference > tol:
+                        raise ArithmeticError("differs from torch")
+                seconds[name] = _seconds(run, cuda)
+        except Exception as e:                                              # reported; the others go on
+            seconds[name] = f"{type(e).__name__}: {e}".splitlines()[0]
+    return seconds, difference
+
+
+def bench(names, dtype):
+    """Prints a table, a line per op, real shape and direction -> its rows as dicts."""
+    from torch._functorch import config as functorch_config
+    cuda, rows = torch.cuda.is_available(), []
+    device = "cuda" if cuda else "cpu"
+    keep_freed_memory()
+    functorch_config.donated_buffer = False                                 # a compiled backward has to run many times
+    (large, copy), square = torch.randn(2, 2 ** 26, device=device), torch.randn(2048, 2048, device=device)
+    bandwidth = 8 * large.numel() / _seconds(lambda: copy.copy_(large), cuda)
+    rate = 2 * 2048 ** 3 / _seconds(lambda: square @ square, cuda)
+    info = {"device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+            "torch": torch.__version__, "triton": triton and triton.__version__, "date": time.strftime("%Y-%m-%d"),
+            "dtype": str(dtype), "copy_bytes_per_second": bandwidth, "product_flops_per_second": rate}
+    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items()))
+    if not cuda:
+        print("Triton is not timed: on a CPU only its interpreter runs. 'own' is the torch fallback that models call.")
+    columns = ("floor", "eager", "compile", "own", "x eager", "x comp.", "% floor")
+    print(f"{'microseconds':<58}{'MB':>7}" + "".join(f"{c:>9}" for c in columns) + f"{'error':>9}")
+    for name in names:
+        spec = REGISTRY[name]
+        directions = (False, True) if spec.trains else (False,)
+        for (label, shape), backward in itertools.product(list(spec.shapes.items())[1:], directions):
+            size = spec.bytes(dtype.itemsize, *shape) * (1.5 if backward else 1)    # two inputs and a gradient
+            floor = max(size / bandwidth, spec.flops(*shape) / rate)
+            seconds, error = measure(spec, shape, dtype, device, backward)
+            eager, compiled, own = (s if isinstance(s, float) else math.nan for s in list(seconds.values())[:3])
+            title = f"{name}{' backward' if backward else ''}: {label}"
+            print(f"{title:<58}{size / 1e6:>7.0f}" + "".join(f"{s * 1e6:>9.0f}" for s in (floor, eager, compiled, own))
+                  + f"{eager / own:>9.2f}{compiled / own:>9.2f}{100 * floor / own:>9.0f}{error:>9.0e}", flush=True)
+            for version, s in [*seconds.items()]:
+                if isinstance(s, str) or version not in ("eager", "compile", "triton", "fallback"):
+                    print(f"    {version}: " + (s if isinstance(s, str) else f"{s * 1e6:.0f}"))
+            rows.append(info | {"op": title, "shape": [*map(str, shape)], "bytes": size, "floor_seconds": floor,
+                                "seconds": seconds, "difference": error})
+    return rows
+
+
+def table():
+    """The registry as lines of Markdown: what each op moves at least in bf16, and how long an H100 takes for that."""
+    yield "| op | shape | MB | us on an H100 at 3.35 TB/s |\n|---|---|---|---|"
+    for name, spec in REGISTRY.items():
+        for label, shape in list(spec.shapes.items())[1:]:
+            size = spec.bytes(4 if name == "vq_nearest" else 2, *shape)
+            sizes = " x ".join(str(n) for n in shape if isinstance(n, int))
+            yield f"| `{name}` | {label}: {sizes} | {size / 1e6:.1f} | {size / 3.35e6:.1f} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The ops; with --bench, their speed on this machine.")
+    parser.add_argument("--bench", nargs="*", metavar="OP", choices=[*REGISTRY], help="time these, or all")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16 on CUDA, fp32 on a CPU")
+    parser.add_argument("--json", metavar="FILE", help="with --bench: also write the rows there")
+    args = parser.parse_args()
+    if args.bench is None:
+        return print("\n".join(table()))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")]
+    rows = bench(args.bench or [*REGISTRY], dtype)
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(rows, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

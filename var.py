@@ -267,62 +267,84 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def steps(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-              given=None, keep=None):
-        """Yields a Step per scale, coarse to fine. labels: (B,) on the model's device; the rest as in `sample`."""
-        config, quantizer, null = self.config, tokenizer.quantize, self.config.num_classes
-        B, K, side = len(labels), len(config.patch_nums), config.patch_nums[-1]
-        guided = cfg != 0 and bool((labels != null).any())                  # else both halves would be the same
-        rows = torch.cat([labels, torch.full_like(labels, null)]) if guided else labels
-        condition = self.class_embed(rows)                                  # (R, C)
-        modulations, head_modulation = self.modulations(condition), self.head_modulation(condition)
-        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # keys and values of all scales, at once
-            config.depth, 2, len(rows), config.heads, len(self.level), config.width // config.heads)
-        f_hat = condition.new_zeros(B, config.z_channels, side, side)
-        x = condition[:, None] + self.pos_start
-        pos = 0
-        for k, p in enumerate(config.patch_nums):
-            x = x + self.positions(pos, pos + p * p)                        # (R, l, C)
-            for block, modulation, kv in zip(self.blocks, modulations, cache):
-                x = block(x, modulation, cache=kv, pos=pos)
-            pos += p * p
-            logits = self.logits(x, *head_modulation)                       # (R, l, V)
+              given=None, keep=None, run=None):
+        """Yields a Step per scale, coarse to fine. labels: (B,); the rest as in `sample`.
 
-            ratio = k / max(K - 1, 1)                                       # 0 at the first scale, 1 at the last
-            t = cfg * ratio if guided else 0.0
-            tokens, h = self._draw(logits[:B], logits[B:] if t else None, t, ratio, quantizer.codebook,
-                                   top_k, top_p, more_smooth, generator)
-            h = rearrange(h, "b (h w) c -> b c h w", h=p)                   # (B, Cv, p, p)
-            if keep is not None:                                            # editing: put the given codes back
-                h = torch.where(kept_cells(keep, p), quantizer.embed(given[k], (p, p)), h)
-            f_hat = f_hat + quantizer.contribution(h, k, K, (side, side))
+        What happens between two random draws is one call, of `_begin` and then of `_advance` for every scale: shapes
+        that depend on nothing but B, and nothing that makes the host wait for the device.
+        """
+        config, device = self.config, self.pos_embed.device
+        B, K, V = len(labels), len(config.patch_nums), config.vocab_size
+        run = run or (lambda function, constants, *tensors: function(*constants, *tensors))
+        guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be the same
+        x, f_hat, *state = run(self._begin, (guided,), labels.to(device))
+        for k, p in enumerate(config.patch_nums):
+            t = cfg * k / max(K - 1, 1) if guided else 0.0                  # grows from 0 at the first scale
+            noise = [exponential_noise((B, p * p, V), generator, device) for _ in range(1 + more_smooth)]
+            edit = [] if keep is None else [given[k], kept_cells(keep, p)]
+            constants = (tokenizer.quantize, k, t, top_k, top_p)
+            x, f_hat, logits, tokens = run(self._advance, constants, x, f_hat, state, noise, edit)
             yield Step(k, logits, t, tokens, f_hat)
 
-            if k + 1 < K:
-                x = self.word_embed(quantizer.next_input(f_hat, k + 1, config.patch_nums))      # (B, l, C)
-                x = x.repeat(len(rows) // B, 1, 1)                          # both halves see the same picture
+    def _begin(self, guided, labels):
+        """Labels (B,) -> x (R, 1, C), what enters at the first scale; f_hat, zero; and what stays the same throughout:
+        cache (depth, 2, R, H, L, D), head modulation (2, R, 1, C), the blocks' modulations (R, 1, 6, C)."""
+        config = self.config
+        B, side = len(labels), config.patch_nums[-1]
+        rows = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if guided else labels
+        cond = self.class_embed(rows)                                       # (R, C)
+        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # keys and values of all scales, at once
+            config.depth, 2, len(rows), config.heads, len(self.level), config.width // config.heads)
+        f_hat = cond.new_zeros(B, config.z_channels, side, side)
+        return (cond[:, None] + self.pos_start, f_hat, cache, torch.stack(self.head_modulation(cond)),
+                *self.modulations(cond))
+
+    def _advance(self, quantizer, k, t, top_k, top_p, x, f_hat, state, noise, edit):
+        """Scale k: its input x (R, l, C) and f_hat so far -> the next scale's x, f_hat, logits (R, l, V), tokens (B, l).
+
+        noise: Exp(1) (B, l, V), twice for mixtures of codes; edit: given indices (B, l) and kept cells, or nothing
+        """
+        patch_nums, (cache, head_modulation, *modulations) = self.config.patch_nums, state
+        p, K, pos, B = patch_nums[k], len(patch_nums), sum(n * n for n in patch_nums[:k]), len(f_hat)
+        x = x + self.positions(pos, pos + p * p)                            # (R, l, C)
+        for block, modulation, kv in zip(self.blocks, modulations, cache):
+            x = block(x, modulation, cache=kv, pos=pos)
+        logits = self.logits(x, *head_modulation)                           # (R, l, V)
+
+        tokens, h = self._draw(logits[:B], logits[B:] if t else None, t, k / max(K - 1, 1), quantizer.codebook,
+                               top_k, top_p, noise)
+        h = rearrange(h, "b (h w) c -> b c h w", h=p)                       # (B, Cv, p, p)
+        if edit:                                                            # put the given codes back
+            given, kept = edit
+            h = torch.where(kept, quantizer.embed(given, (p, p)), h)
+        f_hat = f_hat + quantizer.contribution(h, k, K, f_hat.shape[-2:])
+        if k + 1 < K:
+            following = self.word_embed(quantizer.next_input(f_hat, k + 1, patch_nums))     # (B, l, C)
+            x = following.repeat(len(x) // B, 1, 1)                         # both halves see the same picture
+        return x, f_hat, logits, tokens
 
     @staticmethod
-    def _draw(cond, uncond, t, ratio, codebook, top_k, top_p, more_smooth, generator):
+    def _draw(cond, uncond, t, ratio, codebook, top_k, top_p, noise):
         """Logits of one scale with and without the class (B, l, V) -> tokens (B, l) and their codes (B, l, Cv)."""
-        if not more_smooth:
-            tokens = sample_logits(cond, uncond, cfg=1 + t, top_k=top_k, top_p=top_p, generator=generator)
+        if len(noise) == 1:
+            tokens = sample_logits(cond, uncond, cfg=1 + t, top_k=top_k, top_p=top_p, noise=noise[0])
             return tokens, F.embedding(tokens, codebook)
         # Instead of a code a Gumbel-softmax mixture of codes, with noise of its own, sharper from scale to scale. The
-        # token is drawn all the same: nothing uses it, but it moves the generator on, as in the original.
+        # token is drawn all the same: nothing uses it, but its noise moves the generator on, as in the original.
         combined = cond if uncond is None else (1 + t) * cond - t * uncond
         filtered = filter_logits(combined, top_k, top_p)
-        tokens = sample_logits(filtered, generator=generator)
-        gumbel = -exponential_noise(filtered.shape, generator, filtered.device).log()
         temperature = 0.27 * (1 - 0.95 * ratio)
-        return tokens, ((filtered * (1 + ratio) + gumbel) / temperature).softmax(-1) @ codebook
+        mixture = ((filtered * (1 + ratio) - noise[1].log()) / temperature).softmax(-1)     # -log Exp(1) is Gumbel
+        return sample_logits(filtered, noise=noise[0]), mixture @ codebook
 
     @torch.no_grad()
     def sample(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-               given=None, keep=None, ladder=False):
+               given=None, keep=None, ladder=False, run=None):
         """Draws pictures -> (B, 3, h, w) float32 in [0, 1], or with ladder=True a list, one per scale.
 
         tokenizer:    the VQVAE, on the same device
-        labels:       (B,) int64 classes, num_classes being the null class; or an int: so many random classes
+        labels:       (B,) int64 classes, num_classes being the null class; or an int: so many random classes. On a
+                      GPU best given on the host, where looking at them makes nothing wait
         cfg:          guidance: logits = (1 + t) cond - t uncond, t = cfg * k / (K - 1). In the convention where 1 means
                       none, cfg=4 is a guidance of 1 at the first scale, 5 at the last and 3 on average
         top_k, top_p: keep the k likeliest tokens, then the likeliest that hold a share p; 0 = all
@@ -332,17 +354,20 @@ class VAR(nn.Module):
         given, keep:  editing: indices of a picture (list of K (B, l)) and a bool mask (p, p) on the last scale. Cells
                       that are True keep the given codes at every scale. The null class in- and out-paints, a class
                       edits. What is kept comes back as its reconstruction, blended into what is new by phi and decoder
+        run:          how device work is called, run(function, constants, *tensors). By default it just is; something
+                      that captures it once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
         """
         if (given is None) != (keep is None):
             raise ValueError("editing takes both: the indices of the picture as given=, the mask as keep=")
-        options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth, generator=generator)
+        options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth, generator=generator, run=run)
         steps = self.steps(tokenizer, self.check_labels(labels, generator), given=given, keep=keep, **options)
         sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
-        images = [tokenizer.decode(f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
+        decode = (lambda f_hat: run(tokenizer.decode, (), f_hat)) if run else tokenizer.decode
+        images = [decode(f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
         return images if ladder else images[0]
 
     def check_labels(self, labels, generator=None):
-        """Labels on the model's device; an int B is B classes drawn at random, the first use of the generator."""
+        """Labels (B,), checked; an int B is B classes drawn at random, the first use of the generator."""
         device, n = self.pos_embed.device, self.config.num_classes
         if isinstance(labels, int):
             uniform = torch.full((1, n), 1.0 / n, device=device)
@@ -351,7 +376,7 @@ class VAR(nn.Module):
             return torch.multinomial(uniform, labels, True, generator=generator)[0]
         if labels.numel() == 0 or labels.min() < 0 or labels.max() > n:
             raise ValueError(f"class ids must be 0 .. {n - 1}, or {n} for the null class, not {labels.tolist()}")
-        return labels.to(device)
+        return labels
 
     # initialisation
 
