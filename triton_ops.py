@@ -503,7 +503,7 @@ def _sample(cond, uncond, noise, out, V, cfg, rest, temperature, k, p,
     if TOP_K or TOP_P:
         bits = x.to(tl.uint32, bitcast=True)
         sign = tl.full((), 1, tl.uint32) << 31
-        key = tl.where(bits >= sign, ~bits, bits | sign)                    # unsigned, in the order of the floats
+        key = bits ^ sign ^ tl.where(bits >= sign, sign - 1, 0)             # unsigned, in the order of the floats
         least = tl.full((), 0, tl.uint32)
         if TOP_K:
             least = _largest_threshold(key, tl.where(ok, 1.0, 0.0), tl.cast(k, tl.float32))
@@ -539,8 +539,8 @@ def vq_nearest(z, codebook, *, l2norm=False):
     if _use_triton(z) and z.shape[1] <= 64:
         (N, C), out = z.shape, torch.empty(len(z), dtype=torch.int64, device=z.device)
         if N:
-            _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, len(codebook), C,
-                                     ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
+            _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, C,
+                                     V=len(codebook), ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
         return out
     best = [torch.addmm(part.square().sum(1, keepdim=True) + code_norm, part, codebook.T, alpha=-2).argmin(1)
             for part in z.split(max(1, SEARCH_CHUNK // len(codebook)))]     # slices of (n, V)
@@ -548,7 +548,7 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
 
 @jit
-def _nearest(z, codebook, code_norm, out, N, V, C, ROWS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr):
+def _nearest(z, codebook, code_norm, out, N, C, V: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr):
     """ROWS rows of z per program, against CODES codes at a time; keeps the best so far of every row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
@@ -955,6 +955,11 @@ def main():
     args = parser.parse_args()
     if args.bench is None:
         return print("\n".join(table()))
+    if args.json:
+        try:
+            open(args.json, "a").close()                                    # now, not after minutes of timing
+        except OSError as e:
+            parser.error(f"--json {args.json}: {e.strerror}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
         args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")]
     rows = bench(args.bench or [*REGISTRY], dtype)

@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import triton_ops
 import var
 import vq
 
@@ -17,10 +18,13 @@ VAR_CONFIG = var.Config(depth=2, width=64, heads=2, patch_nums=(1, 2, 3, 4), num
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "kernel" in item.keywords and not triton_ops.INTERPRET:
+            item.add_marker(pytest.mark.skip(reason="runs in test_kernels_in_the_interpreter's process"))
 
 
 def tiny_tokenizer(**changes):

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 import sample
 import train
+import triton_ops
 import var
 import vq
 from conftest import ROOT, tiny_tokenizer, tiny_var
@@ -149,6 +151,59 @@ def test_bench_reports_share_flops_and_writes_json(tiny, capsys):
     assert result["stages"]["transformer"]["flops"] == linear + rows * 2 * 4 * C * pairs + adaln
     assert 0 < result["share"] and result["seconds_per_image"] > 0 and result["variants"]["plain"]["equal"]
     assert "share of the limit" in capsys.readouterr().out
+
+
+def test_compile_draws_the_same_pictures(tiny, monkeypatch):
+    """With torch's quick back end: whether it is one graph and is asked for rightly shows, without 40 s of compiling."""
+    argv, out = tiny
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run(sample, "var", *argv, "--bench", "--compile", "--json", out / "b.json")
+    variants = json.loads((out / "b.json").read_text())["variants"]
+    assert set(variants) == {"plain", "compile"} | ({"graph"} if torch.cuda.is_available() else set())
+    assert all(v["equal"] and v["seconds"] > 0 for v in variants.values())
+    run(sample, "var", *argv, "--compile", "-n", 2, "--out", out / "compiled.png")
+    run(sample, "var", *argv, "-n", 2, "--out", out / "plain.png")
+    compiled, plain = (np.asarray(Image.open(out / f"{name}.png")).astype(int) for name in ("compiled", "plain"))
+    assert np.abs(compiled - plain).max() <= 1                              # rounding
+
+
+def test_a_variant_that_draws_something_else_gets_no_time():
+    flaky = iter([torch.zeros(1), torch.ones(1)])                           # right when captured, wrong when replayed
+    found = sample.race(lambda: torch.zeros(1), {"flaky": lambda: next(flaky)}, 1, torch.device("cpu"))
+    assert not found["flaky"]["equal"] and "seconds" not in found["flaky"]
+
+
+def test_ops_table_and_bench(tmp_path, capsys, monkeypatch):
+    """The README's table is the registry's; a benchmark's row holds what it promises."""
+    table = script("triton_ops.py").stdout
+    assert table and table in (ROOT / "README.md").read_text()
+    spec = triton_ops.REGISTRY["adaln_modulate"]
+    monkeypatch.setitem(triton_ops.REGISTRY, "adaln_modulate", replace(spec, shapes={"odd": (1, 1, 8), "small": (1, 3, 8)}))
+    monkeypatch.setattr(sys, "argv", ["triton_ops.py", "--bench", "adaln_modulate", "--dtype", "fp32",
+                                      "--json", str(tmp_path / "ops.json")])
+    triton_ops.main()
+    out, rows = capsys.readouterr().out, json.loads((tmp_path / "ops.json").read_text())
+    assert [row["op"] for row in rows] == ["adaln_modulate: small", "adaln_modulate backward: small"]
+    own = "triton" if torch.cuda.is_available() else "fallback"
+    for row in rows:
+        assert row["op"] in out and row["bytes"] > 0 and row["floor_seconds"] > 0 and row["difference"] < 1e-5
+        assert all(row["seconds"][name] > 0 for name in ("eager", "compile", own))
+    assert torch.cuda.is_available() or "Triton is not timed" in out
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--bench", "softmax"], "invalid choice: 'softmax'"),
+    (["--bench", "--json", "/nowhere/ops.json"], "--json /nowhere/ops.json: No such file or directory"),
+])
+def test_ops_mistakes(argv, message):
+    out = script("triton_ops.py", *argv)
+    assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+
+
+def test_backend_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(triton_ops, "BACKEND", "gpu")
+    assert complaint(capsys, sample, "var") == "error: OPS_BACKEND=gpu: expected auto, torch or triton"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import var
 import vq
 from conftest import tiny_var
+from sample import CUDAGraphs
 
 LABELS = torch.tensor([0, 3])
 VARIANTS = pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}],
@@ -152,3 +155,72 @@ def test_checkpoints_that_do_not_fit_are_explained(model, tokenizer, tmp_path):
         torch.save(content, tmp_path / name)
         with pytest.raises(vq.CheckpointError, match=f"{name}: .*{message}"):
             var.load(tmp_path / name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling as a chain of calls that can be captured
+
+
+class Rerun(CUDAGraphs):
+    """CUDA graphs but for CUDA: `replay` computes anew what it captured, from the same tensors into the same tensors."""
+
+    def record(self, run):
+        results = run()
+
+        def replay():
+            for old, new in zip(tree_leaves(results), tree_leaves(run())):
+                old.copy_(new)
+        return replay, results
+
+
+WAYS = [dict(cfg=3.0, top_k=9, top_p=0.9), dict(cfg=0), dict(cfg=3.0, more_smooth=True), dict(cfg=3.0, ladder=True)]
+
+
+@pytest.mark.parametrize("make", [pytest.param(lambda: ("cuda", CUDAGraphs()), marks=pytest.mark.gpu, id="cuda graphs"),
+                                  pytest.param(lambda: ("cpu", Rerun()), id="the same, simulated")])
+def test_captured_steps_draw_the_same_pictures(model, tokenizer, make):
+    """With other classes and seeds than those of the capture, other settings and batch sizes, and back."""
+    device, run = make()
+    model, tokenizer = model.to(device), tokenizer.to(device)
+    draw = lambda labels, seed, **options: model.sample(
+        tokenizer, labels, generator=torch.Generator(device).manual_seed(seed), **options)
+    keep = var.edit_mask((0, 0, 0.5, 0.5), 4).to(device)
+    given = tokenizer.tokenize(torch.rand(1, 3, 16, 16, device=device))
+    for _ in range(2):
+        for options in [*WAYS, dict(cfg=3.0, given=given, keep=keep)]:
+            for labels, seed in ((LABELS, 0), (LABELS.flip(0), 1), (LABELS[:1], 2)):
+                expected, got = (draw(labels, seed, run=r, **options) for r in (None, run))
+                assert all(torch.equal(a, b) for a, b in zip(tree_leaves(expected), tree_leaves(got)))
+    # per batch size: begin with and without guidance, decode, and 5 settings x 4 scales; the second round found them all
+    assert len(run.graphs) == 2 * (3 + 5 * 4)
+
+
+def test_nothing_in_a_step_waits_for_the_device(model, tokenizer):
+    """No number goes to the host while a picture is drawn: what an operator of this list would do."""
+    waits = {"_local_scalar_dense", "item", "nonzero", "multinomial", "is_nonzero", "equal", "masked_select", "unique"}
+
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket.__name__ not in waits, f"{func} waits for the device"
+            return func(*args, **kwargs or {})
+
+    def run(function, constants, *tensors):
+        with NoWaiting():
+            return function(*constants, *tensors)
+    for options in WAYS:
+        model.sample(tokenizer, LABELS, run=run, **options)
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        LABELS.sum().item()
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_on_cuda(model, tokenizer):
+    model, tokenizer, run = model.cuda(), tokenizer.cuda(), CUDAGraphs()
+    draw = lambda run: model.sample(tokenizer, LABELS, cfg=3.0, top_k=9, top_p=0.9, run=run,
+                                    generator=torch.Generator("cuda").manual_seed(0))
+    draw(None), draw(run)                                                   # compiles and captures, which may wait
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        draw(None), draw(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
