@@ -7,6 +7,7 @@
     python sample.py var --ckpt var_d16.pth -n 50000 --npz d16.npz --cfg 1.5 --top-p 0.96       for the ADM evaluator
     python sample.py var --bench --compile --random-weights var_d16         speed, against what this machine can do
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
+    python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
 import argparse
 import sys
@@ -57,6 +58,13 @@ def parse_args(argv=None):
     p = models.add_parser("vq", help="image -> tokens -> image", parents=[common], **style)
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
     p.add_argument("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
+
+    p = models.add_parser("ops", help="what the ops of triton_ops.py move, and how fast they are", **style)
+    add = p.add_argument
+    add("--bench", nargs="*", metavar="OP", help="time these, or all, against plain and compiled torch")
+    add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     return parser.parse_args(argv)
 
 
@@ -65,6 +73,8 @@ if __name__ == "__main__":
 
 import copy
 import csv
+import ctypes
+import itertools
 import json
 import os
 import time
@@ -85,7 +95,7 @@ from tqdm import tqdm
 
 import var
 import vq
-from triton_ops import BackendError, keep_freed_memory
+from triton_ops import REGISTRY, BackendError, backend
 
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,6 +149,17 @@ def synchronize(device):
         torch.cuda.synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def keep_freed_memory():
+    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets
+    them anew page by page, zeroed: on a CPU that costs a run about 4 %. Without glibc nothing happens."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):                  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(option, value)
 
 
 class PeakMemory:
@@ -405,9 +426,9 @@ class CUDAGraphs:
     """Captures functions in CUDA graphs when they are first called and replays them from then on: `run=` of a sampler.
 
     A step of a small model is hundreds of kernels of a few microseconds each, and launching one takes the host as long.
-    A graph is launched once. It works on fixed addresses: tensors given are copied to where the graph reads, unless they
-    lie there already, being results of an earlier graph; results are overwritten by the next call with the same
-    function, constants and shapes. Functions run three times when captured: they may write only what they write anew.
+    A graph is launched once. It works on fixed addresses: tensors given are copied to where it reads, unless they lie
+    there already, being results of an earlier graph; results are overwritten by the next call with the same function,
+    constants and shapes. To be captured a function runs three times: running again must not change what it does.
     """
 
     def __init__(self):
@@ -416,15 +437,16 @@ class CUDAGraphs:
     @torch.no_grad()
     def __call__(self, function, constants, *tensors):
         given, structure = tree_flatten(tensors)
-        key = (function, constants, str(structure), *((t.shape, t.dtype) for t in given))
+        is_tensor = lambda t: isinstance(t, torch.Tensor)
+        key = (function, constants, str(structure), *((t.shape, t.dtype) if is_tensor(t) else t for t in given))
         if key not in self.graphs:
-            inputs = [t if t.data_ptr() in self.own else t.clone() for t in given]
+            inputs = [t.clone() if is_tensor(t) and t.data_ptr() not in self.own else t for t in given]
             replay, results = self.record(lambda: function(*constants, *tree_unflatten(inputs, structure)))
-            self.own |= {t.data_ptr() for t in tree_flatten(results)[0]}
+            self.own |= {t.data_ptr() for t in filter(is_tensor, tree_flatten(results)[0])}
             self.graphs[key] = replay, inputs, results
         replay, inputs, results = self.graphs[key]
         for mine, theirs in zip(inputs, given):
-            if mine.data_ptr() != theirs.data_ptr():
+            if is_tensor(mine) and mine.data_ptr() != theirs.data_ptr():
                 mine.copy_(theirs)
         replay()
         return results
@@ -651,7 +673,7 @@ def race(run, variants, pictures, device, rounds=3):
     expected, results = run(), {}
     for name, variant in tqdm(variants.items(), desc="variants", leave=False):
         first, images = timed(variant, device)
-        again = variant()                                                   # a captured graph shows itself when replayed
+        again = variant()                                                   # a graph has to show itself when replayed
         difference = max((x - expected).abs().max().item() for x in (images, again))
         result = results[name] = {"first_seconds": first, "equal": difference <= 1e-4, "max_difference": difference}
         if result["equal"]:
@@ -749,8 +771,8 @@ class VARJob:
         generator = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(labels))]
         if self.args.one_generator:
             generator = torch.Generator(self.device).manual_seed(seed)
-        images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=generator, ladder=ladder, run=self.run,
-                                   **self.options)
+        images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=generator, ladder=ladder,
+                                   run=self.run, **self.options)
         return images if ladder else [images]
 
 
@@ -917,7 +939,8 @@ def bench_var(job):
     """--bench: -n pictures in one batch (default one)."""
     labels = choose_labels(job)[:job.args.n or 1]
     quantizer = job.tokenizer.quantize
-    stages = {"sampling": [(job.model, "_draw"), (var, "exponential_noise")], "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
+    stages = {"sampling": [(job.model, "_draw"), (var, "exponential_noise")],
+              "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
               "decoder": [(job.tokenizer, "decode")]}
     parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
     result = bench(job.name, lambda: job.draw(labels, 0)[0], stages, "transformer", parameters, job.device, job.dtype,
@@ -998,8 +1021,164 @@ def fit(picture, config, keep_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# python sample.py ops
 
-MODELS = {"var": sample_var, "vq": sample_vq}
+
+def sorting_sampler(cond, uncond, cfg, top_k, top_p, noise):
+    """sample_logits as it is usually written."""
+    logits = cfg * cond.float() + (1 - cfg) * uncond.float()
+    logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    ascending, index = logits.sort(-1)
+    ascending = ascending.masked_fill(ascending.softmax(-1).cumsum(-1) <= 1 - top_p, float("-inf"))
+    return (torch.empty_like(logits).scatter_(-1, index, ascending).softmax(-1) / noise).argmax(-1)
+
+
+def whole_distance_matrix(z, codes):
+    """vq_nearest as it is usually written."""
+    z, codes = z.float(), codes.float()
+    return torch.addmm(z.square().sum(1, keepdim=True) + codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
+
+
+TEXTBOOK = {"sample_logits": sorting_sampler, "vq_nearest": whole_distance_matrix}     # others: as the op's torch lines
+
+
+def peers(name):
+    """{name: function of the op's arguments}: the same, or nearly, from packages that are installed."""
+    if name == "vq_nearest":
+        return {"cdist().argmin": lambda z, codes: torch.cdist(z.float(), codes.float()).argmin(1)}
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction as Liger
+    except ImportError:
+        return {}
+    norm = lambda x, scale, *_, **__: Liger.apply(x, scale[0, 0].contiguous(), scale[0, 0].contiguous(), 1e-6)
+    return {"liger-kernel, the norm alone": norm} if name == "adaln_modulate" else {}
+
+
+def op_seconds(run, device):
+    """Median seconds of a call; on CUDA with a cold L2 cache, or, if short, replayed in a graph, as inference does."""
+    if device.type == "cuda":
+        from triton.testing import do_bench, do_bench_cudagraph
+        ms = do_bench(run, return_mode="median")
+        return (ms if ms > 0.02 else do_bench_cudagraph(run, return_mode="median")) / 1e3
+    seconds = [timed(run, device)[0] for _ in range(2)]                     # the first one warms up
+    while len(seconds) < 4 or (sum(seconds) < 0.5 and len(seconds) < 50):
+        seconds.append(timed(run, device)[0])
+    return float(np.median(seconds[1:]))
+
+
+def backward_of(fn, args, kwargs):
+    """A function that computes the gradients of fn's tensor arguments, and nothing else, as often as it is called."""
+    leaves = [t.detach().requires_grad_() for t in args]
+    out = fn(*leaves, **kwargs)
+    out = (out,) if isinstance(out, torch.Tensor) else out
+    return lambda: torch.autograd.grad(out, leaves, [torch.ones_like(t) for t in out], retain_graph=True)
+
+
+def largest_difference(out, expected):
+    """Relative to the largest value; of indices, the share that differs."""
+    pairs = list(zip(tree_flatten(out)[0], tree_flatten(expected)[0]))
+    return max((a != b).float().mean().item() if a.dtype == torch.int64 else
+               ((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+
+
+def time_op(name, shape, device, dtype, backward):
+    """({version: seconds}, difference of our version from plain torch). In place of the seconds of a version that
+    fails, or of ours if it differs, stands the reason."""
+    spec, g = REGISTRY[name], torch.Generator(device).manual_seed(0)
+    args, kwargs = spec.inputs(lambda *size: torch.randn(size, generator=g, device=device).to(dtype), *shape)
+    plain, own = TEXTBOOK.get(name, spec.fn), "triton" if device.type == "cuda" else "fallback"
+    versions = {"eager": plain, "compile": torch.compile(plain, dynamic=False), own: spec.fn}
+    versions |= {} if backward else peers(name)
+    seconds, expected, difference = {}, None, math.nan
+    for version, fn in versions.items():
+        if version == "fallback" and fn is plain:                           # one and the same: not timed twice
+            seconds[version], difference = seconds["eager"], 0.0
+            continue
+        try:
+            with backend("auto" if version == "triton" else "torch"):
+                run = backward_of(fn, args, kwargs) if backward else lambda: fn(*args, **kwargs)
+                out = run()
+                expected = out if version == "eager" else expected
+                if version == own:
+                    difference = largest_difference(out, expected)
+                    if difference > max(spec.tol, {torch.float32: 0, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]):
+                        raise ArithmeticError(f"differs from torch by {difference:.0e}")
+                del out
+                seconds[version] = op_seconds(run, device)
+        except Exception as e:                                              # whatever it is: the others go on
+            seconds[version] = f"{type(e).__name__}: {e}".splitlines()[0]
+    return seconds, difference
+
+
+def bench_ops(names, device, dtype):
+    """Prints a line per op, real shape and direction -> the rows as dicts."""
+    from torch._functorch import config
+    config.donated_buffer = False                                           # a compiled backward has to run many times
+    (a, b), square = torch.randn(2, 2**26, device=device), torch.randn(2048, 2048, device=device)
+    bandwidth = 8 * a.numel() / op_seconds(lambda: b.copy_(a), device)
+    rate = 2 * 2048**3 / op_seconds(lambda: square @ square, device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    info = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"), "copy_bytes_per_second": bandwidth, "product_flops_per_second": rate}
+    print(f"{where}, {info['dtype']}, torch {torch.__version__}, {info['date']}; the floor is what a large copy "
+          f"({bandwidth / 1e9:.0f} GB/s)\nand a float32 product ({rate / 1e9:.0f} GFLOP/s) would take")
+    if device.type == "cpu":
+        print("Triton is not timed on a CPU, where only its interpreter runs: 'ours' is the torch code that runs there")
+    columns = ("MB", "floor", "eager", "compile", "ours", "x eager", "x comp.", "% floor", "differs")
+    print(f"{'microseconds':<58}" + "".join(f"{c:>9}" for c in columns))
+    rows = []
+    for name in names:
+        spec = REGISTRY[name]
+        directions = (False, True) if spec.trains else (False,)
+        for (label, shape), backward in itertools.product(list(spec.shapes.items())[1:], directions):
+            size = spec.bytes(dtype.itemsize, *shape) * (1.5 if backward else 1)    # two tensors read for each written
+            floor = max(size / bandwidth, spec.flops(*shape) / rate)
+            seconds, difference = time_op(name, shape, device, dtype, backward)
+            eager, compiled, ours = (s if isinstance(s, float) else math.nan for s in list(seconds.values())[:3])
+            title = f"{name}{' backward' if backward else ''}: {label}"
+            print(f"{title:<58}{size / 1e6:>9.0f}" + "".join(f"{s * 1e6:>9.0f}" for s in (floor, eager, compiled, ours))
+                  + f"{eager / ours:>9.2f}{compiled / ours:>9.2f}{100 * floor / ours:>9.0f}{difference:>9.0e}",
+                  flush=True)
+            for i, (version, s) in enumerate(seconds.items()):
+                if i > 2 or isinstance(s, str):                             # peers, and what failed
+                    print(f"    {version}: " + (s if isinstance(s, str) else f"{s * 1e6:.0f}"))
+            rows.append(info | {"op": title, "shape": [*map(str, shape)], "bytes": size, "floor_seconds": floor,
+                                "seconds": seconds, "difference": None if math.isnan(difference) else difference})
+    return rows
+
+
+def ops_table():
+    """The registry in Markdown: what each op has to move in half precision, and the floor that sets on an H100."""
+    yield "| op | shape | MB | floor in us: 3.35 TB/s, float32 67 TFLOP/s |"
+    yield "|---|---|---|---|"
+    for name, spec in REGISTRY.items():
+        for label, shape in list(spec.shapes.items())[1:]:
+            size, sizes = spec.bytes(2, *shape), " x ".join(str(n) for n in shape if isinstance(n, int))
+            floor = max(size / 3.35e12, spec.flops(*shape) / 67e12)
+            yield f"| `{name}` | {label}: {sizes} | {size / 1e6:.1f} | {floor * 1e6:.1f} |"
+
+
+def sample_ops(args):
+    """The table, or the benchmark."""
+    if args.bench is None:
+        if args.json:
+            raise UserError("--json goes with --bench")
+        return print(*ops_table(), sep="\n")
+    for name in args.bench:
+        if name not in REGISTRY:
+            raise UserError(f"--bench {name}: expected some of {', '.join(REGISTRY)}, or nothing for all")
+    if args.json:
+        check_writable(args.json, "--json", suffix=".json")
+    device, _ = choose_device(args.device)
+    rows = bench_ops(args.bench or [*REGISTRY], device, choose_dtype(args.dtype, device)[0])
+    if args.json:
+        with vq.atomic(args.json) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+MODELS = {"var": sample_var, "vq": sample_vq, "ops": sample_ops}
 
 
 def guarded(run, args):

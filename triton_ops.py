@@ -26,13 +26,7 @@ Nothing waits for the device, so all of it may stand in a CUDA graph; call once 
 Kernels run on the current CUDA device, as all of Triton does: `torch.cuda.set_device` first if the tensors are on
 another one.
 """
-import argparse
-import ctypes
-import itertools
-import json
-import math
 import os
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -548,7 +542,8 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
 
 @jit
-def _nearest(z, codebook, code_norm, out, N, C, V: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr):
+def _nearest(z, codebook, code_norm, out, N, C, V: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+             BLOCK: tl.constexpr):
     """ROWS rows of z per program, against CODES codes at a time; keeps the best so far of every row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
@@ -750,8 +745,6 @@ class OpSpec:
     shapes: dict                            # name -> shape: a small odd one for tests, then real ones from the models
     bytes: Callable                         # (itemsize, *shape) -> bytes moved at least
     flops: Callable = lambda *shape: 0      # float32 operations at least, where those count
-    textbook: Callable = None               # how it is usually written, if not like the torch lines of fn
-    peers: Callable = lambda: {}            # -> {name: function of the same arguments} from packages installed here
     trains: bool = False                    # has a backward
     tol: float = 2e-5                       # float32, relative to the largest value; of indices, the share that differs
 
@@ -775,34 +768,12 @@ def _gn_inputs(randn, N, C, H, W, form=torch.contiguous_format):
     return (randn(N, C, H, W).contiguous(memory_format=form), randn(C), randn(C)), {}
 
 
-def _sample_by_sorting(cond, uncond, cfg, top_k, top_p, noise):
-    logits = cfg * _wide(cond) + (1 - cfg) * _wide(uncond)
-    logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    ascending, index = logits.sort(-1)
-    ascending = ascending.masked_fill(ascending.softmax(-1).cumsum(-1) <= 1 - top_p, float("-inf"))
-    return (torch.empty_like(logits).scatter_(-1, index, ascending).softmax(-1) / noise).argmax(-1)
-
-
-def _nearest_by_matrix(z, codes):
-    z, codes = _wide(z), _wide(codes)
-    return torch.addmm(z.square().sum(1, keepdim=True) + codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
-
-
-def _liger_layer_norm():
-    try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    except ImportError:
-        return {}
-    norm = lambda x, weight: LigerLayerNormFunction.apply(x, weight, weight, 1e-6)
-    return {"liger, the norm alone": lambda x, scale, *_, **__: norm(x, scale[0, 0].contiguous())}
-
-
 REGISTRY = {
     "adaln_modulate": OpSpec(
         adaln_modulate, _adaln_inputs,
         {"odd": (3, 17, 40), "var_d30, 8 images, last scale": (16, 256, 1920),
          "infinity_2b, last scale": (2, 4096, 2048), "var_d16, training": (96, 680, 1024)},
-        lambda i, B, L, C: 4 * B * L * C * i, peers=_liger_layer_norm, trains=True),
+        lambda i, B, L, C: 4 * B * L * C * i, trains=True),
     "qk_norm_rope": OpSpec(
         qk_norm_rope, _qk_inputs,
         {"odd": (2, 5, 3, 12), "var_d30, 8 images, last scale": (16, 256, 30, 64),
@@ -811,12 +782,11 @@ REGISTRY = {
     "sample_logits": OpSpec(
         sample_logits, _sample_inputs,
         {"odd": (7, 33), "var, 8 images, last scale": (2048, 4096), "llamagen, 8 images": (8, 16384)},
-        lambda i, R, V: (2 * i + 4) * R * V, textbook=_sample_by_sorting, tol=1e-3),
+        lambda i, R, V: (2 * i + 4) * R * V, tol=1e-3),
     "vq_nearest": OpSpec(
         vq_nearest, lambda randn, N, V, C: ((randn(N, C), randn(V, C)), {}),
         {"odd": (17, 33, 5), "var, 64 images": (43520, 4096, 32), "llamagen, 16 images": (9216, 16384, 8)},
-        lambda i, N, V, C: (N + V) * C * i + 8 * N, flops=lambda N, V, C: 2 * N * V * C, textbook=_nearest_by_matrix,
-        peers=lambda: {"cdist().argmin": lambda z, codes: torch.cdist(_wide(z), _wide(codes)).argmin(1)}, tol=1e-3),
+        lambda i, N, V, C: (N + V) * C * i + 8 * N, flops=lambda N, V, C: 2 * N * V * C, tol=1e-3),
     "group_norm_silu": OpSpec(
         group_norm_silu, _gn_inputs,
         {"odd": (2, 32, 5, 3), "vae decoder, 8 images, finest": (8, 160, 256, 256),
@@ -826,147 +796,8 @@ REGISTRY = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# python triton_ops.py --bench
-
-
-def keep_freed_memory():
-    """Tells glibc to keep large freed blocks for the next tensor. By default it hands them back to the system and gets
-    them anew page by page, zeroed: on a CPU that dominates ops like these. Without glibc nothing happens."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):                  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
-
-
-def _seconds(run, cuda):
-    """Median seconds of a call; on CUDA with a cold L2 cache, or, if short, replayed in a graph, as inference does."""
-    if cuda:
-        ms = triton.testing.do_bench(run, return_mode="median")
-        return (ms if ms > 0.02 else triton.testing.do_bench_cudagraph(run, return_mode="median")) / 1e3
-    times = []
-    while len(times) < 4 or (sum(times) < 0.5 and len(times) < 50):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[len(times[1:]) // 2]                           # the first one warms up
-
-
-def _runner(fn, args, kwargs, backward):
-    """What is to be timed: the op, or its backward alone."""
-    if not backward:
-        return lambda: fn(*args, **kwargs)
-    leaves = [t.detach().requires_grad_() for t in args]
-    out = fn(*leaves, **kwargs)
-    out = (out,) if isinstance(out, torch.Tensor) else out
-    return lambda: torch.autograd.grad(out, leaves, [torch.ones_like(t) for t in out], retain_graph=True)
-
-
-def _difference(out, expected):
-    """Largest difference relative to the largest value; of indices, the share that differs."""
-    if not isinstance(out, torch.Tensor):
-        return max(_difference(a, b) for a, b in zip(out, expected))
-    if out.dtype == torch.int64:
-        return (out != expected).float().mean().item()
-    return ((out.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-
-
-def measure(spec, shape, dtype, device, backward=False):
-    """({version: seconds}, difference of this file's version from plain torch). What fails has its complaint in place
-    of a time, and so has what is wrong."""
-    g, cuda = torch.Generator(device).manual_seed(0), device == "cuda"
-    own = "triton" if cuda else "fallback"
-    args, kwargs = spec.inputs(lambda *size: torch.randn(size, generator=g, device=device).to(dtype), *shape)
-    eager, tol = spec.textbook or spec.fn, max(spec.tol, {torch.float32: 0, torch.float16: 4e-3}.get(dtype, 3e-2))
-    versions = {"eager": eager, "compile": torch.compile(eager, dynamic=False), own: spec.fn}
-    seconds, results, difference = {}, [], math.nan
-    for name, fn in (versions | ({} if backward else spec.peers())).items():
-        if name == "fallback" and fn is eager:
-            seconds[name], difference = seconds["eager"], 0.0               # one and the same
-            continue
-        try:
-            with backend("auto" if name == "triton" else "torch"):
-                run = _runner(fn, args, kwargs, backward)
-                results += [run()]
-                if fn is spec.fn and name != "eager":
-                    difference = _difference(results[-1], results[0])
-                    if difference > tol:
-                        raise ArithmeticError("differs from torch")
-                seconds[name] = _seconds(run, cuda)
-        except Exception as e:                                              # reported; the others go on
-            seconds[name] = f"{type(e).__name__}: {e}".splitlines()[0]
-    return seconds, difference
-
-
-def bench(names, dtype):
-    """Prints a table, a line per op, real shape and direction -> its rows as dicts."""
-    from torch._functorch import config as functorch_config
-    cuda, rows = torch.cuda.is_available(), []
-    device = "cuda" if cuda else "cpu"
-    keep_freed_memory()
-    functorch_config.donated_buffer = False                                 # a compiled backward has to run many times
-    (large, copy), square = torch.randn(2, 2 ** 26, device=device), torch.randn(2048, 2048, device=device)
-    bandwidth = 8 * large.numel() / _seconds(lambda: copy.copy_(large), cuda)
-    rate = 2 * 2048 ** 3 / _seconds(lambda: square @ square, cuda)
-    info = {"device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "triton": triton and triton.__version__, "date": time.strftime("%Y-%m-%d"),
-            "dtype": str(dtype), "copy_bytes_per_second": bandwidth, "product_flops_per_second": rate}
-    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items()))
-    if not cuda:
-        print("Triton is not timed: on a CPU only its interpreter runs. 'own' is the torch fallback that models call.")
-    columns = ("floor", "eager", "compile", "own", "x eager", "x comp.", "% floor")
-    print(f"{'microseconds':<58}{'MB':>7}" + "".join(f"{c:>9}" for c in columns) + f"{'error':>9}")
-    for name in names:
-        spec = REGISTRY[name]
-        directions = (False, True) if spec.trains else (False,)
-        for (label, shape), backward in itertools.product(list(spec.shapes.items())[1:], directions):
-            size = spec.bytes(dtype.itemsize, *shape) * (1.5 if backward else 1)    # two inputs and a gradient
-            floor = max(size / bandwidth, spec.flops(*shape) / rate)
-            seconds, error = measure(spec, shape, dtype, device, backward)
-            eager, compiled, own = (s if isinstance(s, float) else math.nan for s in list(seconds.values())[:3])
-            title = f"{name}{' backward' if backward else ''}: {label}"
-            print(f"{title:<58}{size / 1e6:>7.0f}" + "".join(f"{s * 1e6:>9.0f}" for s in (floor, eager, compiled, own))
-                  + f"{eager / own:>9.2f}{compiled / own:>9.2f}{100 * floor / own:>9.0f}{error:>9.0e}", flush=True)
-            for version, s in [*seconds.items()]:
-                if isinstance(s, str) or version not in ("eager", "compile", "triton", "fallback"):
-                    print(f"    {version}: " + (s if isinstance(s, str) else f"{s * 1e6:.0f}"))
-            rows.append(info | {"op": title, "shape": [*map(str, shape)], "bytes": size, "floor_seconds": floor,
-                                "seconds": seconds, "difference": error})
-    return rows
-
-
-def table():
-    """The registry as lines of Markdown: what each op moves at least in bf16, and how long an H100 takes for that."""
-    yield "| op | shape | MB | us on an H100 at 3.35 TB/s |\n|---|---|---|---|"
-    for name, spec in REGISTRY.items():
-        for label, shape in list(spec.shapes.items())[1:]:
-            size = spec.bytes(4 if name == "vq_nearest" else 2, *shape)
-            sizes = " x ".join(str(n) for n in shape if isinstance(n, int))
-            yield f"| `{name}` | {label}: {sizes} | {size / 1e6:.1f} | {size / 3.35e6:.1f} |"
-
-
-def main():
-    parser = argparse.ArgumentParser(description="The ops; with --bench, their speed on this machine.")
-    parser.add_argument("--bench", nargs="*", metavar="OP", choices=[*REGISTRY], help="time these, or all")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16 on CUDA, fp32 on a CPU")
-    parser.add_argument("--json", metavar="FILE", help="with --bench: also write the rows there")
-    args = parser.parse_args()
-    if args.bench is None:
-        return print("\n".join(table()))
-    if args.json:
-        try:
-            open(args.json, "a").close()                                    # now, not after minutes of timing
-        except OSError as e:
-            parser.error(f"--json {args.json}: {e.strerror}")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")]
-    rows = bench(args.bench or [*REGISTRY], dtype)
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump(rows, f, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":                  # the registry as a table, or --bench: both live with all other benchmarks
+    import runpy
+    import sys
+    sys.argv[:1] = ["sample.py", "ops"]
+    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py"), run_name="__main__")

@@ -103,12 +103,16 @@ class Attention(nn.Module):
         # Without the l2 norm the softmax scale is 0.25 / sqrt(D), a quarter of the textbook's.
         self.softmax_scale = 1.0 if self.l2_norm else 0.25 / math.sqrt(C // H)
 
-    def forward(self, x, mask=None, cache=None, pos=0):
-        """x (B, l, C); mask (l, l) bool, True = may look; cache (k, v), each (B, H, L, D), filled up to pos."""
+    def constants(self):
+        """What depends on weights alone: the bias of qkv (3C,), zero for k; the length of q (H,), or None."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return bias, self.log_scale.float().clamp(max=math.log(100)).exp().flatten() if self.l2_norm else None
+
+    def forward(self, x, constants, mask=None, cache=None, pos=0):
+        """x (B, l, C); mask (l, l) bool, True = may look; cache (k, v), each (B, H, L, D), filled up to pos."""
+        bias, q_scale = constants
         qkv = F.linear(x, self.qkv.weight, bias)                            # (B, l, 3C)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b l h d", three=3, h=self.heads)
-        q_scale = self.log_scale.float().clamp(max=math.log(100)).exp().flatten() if self.l2_norm else None
         k_cache, v_cache = cache if cache is not None else (None, None)
         q, k, v = qk_norm_rope(q, k, v, q_scale=q_scale, l2norm=self.l2_norm, k_cache=k_cache, v_cache=v_cache, pos=pos)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale)     # (B, H, l, D)
@@ -141,21 +145,26 @@ class Block(nn.Module):
             self.adaln = nn.Linear(C, 6 * C)
         self.eps, self.drop_path = config.norm_eps, drop_path
 
-    def modulation(self, cond, shared=None):
-        """Condition (B, C) -> (B, 1, 6, C): two gates, two scales, two shifts; of each the first is for attention."""
+    def prepare(self, cond, shared=None):
+        """Condition (B, C) -> all that no token has a part in: the modulation (B, 1, 6, C), two gates, two scales and
+        two shifts, of each the first for attention; and the constants of attention."""
         if shared is not None:
-            return self.adaln_table + shared
-        return rearrange(self.adaln(F.silu(cond).to(self.adaln.weight.dtype)), "b (six c) -> b 1 six c", six=6)
+            modulation = self.adaln_table + shared
+        else:
+            modulation = self.adaln(F.silu(cond).to(self.adaln.weight.dtype))
+            modulation = rearrange(modulation, "b (six c) -> b 1 six c", six=6)
+        return modulation, self.attn.constants()
 
-    def forward(self, x, modulation, mask=None, cache=None, pos=0, generator=None):
+    def forward(self, x, prepared, mask=None, cache=None, pos=0, generator=None):
         """x (B, l, C), the residual stream -> the same."""
+        modulation, constants = prepared
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
-        h = self._drop(self.attn(h, mask, cache, pos), generator)
+        h = self._drop(self.attn(h, constants, mask, cache, pos), generator)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, gate=gate1, out_dtype=dtype)
         h = self._drop(self.ffn(h), generator)
-        return torch.addcmul(x, gate2.to(x.dtype), h.to(x.dtype))
+        return torch.addcmul(x, gate2, h)
 
     def _drop(self, branch, generator):
         """Stochastic depth: in training, removes the branch for some pictures and scales it up for the others."""
@@ -205,12 +214,12 @@ class VAR(nn.Module):
 
     # pieces that training and sampling share
 
-    def modulations(self, cond):
-        """Condition (B, C) -> (B, 1, 6, C) for every block. They depend on the class alone, so once per picture."""
+    def prepare(self, cond):
+        """Condition (B, C) -> what every block makes of it, `Block.prepare`: once per picture, not once per scale."""
         shared = None
         if self.config.shared_adaln:
             shared = rearrange(self.shared_adaln(F.silu(cond)), "b (six c) -> b 1 six c", six=6)
-        return [block.modulation(cond, shared) for block in self.blocks]
+        return [block.prepare(cond, shared) for block in self.blocks]
 
     def head_modulation(self, cond):
         """Condition (B, C) -> scale and shift (B, 1, C) of the last norm, which is never shared."""
@@ -242,8 +251,8 @@ class VAR(nn.Module):
         cond = self.class_embed(labels)
         x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(features)], 1)       # (B, L, C)
         x = x + self.positions(0, x.shape[1])
-        for block, modulation in zip(self.blocks, self.modulations(cond)):
-            x = block(x, modulation, mask=self.mask, generator=generator)
+        for block, prepared in zip(self.blocks, self.prepare(cond)):
+            x = block(x, prepared, mask=self.mask, generator=generator)
         return self.logits(x, *self.head_modulation(cond))
 
     def loss(self, labels, tokens, features, *, class_drop=None, label_smoothing=0.0, generator=None):
@@ -288,7 +297,7 @@ class VAR(nn.Module):
 
     def _begin(self, guided, labels):
         """Labels (B,) -> x (R, 1, C), what enters at the first scale; f_hat, zero; and what stays the same throughout:
-        cache (depth, 2, R, H, L, D), head modulation (2, R, 1, C), the blocks' modulations (R, 1, 6, C)."""
+        cache (depth, 2, R, H, L, D), head modulation (2, R, 1, C), and what every block has prepared."""
         config = self.config
         B, side = len(labels), config.patch_nums[-1]
         rows = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if guided else labels
@@ -297,18 +306,18 @@ class VAR(nn.Module):
             config.depth, 2, len(rows), config.heads, len(self.level), config.width // config.heads)
         f_hat = cond.new_zeros(B, config.z_channels, side, side)
         return (cond[:, None] + self.pos_start, f_hat, cache, torch.stack(self.head_modulation(cond)),
-                *self.modulations(cond))
+                *self.prepare(cond))
 
     def _advance(self, quantizer, k, t, top_k, top_p, x, f_hat, state, noise, edit):
-        """Scale k: its input x (R, l, C) and f_hat so far -> the next scale's x, f_hat, logits (R, l, V), tokens (B, l).
+        """Scale k: its input x (R, l, C), f_hat so far -> the next scale's x, f_hat, logits (R, l, V), tokens (B, l).
 
         noise: Exp(1) (B, l, V), twice for mixtures of codes; edit: given indices (B, l) and kept cells, or nothing
         """
-        patch_nums, (cache, head_modulation, *modulations) = self.config.patch_nums, state
+        patch_nums, (cache, head_modulation, *prepared) = self.config.patch_nums, state
         p, K, pos, B = patch_nums[k], len(patch_nums), sum(n * n for n in patch_nums[:k]), len(f_hat)
         x = x + self.positions(pos, pos + p * p)                            # (R, l, C)
-        for block, modulation, kv in zip(self.blocks, modulations, cache):
-            x = block(x, modulation, cache=kv, pos=pos)
+        for block, mine, kv in zip(self.blocks, prepared, cache):
+            x = block(x, mine, cache=kv, pos=pos)
         logits = self.logits(x, *head_modulation)                           # (R, l, V)
 
         tokens, h = self._draw(logits[:B], logits[B:] if t else None, t, k / max(K - 1, 1), quantizer.codebook,
