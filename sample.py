@@ -76,6 +76,7 @@ import csv
 import ctypes
 import itertools
 import json
+import math
 import os
 import time
 import urllib.error

@@ -13,18 +13,18 @@ inputs, real shapes and unavoidable bytes of every op; tests, benchmark and READ
 needs torch only, no Triton and no GPU.
 
 These ops do little arithmetic per number: on a GPU they take the time their bytes take (an H100 moves 3.35 TB/s) or, if
-small, that of a launch. Unfused, each step of a chain writes its result to memory and the next one reads it back. All
-kernels follow one plan: a program (a block of threads) owns some rows, reads each once, computes in float32 in
-registers, writes once. Sums over rows are added up in a fixed order, without atomics, so two runs give the same bits.
-Nothing waits for the device, so all of it may stand in a CUDA graph; call once before capture, to compile.
+small, that of a launch. Unfused, each step of a chain writes its result to memory and the next reads it back. In all
+kernels a program (a block of threads) owns some rows or a tile and holds them in registers, in float32, from the load
+to the store. Sums over rows are added up in a fixed order, without atomics: two runs give the same bits. Nothing waits
+for the device, so all may stand in a CUDA graph; call once with the same arguments before capture, to compile.
 
     OPS_BACKEND=auto     kernels for CUDA tensors where Triton is installed, else torch (the default)
-    OPS_BACKEND=torch    never kernels;     OPS_BACKEND=triton   always, or an error
+    OPS_BACKEND=torch    never kernels;     OPS_BACKEND=triton   an error where there is no Triton for a tensor
     TRITON_INTERPRET=1   kernels run on the CPU, one program at a time: for tests, and to step through them
     python triton_ops.py --bench [op ...] [--json FILE]
 
-Kernels run on the current CUDA device, as all of Triton does: `torch.cuda.set_device` first if the tensors are on
-another one.
+Whatever the setting, torch does float64, empty tensors and what an op excludes where it calls `_use_triton`. Kernels
+run on the current CUDA device, as all of Triton does: `torch.cuda.set_device` first if the tensors are on another one.
 """
 import os
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ def backend(name):
 
 def _use_triton(x):
     """Whether a kernel takes over for x. Decided on Python values alone, so that torch.compile folds it away."""
-    if BACKEND == "torch" or x.dtype == torch.float64:                      # float64 is for the oracles of the tests
+    if BACKEND == "torch" or x.dtype == torch.float64 or x.numel() == 0:    # float64 is for the oracles of the tests
         return False
     possible = triton is not None and (x.is_cuda or INTERPRET)
     if BACKEND == "triton" and not possible:
@@ -96,15 +96,18 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
     """y = norm(h) * (1 + scale) + shift, where h = residual + gate * x if a residual is given, else h = x.
 
     x:            (B, L, C), any float dtype: the input, or the output of the branch that has just been computed
-    scale, shift: (B, 1, C) or (1, 1, C), or both None for the norm alone; gate likewise (None means 1)
+    scale, shift: (B, 1, C) or (1, 1, C), in torch also (B, L, C); both None: the norm alone
+    gate:         likewise, None means 1
     kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps)
     weight:       (C,), multiplies the norm after it was rounded to the weight's dtype, as in Llama
     residual:     (B, L, C), the residual stream; its dtype is that of h
     returns       y (B, L, C) in out_dtype (default x.dtype), or (y, h) if a residual was given
 
-    Bytes: read x and residual, write y and h, 4 numbers per element; LayerNorm, modulation, casts and the gated
-    residual add as separate steps move 14. Scale, shift and gate are one row per picture and stay in cache.
+    Bytes: read x and residual, write y and h, in bf16 8 per element. As separate steps under autocast 38: gate 4,
+    add 6, norm into float32 6, scale 8, shift 8, cast 6. Scale, shift and gate are one row per picture, and cached.
     """
+    if (scale is None) != (shift is None) or (gate is not None and residual is None):
+        raise ValueError("adaln_modulate: scale and shift go together, and a gate needs a residual")
     if kind not in ("layer", "rms"):
         raise ValueError(f"adaln_modulate: kind is 'layer' or 'rms', not {kind!r}")
     per_picture = all(t is None or t.shape[1] == 1 for t in (scale, shift, gate))
@@ -157,7 +160,8 @@ def _adaln_fwd(x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, 
 def _adaln_bwd(dy, dh, x, h, scale, gate, weight, mean, rstd, dx, d_residual, partial, L, C, chunks, gate_b, scale_b,
                LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """ROWS rows of one picture per program. With u = norm(h) and g the gradient of u, that of h is
-    rstd * (g - mean(g) - u * mean(g * u)); RMSNorm lacks the middle term. Row sums: partial (B, chunks, 4, C)."""
+    rstd * (g - mean(g) - u * mean(g * u)); RMSNorm lacks the middle term. partial (B, chunks, 4, C): sums over these
+    rows, the gradients of scale, shift, gate and weight."""
     b, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     col = tl.arange(0, BLOCK)
     ok = col < C
@@ -210,13 +214,13 @@ class _AdaLN(torch.autograd.Function):
     def forward(ctx, x, scale, shift, weight, residual, gate, eps, layer, out_dtype):
         (B, L, C), block = x.shape, _block(x.shape[-1])
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        scale, shift, gate = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (scale, shift, gate))
+        scale, shift, gate, weight = (t if t is None or t.stride(-1) == 1 else t.contiguous()
+                                      for t in (scale, shift, gate, weight))
         y = x.new_empty(x.shape, dtype=out_dtype)
         h = x if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
         mean, rstd = x.new_empty(2, B * L, dtype=torch.float32)
-        if x.numel():
-            _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _step(gate),
-                                 _step(scale), _step(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
+        _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _step(gate),
+                             _step(scale), _step(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
         ctx.save_for_backward(x, h, scale, shift, weight, gate, mean, rstd)
         ctx.residual, ctx.layer = None if residual is None else residual.dtype, layer
         return y if residual is None else (y, h)
@@ -228,10 +232,9 @@ class _AdaLN(torch.autograd.Function):
         chunks = -(-L // rows)
         dx, d_residual = torch.empty_like(x), None if ctx.residual is None else torch.empty_like(h)
         partial = x.new_empty(B, chunks, 4, C, dtype=torch.float32)
-        if x.numel():
-            _adaln_bwd[(B * chunks,)](dy.contiguous(), dh if dh is None else dh.contiguous(), x, h, scale, gate, weight,
-                                      mean, rstd, dx, d_residual, partial, L, C, chunks, _step(gate), _step(scale),
-                                      LAYER=ctx.layer, ROWS=rows, BLOCK=block, num_warps=_warps(block))
+        _adaln_bwd[(B * chunks,)](dy.contiguous(), dh if dh is None else dh.contiguous(), x, h, scale, gate, weight,
+                                  mean, rstd, dx, d_residual, partial, L, C, chunks, _step(gate), _step(scale),
+                                  LAYER=ctx.layer, ROWS=rows, BLOCK=block, num_warps=_warps(block))
         d_scale, d_shift, d_gate, d_weight = (                              # (B, C), and whose gradient it is
             t if t is None else (d.sum(0) if t.dim() == 1 else d[:, None].sum_to_size(t.shape)).to(t.dtype)
             for d, t in zip(partial.sum(1).unbind(1), (scale, shift, gate, weight)))
@@ -259,21 +262,23 @@ def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_ca
     q_scale:          (H,) float32, multiplies q after its normalisation
     l2norm:           divide q and k by max(norm, 1e-12) over D
     cos, sin:         (L, D / 2) float32, rotation of the pairs (2i, 2i + 1) of q and k; None for no rotation
-    k_cache, v_cache: (B, H, Lmax, D), any strides; the new keys and values are written at pos .. pos + L
+    k_cache, v_cache: (B, H, Lmax, D); the new keys and values are written at pos .. pos + L. No gradient flows then
     pos:              an int, or an int tensor of one element on the device, which a CUDA graph reads at every replay
-    returns           q (B, H, L, D), k and v (B, H, pos + L, D): what the new queries may look at, in v.dtype. With a
-                      tensor as pos the whole caches instead: their length is not known on the host
+    returns           q (B, H, L, D) in v.dtype, and what it may look at: k and v (B, H, L, D), or with caches their
+                      first pos + L rows. With a tensor as pos the whole caches: the host does not know their fill
 
-    Bytes: read q, k, v, write q and the new rows of the cache, 6 numbers per channel of a token. Norm, division, both
-    halves of the rotation, stack, cast and copy as separate steps move some 60, most of them in float32.
+    Bytes: read q, k, v, write q and the new rows of the caches, in bf16 4 per number. As separate steps (norm,
+    division, both halves of the rotation, stack, cast, copy), most of them in float32, q and k move about 70.
     """
-    on_device = isinstance(pos, torch.Tensor)
-    end = k_cache.shape[2] if on_device else pos + k.shape[1]
-    if k_cache is not None and end > k_cache.shape[2]:
-        raise ValueError(f"qk_norm_rope: {k.shape[1]} tokens at {pos} do not fit into a cache of {k_cache.shape[2]}")
-    if _use_triton(q) and (k_cache is None or not torch.is_grad_enabled()):
-        cos, sin = (t if t is None else t.contiguous() for t in (cos, sin))
-        q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, pos)
+    on_device, room = isinstance(pos, torch.Tensor), 0 if k_cache is None else k_cache.shape[2]
+    end = room if on_device else pos + k.shape[1]
+    if k_cache is not None and not (on_device or 0 <= pos <= end <= room):
+        raise ValueError(f"qk_norm_rope: {k.shape[1]} tokens at {pos} do not fit into a cache of {room}")
+    cacheable = k_cache is None or (not torch.is_grad_enabled() and k_cache.stride() == v_cache.stride()
+                                    and k_cache.stride(-1) == 1)
+    if _use_triton(q) and q.shape == k.shape == v.shape and cacheable:
+        q_scale, cos, sin = (t if t is None else t.contiguous() for t in (q_scale, cos, sin))
+        q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, pos if room else 0)
         return (q, new_k, v.transpose(1, 2)) if k_cache is None else (q, k_cache[:, :, :end], v_cache[:, :, :end])
     dtype = v.dtype
     if l2norm:
@@ -310,28 +315,25 @@ def _qk_fwd(q, k, v, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D, room,
     """One program per token and group of heads: a tile (HEADS, D) of q, of k, and a copy of v."""
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]          # (HEADS, 1)
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]     # (HEADS, 1)
     d = tl.arange(0, BLOCK)[None, :]                                        # (1, BLOCK)
     ok = (head < H) & (d < D)
     at = b * x_b + l * x_l + head * x_h
-    x, y = _rotated(q + at, cos, sin, l, d, ok, D, 1.0)
-    if L2NORM:
-        y /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
-    if q_scale is not None:
-        y *= tl.load(q_scale + head, mask=head < H, other=0).to(tl.float32)
-    tl.store(q_out + ((b * H + head) * L + l) * D + d, y, mask=ok)
-    x, y = _rotated(k + at, cos, sin, l, d, ok, D, 1.0)
-    if L2NORM:
-        y /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
-    if POS_TENSOR:
-        l += tl.load(pos)                                                   # l becomes the row of the cache
-    else:
-        l += pos
-    ok &= head < tl.where(l < room, H, 0)                                   # never past the end of the cache
-    to = b * out_b + head * out_h + l * out_l + d
-    tl.store(k_out + to, y, mask=ok)
+    cache_l = l + (tl.load(pos) if POS_TENSOR else pos)
+    to = b * out_b + head * out_h + cache_l * out_l + d
+    fits = (head < tl.where(cache_l < room, H, 0)) & (d < D)                # never past the end of the cache
+    for i in tl.static_range(2):                                            # q, then k
+        x, y = _rotated((k if i else q) + at, cos, sin, l, d, ok, D, 1.0)
+        if L2NORM:                                                          # a rotation does not change lengths
+            y /= tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+        if i == 0 and q_scale is not None:
+            y *= tl.load(q_scale + head, mask=head < H, other=0).to(tl.float32)
+        if i == 0:
+            tl.store(q_out + ((b * H + head) * L + l) * D + d, y, mask=ok)
+        else:
+            tl.store(k_out + to, y, mask=fits)
     if v is not None:
-        tl.store(v_out + to, tl.load(v + at + d, mask=ok, other=0), mask=ok)
+        tl.store(v_out + to, tl.load(v + at + d, mask=ok, other=0), mask=fits)
 
 
 @jit
@@ -341,7 +343,7 @@ def _qk_bwd(dq_out, dk_out, q, k, q_scale, cos, sin, dq, dk, d_scale, L, H, D, x
     q_scale the sum of u . g, of which d_scale (B * L, H) holds one term per token."""
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     ok = (head < H) & (d < D)
     at, to, grad_at = b * x_b + l * x_l + head * x_h, (row * H + head) * D + d, ((b * H + head) * L + l) * D
@@ -377,11 +379,10 @@ class _QKNormRope(torch.autograd.Function):
         q_out = v.new_empty(B, H, L, D)
         caching = k_out is not None
         k_out = k_out if caching else torch.empty_like(q_out)
-        if q.numel():
-            grid, tile = _qk_grid(B, L, H, D)
-            _qk_fwd[grid](q, k, v if caching else None, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D,
-                          k_out.shape[2], *q.stride()[:3], *k_out.stride()[:3], L2NORM=l2norm,
-                          POS_TENSOR=isinstance(pos, torch.Tensor), **tile)
+        grid, tile = _qk_grid(B, L, H, D)
+        _qk_fwd[grid](q, k, v if caching else None, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D,
+                      k_out.shape[2], *q.stride()[:3], *k_out.stride()[:3], L2NORM=l2norm,
+                      POS_TENSOR=isinstance(pos, torch.Tensor), **tile)
         ctx.save_for_backward(q, k, q_scale, cos, sin)
         ctx.l2norm = l2norm
         return q_out, None if caching else k_out
@@ -392,10 +393,9 @@ class _QKNormRope(torch.autograd.Function):
         B, L, H, D = q.shape
         dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
         d_scale = None if q_scale is None else q.new_empty(B * L, H, dtype=torch.float32)
-        if q.numel():
-            grid, tile = _qk_grid(B, L, H, D)
-            _qk_bwd[grid](dq_out.contiguous(), dk_out.contiguous(), q, k, q_scale, cos, sin, dq, dk, d_scale, L, H, D,
-                          *q.stride()[:3], L2NORM=ctx.l2norm, **tile)
+        grid, tile = _qk_grid(B, L, H, D)
+        _qk_bwd[grid](dq_out.contiguous(), dk_out.contiguous(), q, k, q_scale, cos, sin, dq, dk, d_scale, L, H, D,
+                      *q.stride()[:3], L2NORM=ctx.l2norm, **tile)
         return dq, dk, None, None if d_scale is None else d_scale.sum(0).to(q_scale.dtype), *[None] * 6
 
 
@@ -441,12 +441,12 @@ def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p
 
     cond, uncond: (..., V) float logits; temperature 0 takes the largest
     noise:        Exp(1) noise of that shape, by default drawn from generator
-    returns       (...) int64; 0 for a row of nothing but -inf; with NaN in the row some index in range
+    returns       (...) int64; 0 for a row of nothing but -inf; some index in range for one with NaN or +inf
 
-    The draw is an exponential race, argmax(p / noise): index for index what `torch.multinomial(p, 1, generator=...)`
-    gives, which does the same internally but then waits for the device.
-    Bytes: read both logits and the noise, 3 V numbers per row, in one launch. As separate steps: some 25 launches and
-    a sort.
+    The draw is an exponential race, argmax(p / noise): of runners that take Exp(1) / p_i, number i is first with
+    probability p_i. `torch.multinomial(p, 1, generator=...)` runs the same race, so the draws are the same, but makes
+    the host wait for checks of p. Bytes: read both logits and the noise, 3 V numbers per row, in one launch; as
+    separate steps a sort and two dozen launches.
     """
     V = cond.shape[-1]
     if noise is None and temperature != 0:
@@ -454,10 +454,9 @@ def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p
     if _use_triton(cond) and temperature != 0 and V <= 32768:               # a row has to fit into registers
         out = torch.empty(cond.shape[:-1], dtype=torch.int64, device=cond.device)
         cond, uncond, noise = (t if t is None else t.reshape(-1, V).contiguous() for t in (cond, uncond, noise))
-        if out.numel():
-            _sample[(len(cond),)](cond, uncond, noise, out, V, float(cfg), float(1 - cfg), float(temperature),
-                                  min(top_k, V), float(top_p), TOP_K=0 < top_k < V, TOP_P=0 < top_p < 1,
-                                  BLOCK=_block(V), num_warps=_warps(_block(V)))
+        _sample[(len(cond),)](cond, uncond, noise, out, V, float(cfg), float(1 - cfg), float(temperature),
+                              min(top_k, V), float(top_p), TOP_K=0 < top_k < V, TOP_P=0 < top_p < 1, BLOCK=_block(V),
+                              num_warps=_warps(_block(V)))
         return out
     logits = _wide(cond) if uncond is None else cfg * _wide(cond) + (1 - cfg) * _wide(uncond)
     if temperature == 0:
@@ -497,8 +496,8 @@ def _sample(cond, uncond, noise, out, V, cfg, rest, temperature, k, p,
     if TOP_K or TOP_P:
         bits = x.to(tl.uint32, bitcast=True)
         sign = tl.full((), 1, tl.uint32) << 31
-        key = bits ^ sign ^ tl.where(bits >= sign, sign - 1, 0)             # unsigned, in the order of the floats
-        least = tl.full((), 0, tl.uint32)
+        key = bits ^ sign ^ tl.where(bits >= sign, sign - 1, 0)             # flip the sign; of negative ones, all bits
+        least = tl.full((), 0, tl.uint32)                                   # so unsigned keys are ordered as the floats
         if TOP_K:
             least = _largest_threshold(key, tl.where(ok, 1.0, 0.0), tl.cast(k, tl.float32))
         if TOP_P:
@@ -521,7 +520,7 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
     z: (N, C); codebook: (V, C); l2norm: normalise both first; returns (N,) int64. No gradient. Which of two codes wins
     whose distances differ by less than 1e-5 relative may depend on the device. In torch on CUDA leave the float32
-    matmul precision at "highest", its default: TF32 flips indices.
+    matmul precision at "highest", its default: TF32 has 10 bits of mantissa and flips indices.
 
     Bytes: read z and the codebook, write N indices. The N x V distances, gigabytes for a batch of pictures, never leave
     the registers. What remains is arithmetic: 2 N V C operations in true float32.
@@ -532,9 +531,8 @@ def vq_nearest(z, codebook, *, l2norm=False):
     code_norm = codebook.square().sum(1)                                    # (V,)
     if _use_triton(z) and z.shape[1] <= 64:
         (N, C), out = z.shape, torch.empty(len(z), dtype=torch.int64, device=z.device)
-        if N:
-            _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, C,
-                                     V=len(codebook), ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
+        _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, C,
+                                 V=len(codebook), ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
         return out
     best = [torch.addmm(part.square().sum(1, keepdim=True) + code_norm, part, codebook.T, alpha=-2).argmin(1)
             for part in z.split(max(1, SEARCH_CHUNK // len(codebook)))]     # slices of (n, V)
@@ -571,10 +569,12 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
 
     weight, bias: (C,). Statistics over the C / groups channels of a group and all positions; silu=False leaves it out.
 
-    Bytes: read x twice, the second time from the L2 cache if it fits, and write y. Torch reads and writes once more for
-    the SiLU, and has no channels_last GroupNorm on CUDA: it copies to NCHW and back around every convolution.
+    Bytes: read x twice (small groups once; the second time from the L2 cache if it fits), write y. Torch reads and
+    writes once more for SiLU, and has no channels_last GroupNorm on CUDA: it copies to NCHW, and back for convolutions.
     """
-    if _use_triton(x):
+    if x.shape[1] % groups:
+        raise ValueError(f"group_norm_silu: {x.shape[1]} channels do not divide into {groups} groups")
+    if _use_triton(x) and x.numel() <= 2**25 * groups * len(x):             # else a group has too many tiles to combine
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
@@ -633,7 +633,7 @@ def _gn_stats(x, means, squares, C, S, tiles, LAST: tl.constexpr, BC: tl.constex
     """Mean and sum of squared deviations of every channel in this tile."""
     c, _, at, ok, to = _gn_tile(C, S, tiles, LAST, BC, BS)
     v = tl.load(x + at, mask=ok, other=0).to(tl.float32)
-    m = tl.sum(v, 1) / tl.minimum(S - tl.program_id(0) % tiles * BS, BS)
+    m = tl.sum(v, 1) / tl.minimum(S - (tl.program_id(0) % tiles) * BS, BS)
     v = tl.where(ok, v - m[:, None], 0)
     tl.store(means + to, m, mask=c < C)
     tl.store(squares + to, tl.sum(v * v, 1), mask=c < C)
@@ -684,7 +684,7 @@ def _gn_bwd(dy, x, weight, bias, mean, rstd, a, b, dx, C, S, D, tiles, SUMS: tl.
 
 def _gn_layout(x):
     """(N, C, S), memory format, number of tiles along S, grid, and how a kernel is told about it."""
-    N, C, S = x.shape[0], x.shape[1], x.numel() // max(1, x.shape[0] * x.shape[1])
+    N, C, S = x.shape[0], x.shape[1], x[0, 0].numel()
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         BC, BS, form = min(64, _block(C)), min(128, _block(S)), last
@@ -700,13 +700,13 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, silu):
         (N, C, S), form, tiles, grid, how = _gn_layout(x)
-        x, D = x.contiguous(memory_format=form), C // groups
+        x, weight, bias, D = x.contiguous(memory_format=form), weight.contiguous(), bias.contiguous(), C // groups
         y, whole = torch.empty_like(x), _block(D) * _block(S)
         mean, rstd = x.new_empty(2, N * groups, dtype=torch.float32)
-        if x.numel() and whole <= 16384:
+        if whole <= 16384:                                                  # at most 32 numbers per thread
             _gn_group[(N * groups,)](x, weight, bias, y, mean, rstd, C, S, D, eps, SILU=silu, LAST=how["LAST"],
                                      BC=_block(D), BS=_block(S), num_warps=_warps(whole))
-        elif x.numel():
+        else:
             means, squares = x.new_empty(2, N * C, tiles, dtype=torch.float32)
             _gn_stats[grid](x, means, squares, C, S, tiles, **how)
             _gn_combine[(N * groups,)](means, squares, mean, rstd, S, D, tiles, eps, BS=how["BS"], BD=_block(D),
@@ -722,12 +722,10 @@ class _GroupNormSiLU(torch.autograd.Function):
         (N, C, S), form, tiles, grid, how = _gn_layout(x)
         dy, dx, D = dy.contiguous(memory_format=form), torch.empty_like(x), ctx.D
         sums = x.new_empty(2, N * C, tiles, dtype=torch.float32)
-        if x.numel():
-            _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *sums, dx, C, S, D, tiles, SUMS=True, SILU=ctx.silu, **how)
+        _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *sums, dx, C, S, D, tiles, SUMS=True, SILU=ctx.silu, **how)
         sums = sums.sum(-1).view(2, N, C)
         means = (sums * weight.float()).view(2, -1, D).sum(-1) / (D * S)    # (2, N * groups)
-        if x.numel():
-            _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *means, dx, C, S, D, tiles, SUMS=False, SILU=ctx.silu, **how)
+        _gn_bwd[grid](dy, x, weight, bias, mean, rstd, *means, dx, C, S, D, tiles, SUMS=False, SILU=ctx.silu, **how)
         d_bias, d_weight = sums.sum(1)
         return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), None, None, None
 

@@ -141,6 +141,21 @@ def test_backend_that_is_not_there():
             adaln_modulate(x, None, None)
 
 
+def test_arguments_that_do_not_fit_together():
+    x, row = randn(1, 2, 4), randn(1, 1, 4)
+    for options in (dict(scale=row, shift=None), dict(scale=None, shift=row), dict(scale=None, shift=None, gate=row)):
+        with pytest.raises(ValueError, match="scale and shift go together, and a gate needs a residual"):
+            adaln_modulate(x, **options)
+    with pytest.raises(ValueError, match="kind is 'layer' or 'rms', not 'batch'"):
+        adaln_modulate(x, None, None, kind="batch")
+    with pytest.raises(ValueError, match="6 channels do not divide into 4 groups"):
+        group_norm_silu(randn(1, 6, 3), row, row, 4)
+    cache = torch.zeros(1, 1, 4, 4)
+    for pos in (-1, 3):
+        with pytest.raises(ValueError, match=f"2 tokens at {pos} do not fit into a cache of 4"):
+            qk_norm_rope(x[:, :, None], x[:, :, None], x[:, :, None], k_cache=cache, v_cache=cache, pos=pos)
+
+
 def test_works_without_triton():
     """As on a Mac: no such package. The kernels still have to parse."""
     code = """import sys; sys.modules["triton"] = None
@@ -250,9 +265,11 @@ def test_qk_norm_rope_of_zeros_and_of_unlike_layouts():
     (q, k, v), kwargs = inputs("qk_norm_rope", (2, 3, 2, 8))
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     agrees(qk_norm_rope, (q, k, v), kwargs, torch.float32)
+    with backend("triton"):                                                 # fewer key heads than query heads
+        assert qk_norm_rope(q, k[:, :, :1], v[:, :, :1], **kwargs)[1].shape == (2, 1, 3, 8)
     q = q.clone()
     q[0, 1, 0] = 0
-    agrees(qk_norm_rope, (q, k, v), kwargs, torch.float32, gradients=False)
+    agrees(qk_norm_rope, (q, k, v), kwargs | dict(pos=2), torch.float32, gradients=False)      # pos is of caches only
 
 
 @pytest.mark.kernel
@@ -274,6 +291,10 @@ def test_cache_is_filled_in_place(on_device):
         assert caches["triton"][:, :, :, :2].isnan().all() and caches["triton"][:, :, :, 5:].isnan().all()
     with pytest.raises(ValueError, match="3 tokens at 4 do not fit into a cache of 6"):
         qk_norm_rope(q, k, v, k_cache=make()[0], v_cache=make()[1], pos=4)
+    k_cache, v_cache = torch.zeros(2, 2, 6, 8, device=DEVICE), torch.zeros(2, 6, 2, 8, device=DEVICE).transpose(1, 2)
+    with torch.no_grad(), backend("triton"):                                # unlike layouts
+        _, k_seen, v_seen = qk_norm_rope(q, k, v, k_cache=k_cache, v_cache=v_cache, pos=pos, **kwargs)
+    check((k_seen[:, :, 2:5], v_seen[:, :, 2:5]), tuple(t[:, :, 2:5] for t in results["torch"][1:]), torch.float32)
     if on_device:
         cache = make()
         with torch.no_grad(), backend("triton"):
@@ -374,7 +395,7 @@ def test_group_norm_silu(shape, groups, channels_last):
     for silu in (True, False):
         agrees(group_norm_silu, (x, weight, bias), dict(groups=groups, silu=silu), torch.float32)
     with backend("triton"):
-        assert group_norm_silu(x, weight, bias, groups).is_contiguous(memory_format=form)
+        assert group_norm_silu(x, weight, bias, groups).is_contiguous(memory_format=form) or x.numel() == 0
 
 
 @pytest.mark.kernel
@@ -421,7 +442,7 @@ def test_kernels_in_the_interpreter():
     """All tests marked `kernel`, and one parity case that goes through every op: editing a picture with VAR."""
     subprocess_pytest("tests/test_triton_ops.py", "-m", "kernel", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     subprocess_pytest("tests/test_parity.py", "-k", "var_edit_inpaint", OPS_BACKEND="triton", TRITON_INTERPRET="1",
-                      CUDA_VISIBLE_DEVICES="", PARITY_DIR="")
+                      CUDA_VISIBLE_DEVICES="", PARITY_DIR=str(ROOT / "tests" / "parity"))
 
 
 @once
@@ -485,11 +506,9 @@ def test_real_shapes(name, dtype):
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_numbers():
-    """One huge stride is enough: rows 2^31 numbers apart."""
+    """Only what lies behind the 2^31st number is compared."""
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of free GPU memory")
-    x = torch.empty(2 ** 31 + 2 ** 16, dtype=torch.float16, device="cuda").normal_().view(-1, 2 ** 15, 2)[:, :, :1]
-    x = x.reshape(-1, 2 ** 15)                                              # a copy: 2^31 / 2 numbers
     logits = torch.empty(2 ** 17, 2 ** 14 + 8, dtype=torch.float16, device="cuda").normal_()        # 2.1e9
     noise = torch.ones((), dtype=torch.float32, device="cuda").expand(4, logits.shape[1])
     tail = sample_logits(logits[-4:], noise=noise)
@@ -498,9 +517,9 @@ def test_more_than_2_to_the_31_numbers():
     y = adaln_modulate(logits.view(1, -1, logits.shape[1]), None, None)
     with backend("torch"):
         check(y[:, -4:], adaln_modulate(logits[None, -4:], None, None), torch.float16)
-    del y, x
-    z = logits.view(-1)[:2 ** 31 + 2 ** 15].view(1, 8, -1)
+    del y
+    z = logits.view(-1)[:2 ** 31 + 2 ** 20].view(-1, 8, 2 ** 17)            # (2049, 8, 2^17)
     weight, bias = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
     y = group_norm_silu(z, weight, bias, 8)
     with backend("torch"):
-        check(y[:, -1:, -2 ** 20:], group_norm_silu(z[:, -1:], weight[:1], bias[:1], 1)[..., -2 ** 20:], torch.float16)
+        check(y[-1:], group_norm_silu(z[-1:], weight, bias, 8), torch.float16)

@@ -225,3 +225,22 @@ def test_no_synchronisation_on_cuda(model, tokenizer):
         draw(None), draw(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_with_kernels_gives_the_numbers_of_the_cpu(model, tokenizer, monkeypatch):
+    """Logits, loss and gradients in float32 without TF32; kernels there, torch here."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tokens = tokenizer.tokenize(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    features, tokens = tokenizer.quantize.teacher_input(tokens), torch.cat(tokens, 1)
+
+    def run(device):
+        model.to(device).zero_grad()
+        loss, _ = model.loss(*(t.to(device) for t in (LABELS, tokens, features)))
+        loss.backward()
+        logits = model(LABELS.to(device), features.to(device))
+        return [loss.cpu(), logits.cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)]
+    for here, there in zip(run("cpu"), run("cuda")):
+        torch.testing.assert_close(there, here, atol=1e-4 * here.abs().max().item(), rtol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer.tokenize(torch.ones(1, 3, 16, 16)),
+                                                 [t.cpu() for t in tokenizer.cuda().tokenize(torch.ones(1, 3, 16, 16).cuda())]))
