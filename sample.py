@@ -433,7 +433,7 @@ class CUDAGraphs:
     """
 
     def __init__(self):
-        self.graphs, self.own, self.pool = {}, set(), None
+        self.graphs, self.own = {}, set()
 
     @torch.no_grad()
     def __call__(self, function, constants, *tensors):
@@ -461,9 +461,8 @@ class CUDAGraphs:
                 run()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            results = run()
-        self.pool = self.pool or graph.pool()                               # one pool for all: they run one by one
+        with torch.cuda.graph(graph):       # with a memory pool of its own: in a shared one the temporaries of one graph
+            results = run()                 # could lie where another one, captured later, keeps its results
         return graph.replay, results
 
 
@@ -1055,13 +1054,13 @@ def peers(name):
     return {"liger-kernel, the norm alone": norm} if name == "adaln_modulate" else {}
 
 
-def op_seconds(run, device):
-    """Seconds of a call. On CUDA the median with a cold L2 cache, or, if short, replayed in a graph as inference does;
-    on a CPU the best of several, as now and then one pays for fresh memory."""
+def op_seconds(run, device, graph=True):
+    """Seconds of a call. On CUDA the median with a cold L2 cache, or, if short, replayed in a graph as inference does
+    (autograd cannot be); on a CPU the best of several, as now and then one pays for fresh memory."""
     if device.type == "cuda":
         from triton.testing import do_bench, do_bench_cudagraph
         ms = do_bench(run, return_mode="median")
-        return (ms if ms > 0.02 else do_bench_cudagraph(run, return_mode="median")) / 1e3
+        return (do_bench_cudagraph(run, return_mode="median") if graph and ms < 0.02 else ms) / 1e3
     seconds = []
     while len(seconds) < 6 or (sum(seconds) < 0.5 and len(seconds) < 50):
         seconds.append(timed(run, device)[0])
@@ -1106,7 +1105,7 @@ def time_op(name, shape, device, dtype, backward):
                     if difference > max(spec.tol, {torch.float32: 0, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]):
                         raise ArithmeticError(f"differs from torch by {difference:.0e}")
                 del out
-                seconds[version] = op_seconds(run, device)
+                seconds[version] = op_seconds(run, device, graph=not backward)
         except Exception as e:                                              # whatever it is: the others go on
             seconds[version] = f"{type(e).__name__}: {e}".splitlines()[0]
     return seconds, difference

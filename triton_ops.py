@@ -34,6 +34,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -226,6 +227,7 @@ class _AdaLN(torch.autograd.Function):
         return y if residual is None else (y, h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dh=None):
         x, h, scale, shift, weight, gate, mean, rstd = ctx.saved_tensors
         (B, L, C), block, rows = x.shape, _block(x.shape[-1]), 16
@@ -388,6 +390,7 @@ class _QKNormRope(torch.autograd.Function):
         return q_out, None if caching else k_out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq_out, dk_out):
         q, k, q_scale, cos, sin = ctx.saved_tensors
         B, L, H, D = q.shape
@@ -684,7 +687,7 @@ def _gn_bwd(dy, x, weight, bias, mean, rstd, a, b, dx, C, S, D, tiles, SUMS: tl.
 
 def _gn_layout(x):
     """(N, C, S), memory format, number of tiles along S, grid, and how a kernel is told about it."""
-    N, C, S = x.shape[0], x.shape[1], x[0, 0].numel()
+    N, C, S = x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         BC, BS, form = min(64, _block(C)), min(128, _block(S)), last
@@ -717,6 +720,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         (N, C, S), form, tiles, grid, how = _gn_layout(x)

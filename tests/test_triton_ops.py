@@ -235,6 +235,20 @@ def test_adaln_layouts_and_dtypes():
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("name", TRAINED)
+def test_second_derivatives_are_refused(name):
+    """Rather than left out of a gradient penalty without a word. OPS_BACKEND=torch has them."""
+    args, kwargs = inputs(name)
+    leaves = [t.detach().requires_grad_() for t in args]
+    with backend("triton"):
+        out = REGISTRY[name].fn(*leaves, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    grad, = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.kernel
 def test_adaln_values():
     """A large mean with a small variance, constant rows, inf and NaN."""
     x = randn(1, 4, 64).to(DEVICE)
