@@ -461,7 +461,7 @@ class CUDAGraphs:
                 run()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):       # with a memory pool of its own: in a shared one the temporaries of one graph
+        with torch.cuda.graph(graph):       # in a memory pool of its own: in a shared one the temporaries of a graph
             results = run()                 # could lie where another one, captured later, keeps its results
         return graph.replay, results
 
