@@ -96,7 +96,7 @@ from tqdm import tqdm
 
 import var
 import vq
-from triton_ops import REGISTRY, BackendError, backend
+from triton_ops import INTERPRET, REGISTRY, BackendError, backend, use_triton
 
 DEMO = Path(__file__).resolve().parent / "demo"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,7 +111,13 @@ class UserError(Exception):
 
 
 def choose_device(name):
-    """'auto' or a device name -> (torch.device, why)."""
+    """'auto' or a device name -> (torch.device, why). Raises BackendError if OPS_BACKEND cannot be had on it."""
+    device, why = _choose_device(name)
+    use_triton(torch.empty(1, device=device))
+    return device, why
+
+
+def _choose_device(name):
     if name == "auto":
         if torch.cuda.is_available():
             return this_process_gpu(), torch.cuda.get_device_name()
@@ -812,6 +818,8 @@ def check_var_args(args):
         raise UserError("--ckpt and --random-weights exclude each other")
     if args.json and not args.bench:
         raise UserError("--json goes with --bench")
+    if args.compile and INTERPRET:
+        raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
     if args.npz and (args.edit or args.steps_grid):
         raise UserError("--npz is for whole sets of pictures: leave out --edit and --steps-grid")
 
@@ -1192,6 +1200,11 @@ def guarded(run, args):
     except torch.OutOfMemoryError as e:
         hint = "try a smaller --batch-size, in training a larger --accum, or --dtype bf16"
         sys.exit(_complain(f"out of GPU memory: {hint} ({str(e).splitlines()[0]})"))
+    except RuntimeError as e:
+        if type(e).__name__ != "InductorError":                             # whose module takes seconds to import
+            raise
+        needs = "torch.compile failed; it needs a C++ compiler and room in its cache folder. Leave out --compile"
+        sys.exit(_complain(f"{needs} ({str(e).strip().splitlines()[0]})"))
     except OSError as e:                                                    # a full disk, a missing permission
         if e.filename is None:
             raise

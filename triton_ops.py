@@ -23,8 +23,9 @@ for the device, so all may stand in a CUDA graph; call once with the same argume
     TRITON_INTERPRET=1   kernels run on the CPU, one program at a time: for tests, and to step through them
     python triton_ops.py --bench [op ...] [--json FILE]
 
-Whatever the setting, torch does float64, empty tensors and what an op excludes where it calls `_use_triton`. Kernels
-run on the current CUDA device, as all of Triton does: `torch.cuda.set_device` first if the tensors are on another one.
+Whatever the setting, torch does float64, empty tensors and what no kernel `fits`: kernels check no shapes, so those
+that are not the contract's go to torch, which broadcasts or complains. Kernels run on the current CUDA device, as all
+of Triton does: `torch.cuda.set_device` first if the tensors are on another one.
 """
 import os
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def backend(name):
         BACKEND = before
 
 
-def _use_triton(x):
+def use_triton(x):
     """Whether a kernel takes over for x. Decided on Python values alone, so that torch.compile folds it away."""
     if BACKEND == "torch" or x.dtype == torch.float64 or x.numel() == 0:    # float64 is for the oracles of the tests
         return False
@@ -111,8 +112,10 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
         raise ValueError("adaln_modulate: scale and shift go together, and a gate needs a residual")
     if kind not in ("layer", "rms"):
         raise ValueError(f"adaln_modulate: kind is 'layer' or 'rms', not {kind!r}")
-    per_picture = all(t is None or t.shape[1] == 1 for t in (scale, shift, gate))
-    if _use_triton(x) and per_picture and x.shape[-1] <= 16384:             # a row has to fit into registers
+    B, L, C = x.shape if x.dim() == 3 else (0, 0, 0)
+    fits = (0 < C <= 16384 and all(t is None or t.shape in ((B, 1, C), (1, 1, C)) for t in (scale, shift, gate))
+            and (residual is None or residual.shape == x.shape) and (weight is None or weight.shape == (C,)))
+    if use_triton(x) and fits:                                              # a row has to fit into registers
         return _AdaLN.apply(x, scale, shift, weight, residual, gate, eps, kind == "layer", out_dtype or x.dtype)
     h = x
     if residual is not None:
@@ -276,9 +279,13 @@ def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_ca
     end = room if on_device else pos + k.shape[1]
     if k_cache is not None and not (on_device or 0 <= pos <= end <= room):
         raise ValueError(f"qk_norm_rope: {k.shape[1]} tokens at {pos} do not fit into a cache of {room}")
-    cacheable = k_cache is None or (not torch.is_grad_enabled() and k_cache.stride() == v_cache.stride()
-                                    and k_cache.stride(-1) == 1)
-    if _use_triton(q) and q.shape == k.shape == v.shape and cacheable:
+    B, L, H, D = q.shape
+    fits = (q.shape == k.shape == v.shape and (q_scale is None or q_scale.shape == (H,))
+            and (cos is None or (cos.shape == sin.shape == (L, D // 2) and D % 2 == 0)))
+    if k_cache is not None:                                                 # both addressed by one set of strides
+        fits = (fits and not torch.is_grad_enabled() and k_cache.shape == v_cache.shape == (B, H, room, D)
+                and k_cache.stride() == v_cache.stride() and k_cache.stride(-1) == 1)
+    if use_triton(q) and fits:
         q_scale, cos, sin = (t if t is None else t.contiguous() for t in (q_scale, cos, sin))
         q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, pos if room else 0)
         return (q, new_k, v.transpose(1, 2)) if k_cache is None else (q, k_cache[:, :, :end], v_cache[:, :, :end])
@@ -323,7 +330,7 @@ def _qk_fwd(q, k, v, q_scale, cos, sin, q_out, k_out, v_out, pos, L, H, D, room,
     at = b * x_b + l * x_l + head * x_h
     cache_l = l + (tl.load(pos) if POS_TENSOR else pos)
     to = b * out_b + head * out_h + cache_l * out_l + d
-    fits = (head < tl.where(cache_l < room, H, 0)) & (d < D)                # never past the end of the cache
+    fits = (head < tl.where((cache_l < room) & (cache_l >= 0), H, 0)) & (d < D)     # never outside of the cache
     for i in tl.static_range(2):                                            # q, then k
         x, y = _rotated((k if i else q) + at, cos, sin, l, d, ok, D, 1.0)
         if L2NORM:                                                          # a rotation does not change lengths
@@ -454,7 +461,8 @@ def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p
     V = cond.shape[-1]
     if noise is None and temperature != 0:
         noise = exponential_noise(cond.shape, generator, cond.device)
-    if _use_triton(cond) and temperature != 0 and V <= 32768:               # a row has to fit into registers
+    fits = V <= 32768 and temperature != 0 and all(t is None or t.shape == cond.shape for t in (uncond, noise))
+    if use_triton(cond) and fits:                                           # a row has to fit into registers
         out = torch.empty(cond.shape[:-1], dtype=torch.int64, device=cond.device)
         cond, uncond, noise = (t if t is None else t.reshape(-1, V).contiguous() for t in (cond, uncond, noise))
         _sample[(len(cond),)](cond, uncond, noise, out, V, float(cfg), float(1 - cfg), float(temperature),
@@ -532,7 +540,7 @@ def vq_nearest(z, codebook, *, l2norm=False):
     if l2norm:
         z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
     code_norm = codebook.square().sum(1)                                    # (V,)
-    if _use_triton(z) and z.shape[1] <= 64:
+    if use_triton(z) and z.shape[1] == codebook.shape[1] <= 64 and len(codebook):
         (N, C), out = z.shape, torch.empty(len(z), dtype=torch.int64, device=z.device)
         _nearest[(-(-N // 64),)](z.contiguous(), codebook.contiguous(), code_norm, out, N, C,
                                  V=len(codebook), ROWS=64, CODES=64, BLOCK=max(16, _block(C)))
@@ -577,7 +585,8 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
     """
     if x.shape[1] % groups:
         raise ValueError(f"group_norm_silu: {x.shape[1]} channels do not divide into {groups} groups")
-    if _use_triton(x) and x.numel() <= 2**25 * groups * len(x):             # else a group has too many tiles to combine
+    fits = weight is not None and weight.shape == bias.shape == x.shape[1:2] and x.numel() <= 2**25 * groups * len(x)
+    if use_triton(x) and fits:                                              # larger groups have too many tiles
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y

@@ -1,6 +1,7 @@
 """The scripts, as users run them: what works, and what is said when it does not."""
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -206,9 +207,18 @@ def test_ops_mistakes(capsys, tmp_path):
     assert out.returncode == 2 and out.stderr.startswith("error: --bench softmax")
 
 
-def test_backend_that_is_not_there(monkeypatch, capsys):
+@pytest.mark.parametrize("argv", [["var"], ["var", "--compile"], ["ops", "--bench"]])
+def test_backend_that_is_not_there(argv, monkeypatch, capsys):
     monkeypatch.setattr(triton_ops, "BACKEND", "gpu")
-    assert complaint(capsys, sample, "var") == "error: OPS_BACKEND=gpu: expected auto, torch or triton"
+    assert complaint(capsys, sample, *argv) == "error: OPS_BACKEND=gpu: expected auto, torch or triton"
+
+
+def test_compile_without_a_compiler(tiny, tmp_path):
+    argv, out = tiny
+    env = os.environ | {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ran = script("sample.py", "var", *argv, "--device", "cpu", "--compile", "--out", out / "x.png", env=env)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr and not (out / "x.png").exists()
+    assert "error: torch.compile failed; it needs a C++ compiler" in ran.stderr.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

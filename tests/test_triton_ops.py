@@ -234,6 +234,55 @@ def test_adaln_layouts_and_dtypes():
     assert torch.equal(h, x.transpose(1, 2) + half.float())
 
 
+R = lambda *shape, seed=0: randn(*shape, seed=seed).to(DEVICE)
+UNFITTING = {
+    "modulation per token": lambda: adaln_modulate(R(2, 3, 8), R(2, 3, 8), R(2, 3, 8)),
+    "modulation of one number": lambda: adaln_modulate(R(2, 3, 8), R(1, 1, 1), R(1, 1, 1)),
+    "modulation of another width": lambda: adaln_modulate(R(2, 3, 8), R(2, 1, 9), R(2, 1, 9)),
+    "modulation of another batch": lambda: adaln_modulate(R(2, 3, 8), R(3, 1, 8), R(3, 1, 8)),
+    "residual of one row": lambda: adaln_modulate(R(2, 3, 8), None, None, residual=R(2, 1, 8)),
+    "weight too short": lambda: adaln_modulate(R(2, 3, 8), None, None, weight=R(7)),
+    "no batch": lambda: adaln_modulate(R(3, 8), None, None),
+    "one scale for all heads": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), q_scale=R(1)),
+    "angles for one token": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), cos=R(1, 4), sin=R(1, 4)),
+    "angles for other tokens": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), cos=R(3, 4), sin=R(3, 4)),
+    "odd head dimension": lambda: qk_norm_rope(*R(3, 1, 2, 3, 7), cos=R(2, 3), sin=R(2, 3)),
+    "cache of fewer heads": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), k_cache=R(1, 2, 4, 8), v_cache=R(1, 2, 4, 8)),
+    "cache too short for v": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), k_cache=R(1, 3, 4, 8), v_cache=R(1, 3, 4, 8)[:, :, :1]),
+    "noise for one row": lambda: sample_logits(R(4, 8), noise=R(8).abs()),
+    "uncond for one row": lambda: sample_logits(R(4, 8), R(1, 8, seed=1), cfg=2.0, noise=R(4, 8).abs()),
+    "codes of another width": lambda: vq_nearest(R(4, 8), R(4, 9)),
+    "no codes": lambda: vq_nearest(R(4, 8), R(0, 8)),
+    "weight for other channels": lambda: group_norm_silu(R(1, 8, 4), R(7), R(7), 2),
+    "no affine": lambda: group_norm_silu(R(1, 8, 4), None, None, 2),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", UNFITTING)
+def test_shapes_that_no_kernel_is_made_for_go_to_torch(case):
+    """Which broadcasts or complains; a kernel would read what is not there."""
+    outcomes = []
+    for which in ("torch", "triton"):
+        try:
+            with torch.no_grad(), backend(which):
+                outcomes.append(UNFITTING[case]())
+        except Exception as e:
+            outcomes.append((type(e), str(e)))
+    a, b = outcomes
+    assert a == b if isinstance(a[0], type) else all(map(torch.equal, tree_leaves(a), tree_leaves(b)))
+
+
+@pytest.mark.kernel
+def test_cache_position_outside_of_the_cache_writes_nothing():
+    (q, k, v), _ = inputs("qk_norm_rope", (1, 2, 2, 8))
+    for pos in (-2, 7):
+        caches = torch.zeros(3, 1, 2, 4, 8, device=DEVICE)
+        with torch.no_grad(), backend("triton"):
+            qk_norm_rope(q, k, v, k_cache=caches[1], v_cache=caches[2], pos=torch.tensor(pos, device=DEVICE))
+        assert not caches.any()
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("name", TRAINED)
 def test_second_derivatives_are_refused(name):
