@@ -733,7 +733,7 @@ class VARJob:
         given = {k: v for k in ("cfg", "top_k", "top_p") if (v := getattr(args, k)) is not None}
         self.options = DEMO_SETTINGS | self.metadata.get("sampling", {}) | given | {"more_smooth": args.smooth}
         self.settings = {"model": "var", "checkpoint": self.name, "seed": args.seed} | self.options
-        self.run = None
+        self.run = var.call
 
     def random_models(self):
         """--random-weights: a released size without its file."""

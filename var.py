@@ -186,6 +186,11 @@ class Block(nn.Module):
 Step = namedtuple("Step", "k logits guidance tokens f_hat")
 
 
+def call(function, constants, *tensors):
+    """How `VAR.sample` has device work done. Anything else of this signature may capture it once and replay it."""
+    return function(*constants, *tensors)
+
+
 class VAR(nn.Module):
     """The transformer. The tokenizer is no part of it: methods that need one take it as an argument."""
 
@@ -276,7 +281,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def steps(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-              given=None, keep=None, run=None):
+              given=None, keep=None, run=call):
         """Yields a Step per scale, coarse to fine. labels: (B,); the rest as in `sample`.
 
         What happens between two random draws is one call, of `_begin` and then of `_advance` for every scale: shapes
@@ -284,7 +289,6 @@ class VAR(nn.Module):
         """
         config, device = self.config, self.pos_embed.device
         B, K, V = len(labels), len(config.patch_nums), config.vocab_size
-        run = run or (lambda function, constants, *tensors: function(*constants, *tensors))
         guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be the same
         x, f_hat, *state = run(self._begin, (guided,), labels.to(device))
         for k, p in enumerate(config.patch_nums):
@@ -348,7 +352,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def sample(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-               given=None, keep=None, ladder=False, run=None):
+               given=None, keep=None, ladder=False, run=call):
         """Draws pictures -> (B, 3, h, w) float32 in [0, 1], or with ladder=True a list, one per scale.
 
         tokenizer:    the VQVAE, on the same device
@@ -363,16 +367,15 @@ class VAR(nn.Module):
         given, keep:  editing: indices of a picture (list of K (B, l)) and a bool mask (p, p) on the last scale. Cells
                       that are True keep the given codes at every scale. The null class in- and out-paints, a class
                       edits. What is kept comes back as its reconstruction, blended into what is new by phi and decoder
-        run:          how device work is called, run(function, constants, *tensors). By default it just is; something
-                      that captures it once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
+        run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
+                      once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
         """
         if (given is None) != (keep is None):
             raise ValueError("editing takes both: the indices of the picture as given=, the mask as keep=")
         options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth, generator=generator, run=run)
         steps = self.steps(tokenizer, self.check_labels(labels, generator), given=given, keep=keep, **options)
         sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
-        decode = (lambda f_hat: run(tokenizer.decode, (), f_hat)) if run else tokenizer.decode
-        images = [decode(f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
+        images = [run(tokenizer.decode, (), f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
         return images if ladder else images[0]
 
     def check_labels(self, labels, generator=None):

@@ -11,6 +11,7 @@ interpreter gets wrong, or does not show, as of Triton 3.9:
 """
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -521,8 +522,8 @@ def test_kernels_compile_for_gpus(capability):
     out = subprocess.run([sys.executable, script, str(capability)], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
     report = json.loads(out.stdout.splitlines()[-1])
-    kernels = {r["kernel"] for r in report["kernels"]}
-    assert kernels == {name for name, f in vars(triton_ops).items() if name in kernels} and len(kernels) >= 10
+    launched = re.findall(r"^ +(_\w+)\[.*\]\(", (ROOT / "triton_ops.py").read_text(), re.M)      # _kernel[grid](...)
+    assert {r["kernel"] for r in report["kernels"]} == set(launched) != set()
     for r in report["kernels"]:
         assert r["shared"] <= 99 * 1024, r                                  # what also smaller GPUs have
         assert r["spilled"] <= 512, r
