@@ -29,6 +29,7 @@ VQ_EMOJI = dict(
     betas=(0.9, 0.99), clip=2.0, ema=0.0, dtype="fp32", l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0,
     warm_steps=300, restart_after=300,
 )
+VQ_BITS = VQ | dict(warm_steps=0, restart_after=0)                          # bits need no care of a codebook
 # init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
 # settings and its classes (none: spread over all)
 VAR = COMMON | dict(
@@ -43,7 +44,13 @@ VAR_EMOJI = dict(
           "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses", "money"),
 )
 RECIPES = {
-    "vq": {"emoji": VQ | VQ_EMOJI, "imagenet": VQ},
+    "vq": {
+        "emoji": VQ | VQ_EMOJI,
+        "imagenet": VQ,
+        "infinity_emoji": VQ_BITS | VQ_EMOJI | dict(model="emoji_bsq", warm_steps=0, restart_after=0),
+        **{f"infinity_d{d}": VQ_BITS | dict(model=f"infinity_vae_d{d}") for d in ("16", "24", "32", "64")},
+        "infinity_d56": VQ_BITS | dict(model="infinity_vae_d56_f8_14_patchify"),
+    },
     "var": {
         "emoji": VAR | VAR_EMOJI,
         "d16": VAR | dict(model="var_d16", epochs=200),
@@ -343,7 +350,7 @@ class TokenizerTask:
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = vq.CONFIGS[args.model]
-        cells = config.patch_nums[-1]
+        cells, _ = vq.as_pairs(config.patch_nums)[-1]
         if args.size != config.stride * cells:
             raise UserError(f"--size {args.size}: recipe {args.recipe} has stride {config.stride} and ends with a "
                             f"{cells}x{cells} map; use --size {config.stride * cells}")
@@ -413,15 +420,15 @@ class TokenizerTask:
 
     @torch.no_grad()
     def validate(self, model):
-        """Mean PSNR in dB over the validation pictures, and the share of codes they use."""
-        psnr, used = [], set()
+        """Mean PSNR in dB over the validation pictures, and how far they use the codes, in percent."""
+        psnr, tokens = [], []
         items = spread(len(self.val_set), 1024)
         for start in range(0, len(items), 32):
             image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
-            indices = model.tokenize(image)
+            tokens.append(torch.cat(indices := model.tokenize(image), 1))
             psnr.append(sample.psnr(model.detokenize(indices), image))
-            used |= set(torch.cat(indices, 1).unique().tolist())
-        return {"psnr": torch.cat(psnr).mean().item(), "usage": 100 * len(used) / model.config.vocab_size}
+        usage = model.quantize.coverage([torch.cat(tokens)], model.config)
+        return {"psnr": torch.cat(psnr).mean().item(), "usage": usage}
 
     @torch.no_grad()
     def picture(self, model):

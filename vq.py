@@ -1,8 +1,8 @@
-"""Image tokenizers: pictures to discrete codes and back. The networks, the quantizer, the training losses, all of it.
+"""Image tokenizers: pictures to discrete codes and back. The networks, the quantizers, the training losses, all of it.
 
-One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. VAR's quantizer is *multi-scale
-and residual*: the feature map f becomes not one grid of tokens but a ladder of token maps, 1x1, 2x2, ... 16x16. Each
-map encodes what the coarser ones left over, and all share one codebook:
+One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. That of VAR and Infinity is
+*multi-scale and residual*: the feature map f becomes not one grid of tokens but a ladder of token maps, 1x1, 2x2, ...
+16x16. Each map encodes what the coarser ones left over. VAR's tokens are rows of a codebook that all maps share:
 
     image (B, 3, 256, 256) --Encoder--> f (B, 32, 16, 16)
                                         |  rest = f, f_hat = 0
@@ -16,19 +16,26 @@ map encodes what the coarser ones left over, and all share one codebook:
              f_hat (B, 32, 16, 16) --Decoder--> image
 
 So a picture is 680 tokens, ordered from coarse to fine, and any prefix of whole maps decodes to a blurrier version.
+Infinity's tokens are d bits each, the signs of the d channels of z: 2^d codes, 4 billion for d = 32, with no codebook,
+no search and nothing to collapse. Its maps need not be square, and grow by bilinear interpolation without any phi.
 
-Letters: B batch, C channels, H W feature-map size, h w (or p) token-map size, K number of scales, V codebook size.
-Papers: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924.
-Released weights: vae_ch160v4096z32.pth, 109 M parameters, stride 16, for 256 and 512 pixels; FoundationVision/var.
+Letters: B batch, C channels, d bits (channels), H W feature-map size, h w (or p) token-map size, K scales, V codebook
+size. Papers: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2; Infinity, arXiv 2412.04431, section 3.2; BSQ,
+arXiv 2406.07548; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924. Released weights: vae_ch160v4096z32.pth, 109 M
+parameters, stride 16, for 256 and 512 pixels, FoundationVision/var; infinity_vae_d16.pth, d24, d32, d32reg, d64, 110 M,
+stride 16, and infinity_vae_d56_f8_14_patchify.pth, 82 M, stride 8, FoundationVision/Infinity.
 
     tokenizer = vq.load("vae_ch160v4096z32.pth")
     indices = tokenizer.tokenize(image)         # image (B, 3, 256, 256) in [-1, 1] -> list of K (B, p * p) int64
     image = tokenizer.detokenize(indices)
+    tokenizer, scales = vq.load("infinity_vae_d32.pth"), vq.schedule(aspect=1.5, pixels="0.25M")
+    bits = tokenizer.tokenize(image, scales)    # image (B, 3, 624, 416) -> list of K (B, h * w, 32) bool
 
 At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
 """
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -53,10 +60,38 @@ PATCH_NUMS = {  # the released schedules: side of the token map at every scale, 
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
 
+# Infinity's schedules for pictures of 1M pixels: height / width -> (h, w) of the 13 token maps at stride 16. Smaller
+# budgets end earlier; wider pictures have the reciprocal's with h and w exchanged.
+ASPECTS = {
+    1.0: "1,1 2,2 4,4 6,6 8,8 12,12 16,16 20,20 24,24 32,32 40,40 48,48 64,64",
+    1.25: "1,1 2,2 3,3 5,4 10,8 15,12 20,16 25,20 30,24 35,28 45,36 55,44 70,56",
+    1.333: "1,1 2,2 4,3 8,6 12,9 16,12 20,15 24,18 28,21 36,27 48,36 60,45 72,54",
+    1.5: "1,1 2,2 3,2 6,4 9,6 15,10 21,14 27,18 33,22 39,26 48,32 63,42 78,52",
+    1.75: "1,1 2,2 3,3 7,4 11,6 14,8 21,12 28,16 35,20 42,24 56,32 70,40 84,48",
+    2.0: "1,1 2,2 4,2 6,3 10,5 16,8 22,11 30,15 38,19 46,23 60,30 74,37 90,45",
+    2.5: "1,1 2,2 5,2 10,4 15,6 20,8 25,10 30,12 40,16 50,20 65,26 80,32 100,40",
+    3.0: "1,1 2,2 6,2 9,3 15,5 21,7 27,9 36,12 45,15 54,18 72,24 90,30 111,37",
+}
+ASPECTS = {ratio: tuple(tuple(map(int, pair.split(","))) for pair in text.split()) for ratio, text in ASPECTS.items()}
+ASPECTS |= {int(1000 / ratio) / 1000: tuple((w, h) for h, w in pairs) for ratio, pairs in ASPECTS.items()}
+PIXELS = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}       # budget -> number of scales: about 256^2 ... 1024^2
+
+
+def nearest_aspect(aspect):
+    """The ratio height / width of ASPECTS that is nearest: 0.333 .. 3."""
+    return min(ASPECTS, key=lambda ratio: abs(ratio - aspect))
+
+
+def schedule(aspect=1.0, pixels="1M"):
+    """Infinity's token maps ((h, w), ...) for pictures of height / width `aspect`; they have 16 pixels per token."""
+    if pixels not in PIXELS:
+        raise ValueError(f"pixels is one of {', '.join(PIXELS)}, not {pixels!r}")
+    return ASPECTS[nearest_aspect(aspect)][:PIXELS[pixels]]
+
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a tokenizer. Released files tell all but patch_nums, phi_ratio, beta and znorm."""
+    """Sizes of a tokenizer. Released files tell all but patch_nums, phi_ratio, beta, entropy and znorm."""
 
     ch: int = 160                               # width of the highest resolution
     ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch; all levels but the last halve the size
@@ -64,12 +99,13 @@ class Config:
     attn_lowest: bool = True                    # attention after each block of the lowest resolution
     attn_mid: bool = True                       # attention in the middle
     z_channels: int = 32                        # channels of f, width of the codebook
-    vocab_size: int = 4096                      # V
-    patch_nums: tuple = PATCH_NUMS[256]
+    vocab_size: int = 4096                      # V; 0: no codebook, but a bit per channel
+    patch_nums: tuple = PATCH_NUMS[256]         # of the pictures that it is used for unless a method is told otherwise
     phi_count: int = 4                          # convolutions phi shared by the scales: 1 for all, 0 one per scale
     phi_ratio: float = 0.5                      # phi(x) = (1 - ratio) x + ratio conv(x)
-    quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer
+    quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer; 0: none
     beta: float = 0.25                          # weight of the commitment loss
+    entropy: float = 0.1                        # weight of the entropy loss of bits
     znorm: bool = False                         # look codes up by cosine instead of distance
 
     @property
@@ -78,10 +114,22 @@ class Config:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+def _bits(d, **changes):
+    """Infinity's tokenizers: bits, and attention nowhere."""
+    base = dict(ch=128, ch_mult=(1, 2, 4, 4, 4), attn_lowest=False, attn_mid=False, vocab_size=0, phi_count=0,
+                quant_kernel=0, patch_nums=schedule(pixels="0.06M"))
+    return Config(**base | dict(z_channels=d) | changes)
+
+
 CONFIGS = {
     "vae_ch160v4096z32": Config(),
+    **{f"infinity_vae_d{d}": _bits(d) for d in (16, 24, 32, 64)},
+    "infinity_vae_d32reg": _bits(32),
+    "infinity_vae_d56_f8_14_patchify": _bits(14, ch_mult=(1, 2, 4, 4),     # maps of twice the size: 8 pixels per token
+                                             patch_nums=tuple((2 * h, 2 * w) for h, w in schedule(pixels="0.06M"))),
     "emoji_vq": Config(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_lowest=False, z_channels=16, vocab_size=1024,
                        patch_nums=(1, 2, 3, 4, 6, 8)),      # 32 x 32 pixels, trained in demo/
+    "emoji_bsq": _bits(16, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, patch_nums=(1, 2, 4, 6, 8)),     # likewise
 }
 
 
@@ -241,7 +289,84 @@ class Decoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Multi-scale residual vector quantizer
+# Multi-scale residual quantization
+
+
+def area_resize(x, size):
+    """(B, C, H, W) -> (B, C, *size), each output the mean of the input cells it covers (bins overlap at odd ratios)."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
+
+
+def bicubic_resize(x, size):
+    """(B, C, h, w) -> (B, C, *size), the smooth way up."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic")
+
+
+def bilinear_resize(x, size):
+    """(B, C, h, w) -> (B, C, *size). On the way down it skips cells: no anti-aliasing."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
+def as_pairs(patch_nums):
+    """Sides or (h, w) pairs -> list of (h, w)."""
+    return [(p, p) if isinstance(p, int) else tuple(p) for p in patch_nums]
+
+
+class ResidualQuantizer(nn.Module):
+    """A feature map as a ladder of token maps, coarse to fine, each encoding what the coarser ones left over.
+
+    Subclasses say what a token is: `quantize` maps to tokens and their codes, `embed` tokens to codes, `contribution`
+    brings codes to full size, `next_input` is what a transformer sees. All compute in float32 always: in half precision
+    tokens flip, and all later scales then encode other residuals. Methods take an optional schedule `patch_nums`, sides
+    or (h, w) pairs; its last entry is the size of f.
+    """
+
+    resize = staticmethod(bicubic_resize)
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.patch_nums = config, tuple(config.patch_nums)
+
+    def walk(self, f, patch_nums=None):
+        """Algorithm 1 of VAR: yields (z, tokens, f_hat) at every scale, coarse to fine.
+
+        z: (B, C, h, w) the residual seen at that scale; tokens: (B, h * w, ...); f_hat: (B, C, H, W) the sum so far.
+        """
+        sizes = as_pairs(patch_nums or self.patch_nums)
+        if tuple(f.shape[-2:]) != sizes[-1]:
+            raise ValueError(f"the feature map is {f.shape[-2]}x{f.shape[-1]}, but the schedule ends with "
+                             f"{sizes[-1][0]}x{sizes[-1][1]}: pass patch_nums that end with the feature size")
+        f = f.float()
+        f_hat = torch.zeros_like(f)
+        for k, size in enumerate(sizes):
+            z = area_resize(f - f_hat.detach(), size)
+            tokens, h = self.quantize(z)
+            f_hat = f_hat + self.contribution(h, k, len(sizes), sizes[-1])
+            yield z, tokens, f_hat
+
+    @torch.no_grad()
+    def encode(self, f, patch_nums=None):
+        """f (B, C, H, W) -> list of K tensors of tokens (B, h * w, ...)."""
+        return [tokens for _, tokens, _ in self.walk(f, patch_nums)]
+
+    def ladder(self, tokens, patch_nums=None, step_by_step=False):
+        """Algorithm 2: tokens of all scales -> list of f_hat (B, C, H, W), one per scale; the last one is the result.
+
+        step_by_step (experimental in VAR's original): every f_hat has the size of its own scale, (B, C, h, w).
+        """
+        sizes = as_pairs(patch_nums or self.patch_nums)
+        sums = []
+        for k, (mine, size) in enumerate(zip(tokens, sizes)):
+            target = size if step_by_step else sizes[-1]
+            h = self.contribution(self.embed(mine, size), k, len(sizes), target)
+            sums.append(self.resize(sums[-1], target) + h if sums else h)
+        return sums
+
+    @torch.no_grad()
+    def teacher_input(self, tokens, patch_nums=None):
+        """True tokens -> the transformer's inputs at scales 1 .. K - 1: (B, L - h_0 w_0, C) float32."""
+        sums = self.ladder(tokens[:-1], patch_nums)
+        return torch.cat([self.next_input(f_hat, k + 1, patch_nums) for k, f_hat in enumerate(sums)], 1)
 
 
 def phi_index(k, num_scales, num_phi):
@@ -256,32 +381,15 @@ def phi_index(k, num_scales, num_phi):
     return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
 
 
-def area_resize(x, size):
-    """(B, C, H, W) -> (B, C, *size), each output the mean of the input cells it covers (bins overlap at odd ratios)."""
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
+class MultiScaleVQ(ResidualQuantizer):
+    """Tokens are rows of one codebook, (B, h * w) int64 (VAR, section 3.2).
 
-
-def bicubic_resize(x, size):
-    """(B, C, h, w) -> (B, C, *size), the smooth way up."""
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic")
-
-
-def as_pairs(patch_nums):
-    """Sides or (h, w) pairs -> list of (h, w)."""
-    return [(p, p) if isinstance(p, int) else tuple(p) for p in patch_nums]
-
-
-class MultiScaleVQ(nn.Module):
-    """Residual quantizer over a ladder of resolutions with one codebook (VAR, section 3.2).
-
-    Computes in float32 always: in half precision nearest codes flip, and all later scales then encode other residuals.
-    Methods take an optional schedule `patch_nums`, sides or (h, w) pairs; its last entry is the size of f. Official
-    keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` phi, `quantize.ema_vocab_hit_SV` hits.
+    Official keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` phi, and
+    `quantize.ema_vocab_hit_SV` hits.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config, self.patch_nums = config, tuple(config.patch_nums)
+        super().__init__(config)
         V, C, K = config.vocab_size, config.z_channels, len(self.patch_nums)
         self.codebook = nn.Parameter(torch.zeros(V, C))
         self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phi_count or K))
@@ -295,6 +403,11 @@ class MultiScaleVQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return vq_nearest(flat, self.codebook, l2norm=self.config.znorm).view(z.shape[0], -1)
 
+    def quantize(self, z):
+        """z (B, C, h, w) -> indices (B, h * w) and their codes (B, C, h, w)."""
+        index = self.nearest(z)
+        return index, self.embed(index, z.shape[-2:])
+
     def embed(self, index, size):
         """Indices (B, h * w) -> their codes as a map (B, C, h, w)."""
         return rearrange(F.embedding(index, self.codebook), "b (h w) c -> b c h w", h=size[0])
@@ -306,50 +419,14 @@ class MultiScaleVQ(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             return (1 - self.config.phi_ratio) * h + self.config.phi_ratio * phi(h)
 
-    def walk(self, f, patch_nums=None):
-        """Algorithm 1 of the paper: yields (z, index, f_hat) at every scale, coarse to fine.
-
-        z: (B, C, h, w) the residual seen at that scale; index: (B, h * w); f_hat: (B, C, H, W) the sum so far.
-        """
-        sizes = as_pairs(patch_nums or self.patch_nums)
-        if tuple(f.shape[-2:]) != sizes[-1]:
-            raise ValueError(f"the feature map is {f.shape[-2]}x{f.shape[-1]}, but the schedule ends with "
-                             f"{sizes[-1][0]}x{sizes[-1][1]}: pass patch_nums that end with the feature size")
-        f = f.detach().float()
-        f_hat = torch.zeros_like(f)
-        for k, size in enumerate(sizes):
-            z = area_resize(f - f_hat.detach(), size)
-            index = self.nearest(z)
-            f_hat = f_hat + self.contribution(self.embed(index, size), k, len(sizes), sizes[-1])
-            yield z, index, f_hat
-
-    @torch.no_grad()
-    def encode(self, f, patch_nums=None):
-        """f (B, C, H, W) -> list of K index tensors (B, h * w)."""
-        return [index for _, index, _ in self.walk(f, patch_nums)]
-
-    def ladder(self, indices, patch_nums=None, step_by_step=False):
-        """Algorithm 2: indices of all scales -> list of f_hat (B, C, H, W), one per scale; the last one is the result.
-
-        step_by_step (experimental in the original): every f_hat has the size of its own scale, (B, C, h, w).
-        """
-        sizes = as_pairs(patch_nums or self.patch_nums)
-        sums = []
-        for k, (index, size) in enumerate(zip(indices, sizes)):
-            target = size if step_by_step else sizes[-1]
-            h = self.contribution(self.embed(index, size), k, len(sizes), target)
-            sums.append(bicubic_resize(sums[-1], target) + h if sums else h)
-        return sums
-
     def next_input(self, f_hat, k, patch_nums=None):
         """What the transformer sees at scale k: the sum so far, resized to that scale: (B, h * w, C)."""
         return area_resize(f_hat, as_pairs(patch_nums or self.patch_nums)[k]).flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
-    def teacher_input(self, indices, patch_nums=None):
-        """Ground-truth indices -> the transformer's inputs at scales 1 .. K - 1: (B, L - p_0^2, C) float32."""
-        sums = self.ladder(indices[:-1], patch_nums)
-        return torch.cat([self.next_input(f_hat, k + 1, patch_nums) for k, f_hat in enumerate(sums)], 1)
+    @staticmethod
+    def coverage(tokens, config):
+        """Of which share of the codebook tokens (list of (B, h * w)) make use, in percent."""
+        return 100 * len(torch.cat(tokens, 1).unique()) / config.vocab_size
 
     # training
 
@@ -410,6 +487,69 @@ class MultiScaleVQ(nn.Module):
             self.restart_codes(f, dead, generator)
 
 
+class MultiScaleBSQ(ResidualQuantizer):
+    """Tokens are d bits, (B, h * w, d) bool: the signs of a residual's channels (Infinity, section 3.2; BSQ).
+
+    The code of bits b is (2 b - 1) / sqrt(d), a corner of the cube in the unit sphere, at every scale: the nearest of
+    2^d corners to a direction is that of its signs. Nothing is learned here. Official keys `quantize(r).lfq.mask`: the
+    value of each bit in an integer index, the first the highest; nothing needs it.
+    """
+
+    resize = staticmethod(bilinear_resize)
+    SHARPNESS = 100.0                           # inverse temperature of the entropy loss
+
+    def quantize(self, z):
+        """z (B, d, h, w) -> bits (B, h * w, d), zero giving 0, and codes (B, d, h, w) with a straight-through gradient.
+
+        Forward the codes, backward u = z / |z|: the gradient passes the normalisation, not the signs.
+        """
+        u = F.normalize(z, dim=1)
+        bits = rearrange(u > 0, "b d h w -> b (h w) d")
+        codes = self.embed(bits, z.shape[-2:])
+        return bits, u + (codes - u).detach() if u.requires_grad else codes
+
+    def embed(self, bits, size):
+        """Bits (B, h * w, d) -> codes of length 1 as a map (B, d, h, w)."""
+        return rearrange(2 * bits.float() - 1, "b (h w) d -> b d h w", h=size[0]) * bits.shape[-1] ** -0.5
+
+    def contribution(self, h, k, num_scales, size):
+        """What scale k adds to f_hat: its code map h (B, d, h, w) at the size of f_hat."""
+        return bilinear_resize(h, size)
+
+    def next_input(self, f_hat, k, patch_nums=None):
+        """What the transformer sees at scale k: the sum so far, at that size: (B, h * w, d). Bilinear, where the
+        quantizer takes means (area) of its residual: the original's choice, and what its weights were trained with."""
+        return bilinear_resize(f_hat, as_pairs(patch_nums or self.patch_nums)[k]).flatten(2).transpose(1, 2)
+
+    @staticmethod
+    def coverage(tokens, config):
+        """Entropy of the bits (list of (B, h * w, d)), in percent of the possible: 100 if each is set half the time."""
+        p = torch.cat(tokens, 1).float().mean((0, 1))
+        return 100 * (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item() / math.log(2)
+
+    def forward(self, f):
+        """f (B, d, H, W) -> (f_hat with a straight-through gradient, loss, coverage per scale in percent)."""
+        losses, coverage = [], []
+        for z, bits, f_hat in self.walk(f):
+            commitment, sure, varied = self.losses(z)
+            losses.append(self.config.beta * commitment + self.config.entropy * (sure - varied) / self.SHARPNESS)
+            coverage.append(self.coverage([bits], self.config))
+        return f_hat, torch.stack(losses).mean(), torch.tensor(coverage)
+
+    def losses(self, z):
+        """z (B, d, h, w) -> commitment, mean |u - code|^2; entropy of one position's bits; entropy of the bits overall.
+
+        The entropies are those of BSQ, in closed form: with a soft assignment of u to all 2^d corners the bits are
+        independent, and bit j is 0 with the probability p_j of a two-way softmax, -sharpness |u_j -+ 1/sqrt(d)|^2. The
+        first should be low (each position sure of its bits), the second high (both values of each bit used).
+        """
+        u = F.normalize(z, dim=1)
+        p = torch.sigmoid(-4 * self.SHARPNESS * z.shape[1] ** -0.5 * u)
+        entropy = lambda p: -(p * (p + 1e-8).log() + (1 - p) * (1 - p + 1e-8).log())
+        commitment = F.mse_loss(u, torch.where(u > 0, 1, -1) * z.shape[1] ** -0.5)
+        return commitment, entropy(p).sum(1).mean(), entropy(p.mean((0, 2, 3))).sum()
+
+
 def _world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -426,10 +566,10 @@ class VQVAE(nn.Module):
         self.config = config
         C, kernel = config.z_channels, config.quant_kernel
         sizes = (config.ch, config.ch_mult, config.num_res_blocks, C, config.attn_lowest, config.attn_mid)
-        conv = lambda: nn.Conv2d(C, C, kernel, padding=kernel // 2)
+        conv = lambda: nn.Conv2d(C, C, kernel, padding=kernel // 2) if kernel else nn.Identity()
         self.encoder = Encoder(*sizes)
         self.quant_conv = conv()
-        self.quantize = MultiScaleVQ(config)
+        self.quantize = MultiScaleVQ(config) if config.vocab_size else MultiScaleBSQ(config)
         self.post_quant_conv = conv()
         self.decoder = Decoder(*sizes)
         # Large convolutions run up to 1.7 times faster channels_last on CPU, and without layout copies on tensor cores.
@@ -445,20 +585,20 @@ class VQVAE(nn.Module):
 
     def decode(self, f_hat):
         """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
-        return self._decode(f_hat.to(self.post_quant_conv.weight.dtype)).float().clamp(-1, 1)
+        return self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
 
     def _decode(self, f_hat):
         return self.decoder(self.post_quant_conv(f_hat).to(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def tokenize(self, image, patch_nums=None):
-        """Image in [-1, 1] -> list of K index tensors (B, h * w), coarse to fine."""
+        """Image in [-1, 1] -> list of K tensors of tokens, coarse to fine: indices (B, h * w) or bits (B, h * w, d)."""
         return self.quantize.encode(self.encode(image), patch_nums)
 
     @torch.no_grad()
-    def detokenize(self, indices, patch_nums=None, ladder=False, step_by_step=False):
-        """Indices of all scales -> image in [-1, 1]; with ladder=True a list, the image after every scale."""
-        sums = self.quantize.ladder(indices, patch_nums, step_by_step)
+    def detokenize(self, tokens, patch_nums=None, ladder=False, step_by_step=False):
+        """Tokens of all scales -> image in [-1, 1]; with ladder=True a list, the image after every scale."""
+        sums = self.quantize.ladder(tokens, patch_nums, step_by_step)
         return [self.decode(f_hat) for f_hat in sums] if ladder else self.decode(sums[-1])
 
     @torch.no_grad()
@@ -489,7 +629,8 @@ class VQVAE(nn.Module):
             elif isinstance(module, nn.GroupNorm):
                 module.weight.fill_(1)
                 module.bias.zero_()
-        self.quantize.codebook.normal_(0, self.config.z_channels ** -0.5, generator=generator)
+        if self.config.vocab_size:
+            self.quantize.codebook.normal_(0, self.config.z_channels ** -0.5, generator=generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -616,11 +757,19 @@ class TokenizerLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading a tokenizer
 
-def renames(phi_count):
+# Infinity's convolutions and norms are wrapped in modules of their own, but for those of some older files.
+UNWRAP = [(f"{name}.conv", name) for name in ("conv_in", "conv_out", "conv1", "conv2", "nin_shortcut",
+                                              "downsample.conv", "upsample.conv")]
+UNWRAP += [(f"{name}.norm", name) for name in ("norm1", "norm2", "norm_out")]
+
+
+def renames(config):
     """Official key <-> our key; {} stands for a number. Every key not covered is the same in both."""
+    if not config.vocab_size:
+        return UNWRAP
     phi = {0: ("quantize.quant_resi.{}.", "quantize.phi.{}."), 1: ("quantize.quant_resi.qresi.", "quantize.phi.0.")}
     return [("quantize.embedding.weight", "quantize.codebook"), ("quantize.ema_vocab_hit_SV", "quantize.hits"),
-            phi.get(phi_count, ("quantize.quant_resi.qresi_ls.{}.", "quantize.phi.{}."))]
+            phi.get(config.phi_count, ("quantize.quant_resi.qresi_ls.{}.", "quantize.phi.{}."))]
 
 
 BOOKKEEPING = {"quantize.hit_updates", "quantize.idle"}         # ours alone, not in official files
@@ -633,6 +782,12 @@ def infer_config(state, path, patch_nums=None):
     """
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
     ch = len(state["encoder.conv_in.weight"])
+    sizes = dict(
+        ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
+        num_res_blocks=sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state))
+    if "quantize.embedding.weight" not in state:
+        known = CONFIGS["infinity_vae_d16" if levels != 4 else "infinity_vae_d56_f8_14_patchify"].patch_nums
+        return _bits(len(state["encoder.conv_out.weight"]), patch_nums=tuple(patch_nums or known), **sizes)
     num_scales = len(state["quantize.ema_vocab_hit_SV"]) if "quantize.ema_vocab_hit_SV" in state else None
     if patch_nums is None:
         if num_scales not in (None, len(PATCH_NUMS[256])):
@@ -642,8 +797,7 @@ def infer_config(state, path, patch_nums=None):
     phis = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith(".weight")]
     shared = any(".qresi" in k for k in phis)
     return Config(
-        ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
-        num_res_blocks=sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state),
+        **sizes,
         attn_lowest=f"encoder.down.{levels - 1}.attn.0.qkv.weight" in state,
         attn_mid="encoder.mid.attn_1.qkv.weight" in state,
         z_channels=z_channels, vocab_size=vocab_size, patch_nums=tuple(patch_nums),
@@ -656,8 +810,10 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     path: .pth or .safetensors; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
     dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
     """
-    state, saved = read_checkpoint(path, nested=(("trainer", "vae_local"), ("state_dict",), ("model",)))
-    require(state, "quantize.embedding.weight", "encoder.conv_in.weight", path=path, what="an image tokenizer (VQVAE)")
+    state, saved = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local"), ("state_dict",), ("model",)))
+    state = rename_keys({k: v for k, v in state.items() if not k.endswith("lfq.mask")}, UNWRAP)
+    require(state, "encoder.conv_in.weight", *["quantize.embedding.weight"] * ("quant_conv.weight" in state), path=path,
+            what="an image tokenizer (VQVAE)")
     if config is None:
         config = config_from_json(Config, saved, path) if saved else infer_config(state, path, patch_nums)
     if patch_nums is not None:
@@ -666,7 +822,7 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     if hits is not None and len(hits) != len(config.patch_nums):            # statistics of another schedule: start anew
         state["quantize.ema_vocab_hit_SV"] = torch.zeros(len(config.patch_nums), config.vocab_size)
     model = build(VQVAE, config)
-    load_strict(model, rename_keys(state, renames(config.phi_count)), path, optional=BOOKKEEPING | {"quantize.hits"})
+    load_strict(model, rename_keys(state, renames(config)), path, optional=BOOKKEEPING | {"quantize.hits"})
     return set_decoder_dtype(model.eval(), dtype)
 
 
@@ -678,14 +834,19 @@ def set_decoder_dtype(model, dtype):
 
 
 def fingerprint(model):
-    """A short name for a codebook, the same in every precision: tells whether tokens belong to this tokenizer."""
-    return hashlib.sha256(model.quantize.codebook.detach().half().cpu().numpy().tobytes()).hexdigest()[:12]
+    """A short name for a tokenizer, the same in every precision: tells whether tokens belong to it."""
+    weight = model.quantize.codebook if model.config.vocab_size else model.encoder.conv_out.weight
+    return hashlib.sha256(weight.detach().half().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def export(model):
     """The official state dict of a VQVAE, in float32: what the original code loads strictly."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in BOOKKEEPING}
-    return rename_keys(state, renames(model.config.phi_count), inverse=True)
+    state = rename_keys(state, renames(model.config), inverse=True)
+    if not model.config.vocab_size:                                         # 2^(d - 1) ... 1; the first of 64 overflows
+        mask = torch.ones(model.config.z_channels, dtype=torch.int64) << torch.arange(model.config.z_channels).flip(0)
+        state |= {"quantizer.lfq.mask": mask, "quantize.lfq.mask": mask.clone()}
+    return state
 
 
 def save(model, path, dtype=None, **extra):

@@ -60,7 +60,7 @@ def check_norms(found, t, prefix, atol=1e-6):
 def official_names(model, module):
     """Parameter -> official key, through the module's own export."""
     flat = {id(p): n for n, p in model.named_parameters()}
-    table = module.renames(model.config.phi_count) if module is vq else module.RENAMES
+    table = module.renames(model.config) if module is vq else module.RENAMES
     return {n: next(iter(module_rename(n, table))) for n in flat.values()}
 
 
