@@ -34,6 +34,7 @@ stride 16, and infinity_vae_d56_f8_14_patchify.pth, 82 M, stride 8, FoundationVi
 At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -587,6 +588,25 @@ class VQVAE(nn.Module):
         """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
         return self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
 
+    def decode_tiled(self, tile, f_hat, overlap=8):
+        """decode, in overlapping tiles of `tile` cells, cross-faded: less memory for large pictures.
+
+        Close to decode, not equal: GroupNorm sees a tile's statistics instead of the picture's.
+        """
+        (B, _, H, W), s = f_hat.shape, self.config.stride
+        if tile <= overlap:
+            raise ValueError(f"tiles of {tile} cells do not overlap by {overlap}")
+        starts = lambda n: [*range(0, max(n - tile, 0), tile - overlap), max(n - tile, 0)]
+        image, weight = f_hat.new_zeros(2, B, 3, H * s, W * s, dtype=torch.float32)
+        for y, x in itertools.product(starts(H), starts(W)):
+            part = self.decode(f_hat[:, :, y:y + tile, x:x + tile])
+            fade = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp(max=overlap * s)
+            mask = (fade(part.shape[2])[:, None] * fade(part.shape[3])).to(part)
+            where = ..., slice(y * s, y * s + part.shape[2]), slice(x * s, x * s + part.shape[3])
+            image[where] += part * mask
+            weight[where] += mask
+        return image / weight
+
     def _decode(self, f_hat):
         return self.decoder(self.post_quant_conv(f_hat).to(memory_format=torch.channels_last))
 
@@ -877,12 +897,17 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path, nested=()):
-    """(state dict, config as JSON or None) of a .safetensors file of ours or a .pth / .pt file, memory-mapped.
+    """(state dict, config as JSON or None) of a .safetensors or .pth / .pt / .bin file, memory-mapped; or of a folder
+    of such files with an index, as large models come.
 
     nested: where a training checkpoint may have the weights, e.g. (("trainer", "var_wo_ddp"),); first match counts.
     Nothing is ever unpickled that could run code. Raises CheckpointError.
     """
     path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path), None
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
     if path.suffix == ".safetensors":
@@ -919,6 +944,34 @@ def read_checkpoint(path, nested=()):
     return dict(obj), None
 
 
+def _in_folder(folder):
+    """The index of a folder of shards, or the one file of weights in it."""
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pth", "*.pt"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(f"{folder}: {len(found)} files {pattern}, and no index that joins them: give one "
+                                  "file, or get the *.index.json that belongs to them")
+    raise CheckpointError(f"{folder}: no weights in it (*.safetensors, *.bin, *.pth, or shards with an *.index.json)")
+
+
+def _read_shards(index):
+    """One state dict of all shards that an index names."""
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
+    if missing:
+        raise CheckpointError(f"{index.parent}: {len(missing)} of {len(shards)} shards missing: "
+                              f"{', '.join(missing[:3])}; get them from where the others came from")
+    state = {}
+    for shard in shards:
+        state |= read_checkpoint(index.parent / shard)[0]
+    return state
+
+
 def require(state, *keys, path, what):
     """Raises CheckpointError unless `state` has the keys by which a checkpoint of `what` is known."""
     missing = [k for k in keys if k not in state]
@@ -946,6 +999,14 @@ def build(cls, *args):
     """
     with _NoInit():
         return cls(*args)
+
+
+def build_on(device, cls, *args, cast=lambda model: model):
+    """A module with uninitialised weights on a device, already in their final dtypes: it never exists in another. For
+    modules that compute nothing for themselves."""
+    with torch.device("meta"):
+        model = cls(*args)
+    return cast(model).to_empty(device=device)
 
 
 class _NoInit(TorchFunctionMode):

@@ -3,10 +3,14 @@
 Runs every case in tests/parity, or in the folder named by PARITY_DIR, whose kind is known here; a case brings its own
 config, weights manifest, inputs and expected outputs, so new cases of a known kind need no code (tests/parity/fill.py).
 """
+import itertools
 import os
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,8 @@ import torch.nn.functional as F
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
+import infinity
+import sample
 import train
 import var
 import vq
@@ -274,6 +280,189 @@ def lpips(meta, t, tmp_path):
     b = (a + 0.5 * noise("in.b", tuple(a.shape))).clamp(-1, 1)
     close(vq.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(a, b), t["out.lpips"], what="lpips")
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Infinity and its tokenizer
+
+
+def pairs(schedule):
+    """(t, h, w) of every scale -> (h, w)."""
+    return tuple((h, w) for _, h, w in schedule)
+
+
+def check_schedule(c):
+    """The case's schedule, after making sure that our table has it."""
+    assert vq.schedule(c["h_div_w"], c["pn"])[:len(c["scale_schedule"])] == pairs(c["scale_schedule"])
+    return pairs(c["scale_schedule"])
+
+
+def load_infinity(meta, t, tmp_path):
+    """(tokenizer or None, transformer or None), through the public loaders and back."""
+    c, tokenizer, model = meta["config"], None, None
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    masks = {k: v for k, v in kept.items() if k.endswith("lfq.mask")}
+    manifest_vae = meta.get("manifest_vae") or (meta["manifest"] if meta["kind"] == "infinity.vae" else None)
+    if manifest_vae:
+        state, v = fill_state_dict(manifest_vae, masks), c["vae"]
+        torch.save({"vae": state, "step": 1}, tmp_path / "vae.pth")
+        tokenizer = vq.load(tmp_path / "vae.pth")
+        found = tokenizer.config
+        assert (found.z_channels, found.ch, list(found.ch_mult), found.num_res_blocks, found.stride) == (
+            v["codebook_dim"], v["base_ch"], v["ch_mult"], v["num_res_blocks"], v["patch_size"])
+        check_export(vq.export(tokenizer), state)
+    if "transformer" in c:
+        state = fill_state_dict(meta["manifest"], {k: v for k, v in kept.items() if k not in masks})
+        torch.save(state, tmp_path / "model.pth")
+        model = infinity.load(tmp_path / "model.pth", patchify=bool(c.get("spatial_patchify")))
+        found, v = model.config, c["transformer"]
+        assert (found.depth, found.width, found.heads, found.chunks, found.text_width, found.text_maxlen, found.hidden) == (
+            v["depth"], v["embed_dim"], v["num_heads"], v["block_chunks"], v["text_channels"], v["text_maxlen"],
+            v["mlp_hidden"])
+        check_export(infinity.export(model), state)
+    return tokenizer, model
+
+
+def unpack(rows, lengths):
+    """Packed text rows (sum of lengths, Ct) -> padded (B, T, Ct), mask (B, T) or None."""
+    text = torch.nn.utils.rnn.pad_sequence(rows.split(lengths), batch_first=True)
+    mask = torch.arange(text.shape[1]) < torch.tensor(lengths)[:, None]
+    return text, None if mask.all() else mask
+
+
+@runner("infinity.vae")
+def infinity_vae(meta, t, tmp_path):
+    tokenizer, _ = load_infinity(meta, t, tmp_path)
+    c, scales = meta["config"], check_schedule(meta["config"])
+    h, w = (n * tokenizer.config.stride for n in scales[-1])
+    image = noise(f"in.image{c['input_index']}", (c["batch"], 3, h, w))
+    image = 3 * F.avg_pool2d(F.pad(image, (2,) * 4, "reflect"), 5, 1)
+    f = tokenizer.encode(image)
+    close(f, t["out.features"], what="features")
+    bits = tokenizer.tokenize(image, scales)
+    equal(torch.cat(bits, 1), t["out.bits"], "bits")
+    quantized = tokenizer.quantize.ladder(bits, scales)[-1]
+    close(quantized, t["out.quantized"], what="quantized")
+    close(tokenizer._decode(quantized), t["out.decoder_raw"], what="decoder")
+    close(tokenizer.detokenize(bits, scales), t["out.decoder_raw"].clamp(-1, 1), what="image")
+
+
+@runner("infinity.quantizer")
+def infinity_quantizer(meta, t, tmp_path):
+    c, scales = meta["config"], check_schedule(meta["config"])
+    d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.bits"].shape
+    quantizer = vq.MultiScaleBSQ(vq.CONFIGS[f"infinity_vae_d{d}"])
+    f = noise("in.features2", (B, d, *scales[-1])).requires_grad_()
+    steps = list(quantizer.walk(f, scales))
+    equal(torch.cat([bits for _, bits, _ in steps], 1), t["out.bits"], "bits")
+    quantized = steps[-1][2]
+    close(quantized[:, :, ::2, ::2], t["out.quantized"], what="quantized")
+    (quantized * noise("in.dz", tuple(quantized.shape))).sum().backward()
+    close(f.grad[:, :, ::2, ::2], t["out.grad_features"], what="gradient")
+    commitment, sure, varied = (torch.stack(column) for column in zip(*(quantizer.losses(z) for z, _, _ in steps)))
+    for found, key in ((commitment, "commitment"), (sure, "per_sample_entropy"), (varied, "codebook_entropy")):
+        torch.testing.assert_close(found, t[f"out.{key}"], rtol=1e-5, atol=1e-7)
+    _, loss, _ = quantizer(f)
+    torch.testing.assert_close(loss, t["out.aux_loss"].mean(), rtol=1e-5, atol=1e-7)
+
+
+def correct(quantizer, f, scales, c):
+    """self_correct with the original's draws: chances from numpy's global generator, masks from torch's."""
+    chances = np.random.RandomState(c["seed"])
+    chances = [0.01 * chances.randint(0, 100 * c["noise_apply_strength"] + 1) for _ in scales]
+    torch.manual_seed(c["seed"])
+    inputs, labels = infinity.self_correct(
+        quantizer, f, scales, c["noise_apply_strength"], layers=c["noise_apply_layers"],
+        patchify=bool(c.get("spatial_patchify")), chances=chances)
+    return inputs, labels, chances
+
+
+@runner("infinity.bsc")
+def infinity_bsc(meta, t, tmp_path):
+    c = meta["config"]
+    scales = check_schedule(c)
+    d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.labels"].shape
+    quantizer = vq.MultiScaleBSQ(vq._bits(d))
+    f = noise("in.features1", (B, d, *pairs(c["vae_scale_schedule"])[-1]))
+    inputs, labels, chances = correct(quantizer, f, scales, c)
+    close(torch.tensor(chances), t["out.strengths"], what="chances")
+    equal(labels, t["out.labels"], "labels")
+    close(inputs[:1], t["out.inputs"], what="inputs")
+    inputs, labels = infinity.self_correct(quantizer, f, scales, 0.0, patchify=bool(c["spatial_patchify"]))
+    equal(labels[:1], t["out.labels_noflip"], "labels without flips")
+    close(inputs[:1, ::3], t["out.inputs_noflip"], what="inputs without flips")
+
+
+@runner("infinity.logits")
+def infinity_logits(meta, t, tmp_path):
+    _, model = load_infinity(meta, t, tmp_path)
+    c, scales = meta["config"], check_schedule(meta["config"])
+    lengths, L = c["text_lens"], sum(h * w for h, w in scales)
+    text, mask = unpack(noise("in.text", (sum(lengths), model.config.text_width)), lengths)
+    x = noise("in.x", (len(lengths), L - 1, model.config.bits))
+    close(model(text, mask, x, scales).flatten(2)[:, ::2], t["out.logits"], what="logits")
+    null = torch.where(torch.tensor([True] + [False] * (len(lengths) - 1))[:, None, None],
+                       model.null_rows(text.shape[1]), text)                # the case's draws drop the first prompt
+    close(model(null, mask, x, scales).flatten(2)[:, ::8], t["out.logits_cond_drop"], what="logits, a prompt dropped")
+
+
+@runner("infinity.train")
+def infinity_train(meta, t, tmp_path):
+    tokenizer, model = load_infinity(meta, t, tmp_path)
+    c, scales = meta["config"], check_schedule(meta["config"])
+    model.train()
+    model.config = replace(model.config, drop_path=0.0)
+    lengths, size = c["text_lens"], [n * tokenizer.config.stride for n in scales[-1]]
+    size = [n * (1 + bool(c.get("spatial_patchify"))) for n in size]
+    f = tokenizer.encode(noise("in.image3", (len(lengths), 3, *size)))
+    inputs, labels, _ = correct(tokenizer.quantize, f, scales, c)
+    equal(labels[:1], t["out.labels"], "labels")
+    text, mask = unpack(noise("in.text", (sum(lengths), model.config.text_width)), lengths)
+    n = sum(h * w for h, w in scales[:c["always_training_scales"]]) - 1
+    drop = c["cond_drop_rate"]
+    random.seed(c["seed"])
+    if drop:                                                                # python's draws, one per prompt
+        dropped = torch.tensor([random.random() < drop for _ in lengths])
+        text = torch.where(dropped[:, None, None], model.null_rows(text.shape[1]), text)
+    arguments = (text, mask, inputs[:, :n], labels, scales)
+    close(model(*arguments[:3], scales).flatten(2)[:, ::8], t["out.logits"], what="logits")
+    loss, metrics = model.loss(*arguments, text_drop=0.0)
+    if c["bitloss_type"] == "sum":
+        loss = loss * model.config.bits
+    torch.testing.assert_close(loss[None], t["out.loss"].flatten(), rtol=1e-5, atol=0)
+    accuracy = t["out.bit_accuracy"].flatten()
+    close(metrics["bit_accuracy"][None] * (100 if accuracy > 1 else 1), accuracy, what="bit accuracy")
+    reweighted, _ = model.loss(*arguments, text_drop=0.0, reweight=True)
+    torch.testing.assert_close(reweighted[None], t["out.loss_reweighted_by_scale"].flatten(), rtol=1e-5, atol=0)
+    loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.load_state_dict(grads)                                            # export() then gives them official names
+    check_norms(infinity.export(model, buffers=False), t, "out.grad_norm.")
+
+
+@runner("infinity.sample")
+def infinity_sample(meta, t, tmp_path):
+    tokenizer, model = load_infinity(meta, t, tmp_path)
+    c, scales = meta["config"], check_schedule(meta["config"])
+    i, d, Ct = c["input_index"], tokenizer.config.z_channels, model.config.text_width
+    text, mask = unpack(noise(f"in.text{i}", (sum(c["text_lens"]), Ct)), c["text_lens"])
+    negative = None
+    if c["negative_lens"]:
+        negative = unpack(noise(f"in.negative{i}", (sum(c["negative_lens"]), Ct)), c["negative_lens"])
+    sizes = infinity.tokenizer_scales(scales, model.config.patchify)
+    lengths = [h * w for h, w in sizes]
+    given = (noise("in.gt", (len(text), sum(lengths), d)) > 0).split(lengths, 1) if c["gt_leak"] else None
+    layer, = c["cfg_insertion_layer"]
+    generator = torch.Generator().manual_seed(c["g_seed"] or 0)
+    steps = list(itertools.islice(model.steps(
+        tokenizer, text, mask, scales=scales, cfg=c["cfg_list"], tau=c["tau_list"], top_k=c["top_k"], top_p=c["top_p"],
+        negative=negative, guide_after=layer if layer < 0 else None, generator=generator, given=given,
+        keep=c["gt_leak"]), c["trunk_scale"]))
+    equal(torch.cat([s.bits for s in steps], 1), t["out.bits"], "bits")
+    close(torch.cat([s.logits for s in steps], 1).flatten(2)[:, ::8], t["out.logits"], what="logits")
+    close(steps[-1].f_hat, t["out.quantized"], what="quantized")
+    image = sample.to_pixels((tokenizer.decode(steps[-1].f_hat) + 1) / 2)
+    off = np.abs(image.astype(int) - t["out.image_bgr"].flip(-1).numpy().astype(int))
+    assert off.max() <= 1 and (off > 0).any(-1).mean() <= 0.002, (off.max(), (off > 0).any(-1).mean())
 
 @pytest.mark.parametrize("path", list(cases()))
 def test_parity(path, tmp_path):
