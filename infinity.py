@@ -305,7 +305,8 @@ class Attention(nn.Module):
         if bounds is None:
             out = attend(q, k, v)                                           # (B, H, l, D)
         else:
-            out = torch.cat([attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b]) for a, b in bounds], 2)
+            parts = zip(q.split([b - a for a, b in bounds], 2), bounds)
+            out = torch.cat([attend(part, k[:, :, :b], v[:, :, :b]) for part, (_, b) in parts], 2)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))
 
 
@@ -737,8 +738,8 @@ class Infinity(nn.Module):
     # initialisation
 
     @torch.no_grad()
-    def init_weights(self, generator=None):
-        """The authors' initialisation."""
+    def init_weights(self, init_gamma=5e-6, generator=None):
+        """The authors' initialisation. init_gamma scales the AdaLN gates: blocks start as nearly nothing."""
         c = self.config
         std = math.sqrt(1 / (3 * c.width))
         for name, p in self.named_parameters():
@@ -752,7 +753,7 @@ class Infinity(nn.Module):
                 p.fill_(math.log(4))
             elif name.endswith("adaln_table"):
                 p.normal_(0, c.width ** -0.5, generator=generator)
-                p[:, :, :2] *= 5e-6                                         # gates: blocks start as nearly nothing
+                p[:, :, :2] *= init_gamma
                 p[:, :, 2:] *= 1e-3
             elif name == "null_text":
                 nn.init.trunc_normal_(p, std=1.2 * c.text_width ** -0.5, generator=generator)

@@ -6,6 +6,8 @@
     python sample.py var --ckpt var_d30.pth --image cat.png --edit in --box 0.1 0.1 0.8 0.8
     python sample.py var --ckpt var_d16.pth -n 50000 --npz d16.npz --cfg 1.5 --top-p 0.96       for the ADM evaluator
     python sample.py var --bench --compile --random-weights var_d16         speed, against what this machine can do
+    python sample.py infinity --prompt "grinning cat face"          text -> emoji
+    python sample.py infinity --ckpt infinity_2b_reg.pth --prompt "a red fox in the snow" --aspect 1.5
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
@@ -30,18 +32,26 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
 
-    p = models.add_parser("var", help="class -> image", parents=[common], **style)
-    add = p.add_argument
+    generator = argparse.ArgumentParser(add_help=False)                     # what all that draw have in common
+    add = generator.add_argument
     add("--vae", metavar="FILE|NAME", help="the tokenizer; default: beside --ckpt, else the released one")
+    add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
+    add("--compile", action="store_true",
+        help="warm up longer, then draw faster: CUDA graphs; without CUDA torch.compile, which gains little")
+    add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
+    add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
+    add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
+    own = "else the checkpoint's own, else"
+
+    p = models.add_parser("var", help="class -> image", parents=[common, generator], **style)
+    add = p.add_argument
     add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
     add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
-    own = "else the checkpoint's own, else"
     add("--cfg", type=float, help=f"guidance at the last scale; {own} 4")
     add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {own} 900")
     add("--top-p", type=float, help=f"then keep those that hold this share, 0 = all; {own} 0.95")
     add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
-    add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
     add("--image", metavar="FILE", help="the picture to edit")
     add("--edit", choices=["in", "out", "class"],
         help="redraw inside --box | outside it | inside it, as the class of --classes")
@@ -49,11 +59,30 @@ def parse_args(argv=None):
         help="shares of the picture")
     add("--npz", metavar="FILE",
         help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
-    add("--compile", action="store_true",
-        help="warm up longer, then draw faster: CUDA graphs; without CUDA torch.compile, which gains little")
-    add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
-    add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
-    add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
+
+    p = models.add_parser("infinity", help="text -> image", parents=[common, generator], **style)
+    add = p.add_argument
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more; default: the checkpoint's choice")
+    add("--prompts", metavar="FILE", help="one per line, or jsonl with \"prompt\" (GenEval's folders are made then); a "
+        "folder is filled, and goes on where it was interrupted")
+    add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
+    add("--negative", metavar="TEXT", help="what to stay away from")
+    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else fetched")
+    add("--features", metavar="FILE", help="prompts and their text features from --save-features: no T5 is needed then")
+    add("--save-features", metavar="FILE", help="write those of the prompts, and draw nothing")
+    add("--face-suffix", action="store_true", help="the authors' addition to prompts about people")
+    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all scales, or one each; {own} 3")
+    add("--tau", type=float, nargs="+", help=f"temperature; one for all scales, or one each; {own} 0.5")
+    add("--top-k", type=int, help=f"1: always the likelier value of a bit, 0: draw; {own} 0")
+    add("--top-p", type=float, help=f"draw only bits whose likelier value has at most this probability; {own} 0.97")
+    add("--guide-features", type=int, metavar="BLOCK", help="guide the features after it (-1: the last block)")
+    add("--aspect", type=float, help="height / width, 0.333 .. 3; the nearest of 15 is taken (default 1)")
+    add("--pixels", metavar="SIZE", help="0.06M, 0.25M, 0.60M or 1M; default: what the checkpoint was trained for")
+    add("--image", metavar="FILE", help="a picture whose first --keep scales are kept")
+    add("--keep", type=int, default=4, metavar="N", help="with --image (default 4): few keep its colors and layout, "
+        "all of them reconstruct it")
+    add("--tile", type=int, default=0, metavar="CELLS", help="decode in tiles of so many cells a side: less memory, "
+        "and nearly the same picture; 0: at once")
 
     p = models.add_parser("vq", help="image -> tokens -> image", parents=[common], **style)
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
@@ -94,6 +123,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+import infinity
 import var
 import vq
 from triton_ops import INTERPRET, REGISTRY, BackendError, backend, use_triton
@@ -205,7 +235,32 @@ RELEASED = {  # file -> repository on the model hub
     "var_d24.pth": "FoundationVision/var",
     "var_d30.pth": "FoundationVision/var",
     "var_d36.pth": "FoundationVision/var",
+    **{f"infinity_vae_{d}.pth": "FoundationVision/Infinity" for d in ("d16", "d24", "d32", "d32reg", "d64",
+                                                                      "d56_f8_14_patchify")},
+    "infinity_125M_256x256.pth": "FoundationVision/Infinity",
+    "infinity_2b_reg.pth": "FoundationVision/Infinity",
 }
+FOLDERS = {  # folder -> repository and folder in it, files; shards come as the index names them
+    "infinity_8b_weights": ("FoundationVision/Infinity", "infinity_8b_weights/", ["model.safetensors.index.json"]),
+    "infinity_8b_512x512_weights": ("FoundationVision/Infinity", "infinity_8b_512x512_weights/",
+                                    ["model.safetensors.index.json"]),
+    "flan-t5-xl": ("google/flan-t5-xl", "", ["tokenizer.json", "model.safetensors.index.json"]),
+}
+
+
+def fetch_folder(name, folder):
+    """A released folder of shards: what is there already stays."""
+    repository, inside, files = FOLDERS[name]
+    hub = os.environ.get("LEGIBLE_HUB", "https://huggingface.co")
+    for file in files:
+        if not (folder / file).exists():
+            fetch(f"{hub}/{repository}/resolve/main/{inside}{file}", folder / file)
+        if file.endswith(".index.json"):
+            files = files + sorted(set(json.loads((folder / file).read_text())["weight_map"].values()))
+    for file in files:
+        if not (folder / file).exists():
+            fetch(f"{hub}/{repository}/resolve/main/{inside}{file}", folder / file)
+    return folder
 
 
 def find_checkpoint(name, download=True):
@@ -213,10 +268,15 @@ def find_checkpoint(name, download=True):
     path = Path(name)
     if path.exists():
         return path
+    if name in FOLDERS:
+        cached = Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible")) / name
+        if not download and not cached.exists():
+            raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
+        return fetch_folder(name, cached) if download else cached
     released = path.name if path.name in RELEASED else path.name + ".pth"
     if released not in RELEASED or path.parent != Path("."):
         raise UserError(f"{name}: no such file" + ("" if path.suffix else f", and no released model of that name "
-                                                   f"({', '.join(f for f in RELEASED)})"))
+                                                   f"({', '.join([*RELEASED, *FOLDERS])})"))
     cached = Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible")) / released
     if not cached.exists() and not download:
         raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
@@ -269,7 +329,7 @@ def find_companion(given, beside, fallback, download, flag):
         return find_checkpoint(given, download)
     if (Path(beside).parent / fallback).exists():
         return Path(beside).parent / fallback
-    if fallback in RELEASED:
+    if fallback in RELEASED or fallback in FOLDERS:
         return find_checkpoint(fallback, download)
     raise UserError(f"{beside}: which tokenizer? None named {fallback} lies beside it; give {flag} FILE")
 
@@ -281,15 +341,20 @@ def read_metadata(path):
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}
-    return {k: json.loads(metadata[k]) for k in ("classes", "show", "sampling", "tokenizer") if k in metadata}
+    return {k: json.loads(metadata[k]) for k in ("classes", "show", "sampling", "tokenizer", "pixels") if k in metadata}
 
 
 def check_pair(tokenizer, vae, config, metadata, ckpt):
-    """Makes sure that a transformer is used with the tokenizer it was trained on, as far as the files tell."""
+    """Makes sure that a VAR is used with the tokenizer it was trained on, as far as the files tell."""
     t = tokenizer.config
     if (t.vocab_size, t.z_channels) != (config.vocab_size, config.z_channels):
         raise UserError(f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on "
                         f"{config.vocab_size} of {config.z_channels}; give the tokenizer it was trained with as --vae")
+    check_fingerprint(tokenizer, vae, metadata, ckpt)
+
+
+def check_fingerprint(tokenizer, vae, metadata, ckpt):
+    """Makes sure of the very tokenizer, where train.py wrote down which it was."""
     if metadata.get("tokenizer", vq.fingerprint(tokenizer)) != vq.fingerprint(tokenizer):
         raise UserError(f"{vae}: is not the tokenizer that {ckpt} was trained with; give that as --vae")
 
@@ -330,6 +395,15 @@ def square(picture, side):
     picture = picture.resize((w, h), Image.LANCZOS)
     x, y = (w - side) // 2, (h - side) // 2
     return picture.crop((x, y, x + side, y + side))
+
+
+def cover(picture, h, w):
+    """Resizes so that h x w is covered, and cuts the centre."""
+    ratio = max(h / picture.height, w / picture.width)
+    sides = max(w, round(picture.width * ratio)), max(h, round(picture.height * ratio))
+    picture = picture.resize(sides, Image.LANCZOS)
+    x, y = (picture.width - w) // 2, (picture.height - h) // 2
+    return picture.crop((x, y, x + w, y + h))
 
 
 def to_input(pixels, device):
@@ -537,8 +611,9 @@ class _Tensor:
         return f"{self.shape}{self.stride}{self.dtype}{self.weight}"
 
     def make(self):
-        t = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return t.normal_() if t.is_floating_point() else t.zero_()
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride))      # expanded ones overlap themselves
+        t = torch.empty(last + 1, dtype=self.dtype, device=self.device)
+        return (t.normal_() if t.is_floating_point() else t.zero_()).as_strided(self.shape, self.stride)
 
 
 def _bytes(tree):
@@ -710,14 +785,12 @@ def print_bench(b, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python sample.py var
+# What all models that draw have in common
 
 
-DEMO_SETTINGS = dict(cfg=4.0, top_k=900, top_p=0.95)                        # the authors', for good-looking pictures
-
-
-class VARJob:
-    """The models of a command line, loaded, and what to draw with them."""
+class Job:
+    """The models of a command line, loaded, and how to draw with them. Subclasses load them, and draw items: classes
+    or prompts. Picture i has the seed --seed + i."""
 
     def __init__(self, args):
         self.args = args
@@ -725,22 +798,145 @@ class VARJob:
         self.dtype, self.dtype_why = choose_dtype(args.dtype, self.device)
         self.peak = PeakMemory(self.device)
         self.metadata, self.files = {}, []
-        tokenizer, model = self.random_models() if args.random_weights else self.load_models()
-        self.tokenizer, self.model = tokenizer.to(self.device), model.to(self.device)
-        self.patch_nums = model.config.patch_nums
-        self.side = tokenizer.config.stride * self.patch_nums[-1]           # of the pictures, in pixels
+        if args.random_weights:                                             # a released size without its file
+            self.name, configs = args.random_weights.removesuffix(".pth"), self.MODULE.CONFIGS
+            if self.name not in configs:
+                raise UserError(f"--random-weights {self.name}: choose one of {', '.join(configs)}")
+            models = self.random_models(configs[self.name], torch.Generator().manual_seed(args.seed))
+        else:
+            models = self.load_models()
+        self.tokenizer, self.model = (model.to(self.device) for model in models)
+        self.run = self.MODULE.call
+        self.prepare()
+
+    def variants(self):
+        """{name: a copy of this job, sharing the weights, that draws the same pictures faster}, the best one first."""
+        twins = {"graph": copy.copy(self)} if self.device.type == "cuda" else {}
+        twins["compile"] = copy.copy(self)
+        twins["compile"].model = with_compiled_blocks(self.model)
+        if self.device.type == "cuda":
+            for twin in twins.values():
+                twin.run = CUDAGraphs()
+        return twins
+
+    def generators(self, numbers):
+        """One for each picture, or as the original has it one for all."""
+        seeds = [self.args.seed + i for i in numbers]
+        make = lambda seed: torch.Generator(self.device).manual_seed(seed)
+        return make(seeds[0]) if self.args.one_generator else [make(seed) for seed in seeds]
+
+    def path(self, folder, i):
+        """Where picture i goes."""
+        return folder / f"{i:05d}.png"
+
+    def text(self, i, item):
+        """What a picture's file says about it."""
+        return self.settings | {"seed": self.args.seed + i} | self.describe(item)
+
+
+def check_generator_args(args):
+    """What argparse does not check, of the arguments that all of them have."""
+    check_ranges(("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--seed", args.seed, 0, None),
+                 ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1))
+    if args.ckpt and args.random_weights:
+        raise UserError("--ckpt and --random-weights exclude each other")
+    if args.json and not args.bench:
+        raise UserError("--json goes with --bench")
+    if args.compile and INTERPRET:
+        raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
+    if args.json:
+        check_writable(args.json, "--json", suffix=".json")
+
+
+def draw_all(job, items, folder, resume=False):
+    """All pictures, batch by batch, as uint8 arrays; written as they come if there is a folder, else returned.
+
+    resume: pictures that are there already, drawn with the same settings, are not drawn again.
+    """
+    args, pictures, numbers = job.args, [], range(len(items))
+    if resume:
+        numbers = [i for i in numbers if not is_picture_of(job.path(folder, i), job.text(i, items[i]))]
+    starts = range(0, len(numbers), args.batch_size)
+    for start in tqdm(starts, unit="batch", disable=len(starts) < 2, leave=False):
+        mine = numbers[start:start + args.batch_size]
+        images = torch.stack(job.draw([items[i] for i in mine], mine, args.steps_grid), 1)      # (B, frames, 3, h, w)
+        for i, frames in zip(mine, images):
+            frames = to_pixels(frames)
+            if folder is None:
+                pictures += list(frames)
+                continue
+            job.path(folder, i).parent.mkdir(parents=True, exist_ok=True)
+            save_png(job.path(folder, i), grid(frames, len(frames), enlarge=1), job.text(i, items[i]))
+    return pictures
+
+
+def is_picture_of(path, text):
+    """Whether a readable picture is there that says it was made with just these settings."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return {k: picture.info.get(k) for k in text} == {k: str(v) for k, v in text.items()}
+    except UNREADABLE:
+        return False
+
+
+def draw_and_save(job, items, out, single, extra=(), titles=(), resume=False):
+    """All pictures as one grid or as files in a folder, and the line of truth. extra: pictures that stand before."""
+    frames = len(job.scales) if job.args.steps_grid else 1
+    if frames > 1:
+        titles = [f"{h}x{w}" for h, w in job.scales]
+    seconds, pictures = timed(lambda: draw_all(job, items, None if single else out, resume), job.device)
+    if single:
+        pictures = list(extra) * (frames == 1) + pictures
+        columns = frames if frames > 1 else min(len(pictures), 8 if len(pictures) > 4 else 4)
+        described = [job.describe(item) for item in items]
+        text = {k: ", ".join(dict.fromkeys(d[k] for d in described)) for k in described[0]}
+        save_png(out, grid(np.stack(pictures), columns, titles=titles), job.settings | text)
+    where = out if single else f"{len(items)} files in {out}"
+    print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, (job.tokenizer, job.model),
+                    seconds / len(items), job.peak, where))
+
+
+def bench_job(job, items, stages):
+    """--bench: the items in one batch."""
+    quantizer, numbers = job.tokenizer.quantize, range(len(items))
+    stages |= {"quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
+               "decoder": [(job.tokenizer, "decode")]}
+    parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
+    result = bench(job.name, lambda: job.draw(items, numbers)[0], stages, "transformer", parameters, job.device,
+                   job.dtype, len(items), job.peak)
+    if job.args.compile:
+        variants = {name: lambda twin=twin: twin.draw(items, numbers)[0] for name, twin in job.variants().items()}
+        result["variants"] |= race(lambda: job.draw(items, numbers)[0], variants, len(items), job.device)
+    print_bench(result, sum(h * w for h, w in job.scales))
+    if job.args.json:
+        with vq.atomic(job.args.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py var
+
+
+DEMO_SETTINGS = dict(cfg=4.0, top_k=900, top_p=0.95)                        # the authors', for good-looking pictures
+
+
+class VARJob(Job):
+    """`sample.py var`: items are class ids."""
+
+    MODULE = var
+
+    def prepare(self):
+        args = self.args
+        self.patch_nums = self.model.config.patch_nums
+        self.scales = vq.as_pairs(self.patch_nums)
+        self.side = self.tokenizer.config.stride * self.patch_nums[-1]      # of the pictures, in pixels
         self.names = self.metadata.get("classes", [])
         given = {k: v for k in ("cfg", "top_k", "top_p") if (v := getattr(args, k)) is not None}
         self.options = DEMO_SETTINGS | self.metadata.get("sampling", {}) | given | {"more_smooth": args.smooth}
         self.settings = {"model": "var", "checkpoint": self.name, "seed": args.seed} | self.options
-        self.run = var.call
 
-    def random_models(self):
-        """--random-weights: a released size without its file."""
-        self.name = self.args.random_weights.removesuffix(".pth")
-        if self.name not in var.CONFIGS:
-            raise UserError(f"--random-weights {self.name}: choose one of {', '.join(var.CONFIGS)}")
-        g, config = torch.Generator().manual_seed(self.args.seed), var.CONFIGS[self.name]
+    def random_models(self, config, g):
         tokenizer = vq.CONFIGS["emoji_vq" if self.name == "emoji_var" else "vae_ch160v4096z32"]
         tokenizer = vq.build(vq.VQVAE, replace(tokenizer, patch_nums=config.patch_nums)).eval()
         tokenizer.init_weights(g)
@@ -761,25 +957,15 @@ class VARJob:
         self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
         return tokenizer, model
 
-    def variants(self):
-        """{name: a copy of this job, sharing the weights, that draws the same pictures faster}, the best one first."""
-        twins = {"graph": copy.copy(self)} if self.device.type == "cuda" else {}
-        twins["compile"] = copy.copy(self)
-        twins["compile"].model = with_compiled_blocks(self.model)
-        if self.device.type == "cuda":
-            for twin in twins.values():
-                twin.run = CUDAGraphs()
-        return twins
-
-    def draw(self, labels, first, ladder=False):
-        """Pictures number `first` and following: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
-        seed = self.args.seed + first
-        generator = [torch.Generator(self.device).manual_seed(seed + i) for i in range(len(labels))]
-        if self.args.one_generator:
-            generator = torch.Generator(self.device).manual_seed(seed)
-        images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=generator, ladder=ladder,
-                                   run=self.run, **self.options)
+    def draw(self, labels, numbers, ladder=False):
+        """Pictures of these numbers: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
+        images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=self.generators(numbers),
+                                   ladder=ladder, run=self.run, **self.options)
         return images if ladder else [images]
+
+    def describe(self, label):
+        """The name of a class if the checkpoint knows it, else its id."""
+        return {"class": self.names[label] if label < len(self.names) else str(label)}
 
 
 def choose_labels(job):
@@ -805,8 +991,7 @@ def choose_labels(job):
 
 def check_var_args(args):
     """What argparse does not check."""
-    check_ranges(("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--seed", args.seed, 0, None),
-                 ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1), ("--cfg", args.cfg, 0, None))
+    check_ranges(("--cfg", args.cfg, 0, None))
     y0, x0, y1, x1 = args.box
     if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
         raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
@@ -814,28 +999,22 @@ def check_var_args(args):
         raise UserError("--edit and --image go together: the way to edit and the picture to be edited")
     if args.edit == "class" and not args.classes:
         raise UserError("--edit class: give the new class with --classes")
-    if args.ckpt and args.random_weights:
-        raise UserError("--ckpt and --random-weights exclude each other")
-    if args.json and not args.bench:
-        raise UserError("--json goes with --bench")
-    if args.compile and INTERPRET:
-        raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
     if args.npz and (args.edit or args.steps_grid):
         raise UserError("--npz is for whole sets of pictures: leave out --edit and --steps-grid")
 
 
 def sample_var(args):
     """Pictures as a grid or one by one; or one of --list-classes, --bench, --npz."""
+    check_generator_args(args)
     check_var_args(args)
-    if args.json:
-        check_writable(args.json, "--json", suffix=".json")
     if args.npz:
         check_writable(args.npz, "--npz", suffix=".npz")
     out, single = (None, True) if args.bench or args.npz or args.list_classes else check_out(args.out, "out/var.png")
     given = read_picture(args.image) if args.edit else None
     job = VARJob(args)
     if args.bench:
-        return bench_var(job)
+        labels = choose_labels(job)[:args.n or 1]                           # -n pictures in one batch, by default one
+        return bench_job(job, labels, {"sampling": [(job.model, "_draw"), (var, "exponential_noise")]})
     if args.compile:
         job = next(iter(job.variants().values()))
     if args.npz:
@@ -844,20 +1023,10 @@ def sample_var(args):
         names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
         return print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
     labels = choose_labels(job)
-    extra, titles = [], [f"{p}x{p}" for p in job.patch_nums] if args.steps_grid else []
+    extra, titles = [], []
     if args.edit:
-        labels, extra = prepare_edit(job, given, labels)
-        titles = titles or ["given", "kept"]
-    seconds, pictures = timed(lambda: draw_all(job, labels, None if single else out), job.device)
-    if single:
-        frames = len(job.patch_nums) if args.steps_grid else 1
-        pictures = extra * (frames == 1) + pictures
-        columns = frames if frames > 1 else min(len(pictures), 8 if len(pictures) > 4 else 4)
-        classes = ", ".join(class_name(job, label) for label in labels)
-        save_png(out, grid(np.stack(pictures), columns, titles=titles), job.settings | {"classes": classes})
-    where = out if single else f"{len(labels)} files in {out}"
-    print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, (job.tokenizer, job.model),
-                    seconds / len(labels), job.peak, where))
+        (labels, extra), titles = prepare_edit(job, given, labels), ["given", "kept"]
+    draw_and_save(job, labels, out, single, extra, titles)
 
 
 def prepare_edit(job, given, labels):
@@ -872,28 +1041,6 @@ def prepare_edit(job, given, labels):
     if args.edit != "class":
         labels = [job.model.config.num_classes] * len(labels)               # in- and out-painting know no class
     return labels, list(to_pixels(torch.cat([image, kept]).add(1).div(2)))
-
-
-def class_name(job, label):
-    """The name of a class if the checkpoint knows it, else its id."""
-    return job.names[label] if label < len(job.names) else str(label)
-
-
-def draw_all(job, labels, folder):
-    """All pictures, batch by batch, as uint8 arrays; written as they come if there is a folder, else returned."""
-    args, pictures = job.args, []
-    starts = range(0, len(labels), args.batch_size)
-    for start in tqdm(starts, unit="batch", disable=len(starts) == 1, leave=False):
-        batch = labels[start:start + args.batch_size]
-        images = torch.stack(job.draw(batch, start, args.steps_grid), 1)    # (B, frames, 3, h, w)
-        for i, frames in enumerate(images, start):
-            frames = to_pixels(frames)
-            if folder is None:
-                pictures += list(frames)
-                continue
-            text = job.settings | {"seed": args.seed + i, "class": class_name(job, labels[i])}
-            save_png(folder / f"{i:05d}.png", grid(frames, len(frames), enlarge=1), text)
-    return pictures
 
 
 def write_npz(job, path, chunk=250):
@@ -920,7 +1067,7 @@ def write_npz(job, path, chunk=250):
         end, pictures = min((i + 1) * chunk, len(labels)), []
         for start in range(i * chunk, end, args.batch_size):
             batch = labels[start:min(start + args.batch_size, end)]
-            pictures.append(to_pixels(job.draw(batch, start)[0]))
+            pictures.append(to_pixels(job.draw(batch, range(start, start + len(batch)))[0]))
         with vq.atomic(file) as temporary, open(temporary, "wb") as f:
             np.save(f, np.concatenate(pictures))
     while rank == 0 and not all(file.exists() for file in chunks):          # the other processes' share
@@ -943,23 +1090,239 @@ def merge_npz(path, chunks, n):
             f.write(np.load(chunk).tobytes())
 
 
-def bench_var(job):
-    """--bench: -n pictures in one batch (default one)."""
-    labels = choose_labels(job)[:job.args.n or 1]
-    quantizer = job.tokenizer.quantize
-    stages = {"sampling": [(job.model, "_draw"), (var, "exponential_noise")],
-              "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
-              "decoder": [(job.tokenizer, "decode")]}
-    parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
-    result = bench(job.name, lambda: job.draw(labels, 0)[0], stages, "transformer", parameters, job.device, job.dtype,
-                   len(labels), job.peak)
-    if job.args.compile:
-        variants = {name: lambda twin=twin: twin.draw(labels, 0)[0] for name, twin in job.variants().items()}
-        result["variants"] |= race(lambda: job.draw(labels, 0)[0], variants, len(labels), job.device)
-    print_bench(result, sum(p * p for p in job.patch_nums))
-    if job.args.json:
-        with vq.atomic(job.args.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py infinity
+
+
+TOKENIZERS = {16: "infinity_vae_d16.pth", 24: "infinity_vae_d24.pth", 32: "infinity_vae_d32reg.pth",   # by bits of the
+              56: "infinity_vae_d56_f8_14_patchify.pth", 64: "infinity_vae_d64.pth"}                    # transformer
+BUDGETS = {"infinity_125M": "0.06M", "infinity_2b": "1M", "infinity_8b": "1M", "infinity_8b_512": "0.25M"}
+FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
+PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
+          "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son",
+          "daughter")                                                       # anywhere in a prompt, inside of words too
+
+
+def check_pixels(pixels):
+    """A budget that exists, or None."""
+    if pixels is not None and pixels not in vq.PIXELS:
+        raise UserError(f"--pixels {pixels}: choose one of {', '.join(vq.PIXELS)}")
+
+
+class InfinityJob(Job):
+    """`sample.py infinity`: items are prompts."""
+
+    MODULE = infinity
+
+    def random_models(self, config, g):
+        name = "emoji_bsq" if self.name == "emoji_infinity" else TOKENIZERS[config.bits].removesuffix(".pth")
+        tokenizer = vq.build(vq.VQVAE, vq.CONFIGS[name]).eval()
+        tokenizer.init_weights(g)
+        model = vq.build(infinity.Infinity, config).eval()
+        model.init_weights(generator=g)
+        self.metadata = {"pixels": BUDGETS.get(self.name)}
+        return vq.set_decoder_dtype(tokenizer, self.dtype), infinity.set_dtype(model, self.dtype)
+
+    def load_models(self):
+        """--ckpt and --vae, or the demo."""
+        args, download = self.args, not self.args.no_download
+        ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / "emoji_infinity.safetensors"
+        model = infinity.load(ckpt, dtype=self.dtype, device=self.device)
+        known = [name for name in BUDGETS if Path(ckpt).name.startswith(name)]
+        self.metadata = {"pixels": BUDGETS[known[-1]] if known else "1M"} | read_metadata(ckpt)
+        fallback = "emoji_bsq.safetensors" if model.text_encoder else TOKENIZERS.get(model.config.bits, "the tokenizer")
+        vae = find_companion(args.vae, ckpt, fallback, download, "--vae")
+        tokenizer = vq.load(vae, dtype=self.dtype)
+        try:
+            model.check_pair(tokenizer)
+        except ValueError as e:
+            raise UserError(f"{vae}: {e}; give {fallback} as --vae") from None
+        check_fingerprint(tokenizer, vae, self.metadata, ckpt)
+        self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
+        return tokenizer, model
+
+    def prepare(self):
+        args, saved = self.args, self.metadata.get("sampling", {})
+        pixels = args.pixels or self.metadata.get("pixels")
+        if pixels is None and args.aspect not in (None, 1.0):
+            raise UserError(f"--aspect {args.aspect}: {self.name} draws squares of one size only")
+        own = vq.as_pairs(self.tokenizer.config.patch_nums)                 # of one that knows no other sizes
+        self.scales = vq.schedule(args.aspect or 1.0, pixels) if pixels else tuple(own)
+        given = {k: v for k in ("cfg", "tau", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+        self.options = dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97) | saved | given
+        for name in ("cfg", "tau"):                                         # one value stands for all scales
+            values = self.options[name]
+            self.options[name] = values[0] if isinstance(values, list) and len(values) == 1 else values
+            try:
+                infinity.per_scale(self.options[name], len(self.scales), f"--{name}")
+            except ValueError as e:
+                raise UserError(str(e)) from None
+        depth = self.model.config.depth
+        if args.guide_features is not None and not -depth <= args.guide_features < depth:
+            raise UserError(f"--guide-features {args.guide_features}: this model has {depth} blocks, -{depth} .. "
+                            f"{depth - 1}")
+        size = self.model.config.patchify + 1
+        height, width = (n * size * self.tokenizer.config.stride for n in self.scales[-1])
+        self.settings = {"model": "infinity", "checkpoint": self.name, "size": f"{height}x{width}"} | self.options | {
+            "guide_after": args.guide_features, "negative": args.negative, "image": args.image,
+            "keep": args.keep if args.image else 0, "tile": args.tile}
+        self.options |= {"scales": self.scales, "guide_after": args.guide_features, "tile": args.tile}
+        self.height, self.width, self.features = height, width, {}
+        self.prompts = None                                                 # GenEval's lines, if that is what they are
+
+    def read_texts(self, texts):
+        """Features of all prompts at once, kept on the host, so that T5 is gone before anything is drawn."""
+        args, encoder = self.args, self.model.text_encoder
+        if encoder is None:
+            t5 = find_companion(args.t5, args.ckpt or ".", "flan-t5-xl", not args.no_download, "--t5")
+            half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            encoder = infinity.load_t5(t5, half, self.device)
+            if encoder.config.width != self.model.config.text_width:
+                raise UserError(f"--t5 {t5}: has features of {encoder.config.width} numbers, but {self.name} reads "
+                                f"{self.model.config.text_width}, those of flan-t5-xl")
+        texts = list(dict.fromkeys(texts))
+        starts = range(0, len(texts), 16)
+        for start in tqdm(starts, desc="reading prompts", unit="batch", disable=len(starts) < 4, leave=False):
+            batch = texts[start:start + 16]
+            with torch.no_grad():
+                features, mask = encoder.encode(batch, self.model.config.text_maxlen)
+            lengths = mask.sum(1).tolist() if mask is not None else [features.shape[1]] * len(batch)
+            self.features |= {text: f[:n].cpu() for text, f, n in zip(batch, features, lengths)}
+
+    def draw(self, prompts, numbers, ladder=False):
+        """Pictures of these numbers: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
+        rows = [self.features[prompt] for prompt in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        negative = None
+        if self.args.negative is not None:
+            negative = self.features[self.args.negative][None], None
+        images = self.model.sample(self.tokenizer, text, None if mask.all() else mask, negative=negative,
+                                   generator=self.generators(numbers), ladder=ladder, run=self.run, **self.options)
+        return images if ladder else [images]
+
+    def describe(self, prompt):
+        return {"prompt": prompt}
+
+    def path(self, folder, i):
+        prompt, number = divmod(i, self.args.n)
+        if self.prompts:                                                    # as GenEval wants them
+            return folder / f"{prompt:05d}" / "samples" / f"{number:04d}.png"
+        return folder / (f"{prompt:05d}.png" if self.args.n == 1 else f"{prompt:05d}_{number:02d}.png")
+
+
+def read_prompts(path):
+    """--prompts: (the prompts, the lines of a .jsonl or None)."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts {path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if not lines:
+        raise UserError(f"--prompts {path}: no prompt in it; expected one per line")
+    if Path(path).suffix != ".jsonl":
+        return [line.strip() for line in lines], None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'--prompts {path}, line {number}: expected {{"prompt": "..."}}') from None
+    return prompts, lines
+
+
+def read_features(path, width):
+    """--features: {prompt: (T, Ct)}."""
+    state, _ = vq.read_checkpoint(path)
+    try:
+        from safetensors import safe_open
+        with safe_open(path, "pt") as f:
+            prompts = json.loads(f.metadata()["prompts"])
+        features = {prompt: state[f"text.{i}"].float() for i, prompt in enumerate(prompts)}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"--features {path}: not a file that --save-features wrote") from None
+    if (found := next(iter(features.values())).shape[-1]) != width:
+        raise UserError(f"--features {path}: has features of {found} numbers, but the model reads {width}")
+    return features
+
+
+def choose_prompts(job):
+    """All prompts of a command line; job.features is filled."""
+    args, given = job.args, {}
+    if args.features:
+        given = read_features(args.features, job.model.config.text_width)
+    prompts = list(args.prompt)
+    if args.prompts:
+        prompts, job.prompts = read_prompts(args.prompts)
+    elif not prompts:
+        prompts = [p for p in given if p] or job.metadata.get("show")
+    if not prompts:
+        raise UserError("what to draw? Give --prompt TEXT, or --prompts FILE")
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("an empty prompt: say in a few words what to draw")
+    if args.face_suffix:
+        prompts = [p + FACES if any(word in p for word in PEOPLE) and FACES not in p else p for p in prompts]
+    needed = prompts + ([args.negative] if args.negative is not None else [])
+    if args.features:
+        if missing := [p for p in needed if p not in given]:
+            raise UserError(f"--features {args.features}: lacks '{missing[0]}'; write it with --save-features")
+        job.features = given
+    else:
+        job.read_texts(needed)
+    return prompts
+
+
+def sample_infinity(args):
+    """Pictures as a grid, one by one, or a folder of them; or --bench, --save-features."""
+    check_generator_args(args)
+    check_pixels(args.pixels)
+    check_ranges(*(("--cfg", c, 0, None) for c in args.cfg or []), *(("--tau", t, 1e-3, None) for t in args.tau or []),
+                 ("--aspect", args.aspect, 0.3, 3.4), ("--keep", args.keep, 1, None), ("--tile", args.tile, 0, None))
+    if 0 < args.tile <= 8:
+        raise UserError(f"--tile {args.tile}: tiles overlap by 8 cells; use 16 or more")
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other")
+    if args.save_features:
+        check_writable(args.save_features, "--save-features", suffix=".safetensors")
+    default = "out/infinity" if args.prompts else "out/infinity.png"
+    out, single = (None, True) if args.bench or args.save_features else check_out(args.out, default)
+    if args.prompts and out and single:
+        raise UserError(f"--out {out}: --prompts fills a folder; give one")
+    given = read_picture(args.image) if args.image else None
+    job = InfinityJob(args)
+    if args.bench:
+        return bench_infinity(job)
+    prompts = choose_prompts(job)
+    if args.save_features:
+        state = {f"text.{i}": job.features[prompt].half() for i, prompt in enumerate(job.features)}
+        from safetensors.torch import save_file
+        with vq.atomic(args.save_features) as temporary:
+            save_file(state, temporary, {"prompts": json.dumps(list(job.features))})
+        return print(f"features of {len(state)} prompts -> {args.save_features}")
+    if args.compile:
+        job = next(iter(job.variants().values()))
+    if given is not None:
+        image = to_tensor(cover(given, job.height, job.width), job.device)
+        sizes = infinity.tokenizer_scales(job.scales, job.model.config.patchify)
+        if args.keep > len(sizes):
+            raise UserError(f"--keep {args.keep}: there are {len(sizes)} scales")
+        job.options |= {"given": job.tokenizer.tokenize(image, sizes), "keep": args.keep}
+    if job.prompts:
+        for i, line in enumerate(job.prompts):
+            (out / f"{i:05d}").mkdir(parents=True, exist_ok=True)
+            with vq.atomic(out / f"{i:05d}" / "metadata.jsonl") as temporary:
+                temporary.write_text(line)
+    items = [prompt for prompt in prompts for _ in range(args.n)]
+    draw_and_save(job, items, out, single, resume=bool(args.prompts))
+
+
+def bench_infinity(job):
+    """--bench: -n pictures of one prompt; with random weights of 24 random text features, as no T5 is loaded then."""
+    if job.args.random_weights:
+        features = torch.randn(24, job.model.config.text_width, generator=torch.Generator().manual_seed(0))
+        prompts, job.features = ["random"], {"random": features}
+    else:
+        prompts = choose_prompts(job)[:1]
+    bench_job(job, prompts * job.args.n, {"sampling": [(infinity, "draw_bits"), (infinity, "exponential_noise")]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -987,7 +1350,7 @@ def sample_vq(args):
     )
     c, tokenizer = tokenizer.config, tokenizer.to(device)
     tiles = [read_picture(file) for file in args.image] if args.image else demo_tiles()[0][19::240]
-    rows, scores, used, seconds = [], [], set(), 0.0
+    rows, scores, tokens, seconds = [], [], [], 0.0
     for picture in tqdm(tiles, unit="picture", leave=False, disable=len(tiles) < 8):
         picture, patch_nums = fit(picture, c, args.keep_size)
         image = to_tensor(picture, device)
@@ -995,10 +1358,11 @@ def sample_vq(args):
         back, decoded = timed(lambda: tokenizer.detokenize(indices, patch_nums, ladder=args.steps_grid), device)
         ladder = decoded if args.steps_grid else [decoded]
         seconds += there + back
-        used |= set(torch.cat(indices, 1).flatten().tolist())
+        tokens.append(torch.cat(indices, 1))
         scores.append(psnr(ladder[-1], image).item())
         rows.append(to_pixels(torch.cat([image, *ladder]).add(1).div(2)))
-    titles = ["original"] + ([f"{p}x{p}" for p in c.patch_nums] if args.steps_grid else ["decoded"])
+    titles = ["original"] + (
+        [f"{h}x{w}" for h, w in vq.as_pairs(c.patch_nums)] if args.steps_grid else ["decoded"])
     text = {"model": "vq", "checkpoint": args.ckpt or "demo"}
     if single and len({row.shape for row in rows}) == 1:
         if args.steps_grid:
@@ -1010,13 +1374,20 @@ def sample_vq(args):
         out = check_writable(out.with_suffix("") if single else out)
         for i, row in enumerate(rows):
             save_png(out / f"{i:05d}.png", grid(row, len(row), titles=titles), text)
-    note = f"PSNR {np.mean(scores):.2f} dB, {len(used)} of {c.vocab_size} codes used, "
+    usage = tokenizer.quantize.coverage([torch.cat([t.flatten(0, 1) for t in tokens])[None]], c)
+    what = "codes used" if c.vocab_size else "bits' entropy"
+    note = f"PSNR {np.mean(scores):.2f} dB, {usage:.0f} % of the {what}, "
     print(last_line(device, device_why, dtype, dtype_why, (tokenizer,), seconds / len(rows), peak, out, note))
 
 
 def fit(picture, config, keep_size):
     """The picture at a size that the tokenizer takes, and the schedule that goes with it."""
-    stride, last = config.stride, config.patch_nums[-1]
+    stride, (last, _) = config.stride, vq.as_pairs(config.patch_nums)[-1]
+    if keep_size and not config.vocab_size:                                 # bits: the next smaller size of a schedule
+        aspect, doubled = picture.height / picture.width, 16 // stride
+        fits = [p for p in vq.PIXELS if vq.schedule(aspect, p)[-1][0] * 16 <= picture.height] or ["0.06M"]
+        patch_nums = [(doubled * h, doubled * w) for h, w in vq.schedule(aspect, fits[-1])]
+        return cover(picture, *(n * stride for n in patch_nums[-1])), patch_nums
     if not keep_size:
         return square(picture, stride * last), config.patch_nums
     w, h = picture.width // stride, picture.height // stride                # in cells
@@ -1187,7 +1558,7 @@ def sample_ops(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS = {"var": sample_var, "vq": sample_vq, "ops": sample_ops}
+MODELS = {"var": sample_var, "infinity": sample_infinity, "vq": sample_vq, "ops": sample_ops}
 
 
 def guarded(run, args):

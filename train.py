@@ -2,11 +2,15 @@
 
     python train.py vq                              the demo tokenizer, on the emoji sheet; under an hour on two cores
     python train.py var --vae runs/vq/model.safetensors
+    python train.py infinity --vae demo/emoji_bsq.safetensors       text -> emoji, a byte-level T5 trained along
     python train.py vq  --recipe imagenet --data DIR --lpips vgg16.pth vgg_lpips.pth
     python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
     torchrun --nproc-per-node 8 train.py var ...    data parallel
 
-DIR holds one folder of pictures per class. A run writes into --out: model.safetensors (what sample.py takes),
+    python train.py infinity --recipe 2B_256 --data DIR --vae infinity_vae_d32reg.pth --t5 flan-t5-xl
+
+DIR holds one folder of pictures per class; for infinity *.tsv files (picture path, caption) or the original's *.jsonl,
+and pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes),
 state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv and samples/. Every write is atomic.
 """
 import argparse
@@ -43,6 +47,18 @@ VAR_EMOJI = dict(
     show=("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person", "place-map",
           "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses", "money"),
 )
+# The script of the authors has a base rate of 6e-3, which users found far too high; steps and rates are the paper's as
+# far as they are known. strength: of bitwise self-correction; shares of dropped text and paths: see infinity.Config
+INFINITY = COMMON | dict(
+    pixels="0.06M", steps=190000, batch_size=4096, lr=2e-4, schedule="lin0", warmup=0.0, final_lr=1.0, wd=0.005,
+    betas=(0.9, 0.97), clip=5.0, dtype="bf16", strength=0.3, reweight=False, init_gamma=5e-6, short_captions=0.5,
+    checkpointing=True, sampling=dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97), show=(),
+)
+INFINITY_EMOJI = dict(
+    model="emoji_infinity", size=32, pixels=None, steps=4200, batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02,
+    clip=2.0, ema=0.998, dtype="fp32", strength=0.1, init_gamma=0.1, checkpointing=False,
+    show=("grinning cat face", "pizza", "red heart", "rocket", "snake", "snowman", "french fries", "fire"),
+)
 RECIPES = {
     "vq": {
         "emoji": VQ | VQ_EMOJI,
@@ -59,6 +75,15 @@ RECIPES = {
         "d30": VAR | LARGE | dict(model="var_d30", batch_size=1024, lr=3.2e-4, init_gamma=1e-5, wd_end=0.08),
         "d36": VAR | LARGE | dict(model="var_d36", size=512, init_gamma=5e-6, wd_end=0.08),
     },
+    "infinity": {                               # the stages of the larger ones: each starts with --init from the last
+        "emoji": INFINITY | INFINITY_EMOJI,
+        "125M": INFINITY | dict(model="infinity_125M"),
+        "2B_256": INFINITY | dict(model="infinity_2b"),
+        "2B_512": INFINITY | dict(model="infinity_2b", pixels="0.25M", steps=110000),
+        "2B_1024": INFINITY | dict(model="infinity_2b", pixels="1M", steps=60000, lr=2e-5),
+        "8B_512": INFINITY | dict(model="infinity_8b", pixels="0.25M", steps=110000),
+        "8B_1024": INFINITY | dict(model="infinity_8b", pixels="1M", steps=60000, lr=2e-5),
+    },
 }
 
 
@@ -71,7 +96,8 @@ def parse_args(argv=None):
         p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style)
         add = p.add_argument
         add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
-        add("--data", default="demo", metavar="DIR", help="a folder of one folder per class, or 'demo' (default)")
+        holds = "one folder per class" if name != "infinity" else "*.tsv or *.jsonl with captions"
+        add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
         add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
         add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
         add("--resume", choices=["no", "auto"], default="no", help="auto: continue the run in --out if there is one")
@@ -107,12 +133,22 @@ def parse_args(argv=None):
             add("--disc-start", type=int, help="first step of the discriminator")
             add("--warm-steps", type=int, help="steps without quantization before the codebook is initialised")
             add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
+            continue
+        add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
+        add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
+        add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
+        if name == "infinity":
+            add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
+            add("--pixels", metavar="SIZE", help="of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M")
+            add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
+            add("--reweight", action="store_true", default=None, help="weigh the tokens of coarse scales more")
+            add("--scales", type=int, default=0, help="train so many of the first scales; 0: all")
+            add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
+            add("--no-checkpointing", dest="checkpointing", action="store_false", default=None,
+                help="keep all activations: faster, if memory allows")
         else:
-            add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
-            add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
             add("--cache-crops", type=int,
                 help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly")
-            add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
     args = parser.parse_args(argv)
     if args.epochs and not args.steps:
         args.steps = 0                                                      # the recipe's steps do not count then
@@ -128,6 +164,7 @@ if __name__ == "__main__":
 import copy
 import csv
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -173,6 +210,14 @@ class EmojiSheet:
     def __getitems__(self, items):
         index = torch.tensor([i for i, _ in items])
         return self.pixels[index], self.labels[index], []
+
+
+class EmojiCaptions(EmojiSheet):
+    """The demo set with its captions in place of the classes."""
+
+    def __getitems__(self, items):
+        pixels, _, broken = super().__getitems__(items)
+        return pixels, [self.names[i] for i, _ in items], broken
 
 
 class PictureFolder:
@@ -237,10 +282,108 @@ class PictureFolder:
         return torch.stack(pixels), self.labels[indices], broken
 
 
+class CaptionedPictures:
+    """Pictures with captions, in buckets of equal aspect ratio: `groups`, from each of which a batch may be drawn.
+
+    root: a .tsv or .jsonl file, or a folder of them. A line of the first: picture path, tab, caption; of the second, as
+    in the original: {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}. Paths are
+    relative to the file. Broken lines are skipped and counted. A picture is resized to cover the size that its aspect
+    ratio has in `vq.schedule`, then its centre is cut. Items are (index, seed), seed None for the whole caption.
+    """
+
+    def __init__(self, root, pixels, short_captions=0.5, train=True, split=True):
+        self.pixels, self.short_captions, self.root = pixels, short_captions, Path(root)
+        files = [self.root] if self.root.is_file() else sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
+        if not files:
+            raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption) or .jsonl files")
+        self.rows, broken = [], []
+        for file in files:
+            for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                try:
+                    self.rows.append(self._parse(file, line))
+                except (ValueError, KeyError, TypeError, AttributeError, *sample.UNREADABLE):
+                    broken.append(f"{file}:{number}") if line.strip() else None
+        if broken:
+            print(f"skipped {len(broken)} broken of {len(broken) + len(self.rows)} lines: {', '.join(broken[:3])}")
+        if not self.rows:
+            raise UserError(f"--data {root}: not one of {len(broken)} lines can be used; a line of a .tsv is a path, a "
+                            "tab and a caption")
+        if split:                                                           # under 20: no hold-out
+            self.rows = [row for i, row in enumerate(self.rows) if (i % 20 == 19) != train] or self.rows
+        self.classes = sorted({row[1] for row in self.rows})                # aspect ratios
+        ratios = np.array([row[1] for row in self.rows])
+        self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.classes]
+        listing = hashlib.sha256("\n".join(str(row) for row in self.rows).encode()).hexdigest()
+        self.fingerprint = f"{listing} {pixels}"
+
+    def _parse(self, file, line):
+        """(path, aspect ratio, captions, the long one first)."""
+        if file.suffix == ".tsv":
+            path, caption = line.split("\t")[:2]
+            row = {"image_path": path, "long_caption": caption}
+        else:
+            row = json.loads(line)
+        captions = [text.split("--")[0].strip() for text in (row["long_caption"], row.get("text") or "")]
+        path = file.parent / row["image_path"]
+        if not captions[0]:
+            raise ValueError("no caption")
+        if not (ratio := float(row.get("h_div_w") or 0)):
+            with Image.open(path) as picture:                               # reads the header only
+                ratio = picture.height / picture.width
+        return str(path), vq.nearest_aspect(ratio), [c for c in captions if c]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def caption(self, index, seed):
+        """Of a picture's captions the short one, or the first sentences of the long one, as many as chance says."""
+        long, *short = self.rows[index][2]
+        if seed is None:
+            return long
+        rng, sentences = np.random.default_rng(seed), [s for s in long.split(". ") if s]
+        if rng.random() < self.short_captions:
+            return short[0] if short else ". ".join(sentences[:rng.integers(1, 3)])
+        return ". ".join(sentences[:rng.integers(1, len(sentences) + 1)])
+
+    def read(self, index):
+        """uint8 (3, h, w)."""
+        path, ratio, _ = self.rows[index]
+        h, w = (16 * n for n in vq.schedule(ratio, self.pixels)[-1])
+        picture = sample.cover(sample.open_picture(path), h, w)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def __getitems__(self, items):
+        pixels, captions, broken = [], [], []
+        group = next(g for g in self.groups if items[0][0] in g)
+        for index, seed in items:
+            at = int(np.searchsorted(group, index))
+            for step in range(len(group)):
+                index = int(group[(at + step) % len(group)])                # in place of a broken one the next readable
+                try:
+                    pixels.append(self.read(index))
+                    break
+                except sample.UNREADABLE:
+                    broken.append(self.rows[index][0])
+            else:
+                raise UserError(f"{self.rows[index][0]} and {len(group) - 1} others: not one picture can be read")
+            captions.append(self.caption(index, seed))
+        return torch.stack(pixels), captions, broken
+
+
 def open_pictures(args):
     """(training set, validation set) of --data and --val-data."""
+    captions = args.model_name == "infinity"
     if args.data == "demo":
-        return EmojiSheet(args.size), EmojiSheet(args.size, train=False)
+        if captions and args.pixels:
+            raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
+        sheet = EmojiCaptions if captions else EmojiSheet
+        return sheet(args.size), sheet(args.size, train=False)
+    if captions:
+        if not args.pixels:
+            raise UserError(f"--data {args.data}: give the size of pictures as --pixels, one of {', '.join(vq.PIXELS)}")
+        options = dict(pixels=args.pixels, short_captions=args.short_captions, split=not args.val_data)
+        train = CaptionedPictures(args.data, **options)
+        return train, CaptionedPictures(args.val_data or args.data, **options | dict(train=False))
     if args.val_data:
         train, val = (PictureFolder(folder, args.size, split=False) for folder in (args.data, args.val_data))
         if train.classes != val.classes:
@@ -306,21 +449,26 @@ class Batches:
     """Endless lists of (index, crop seed), a function of seed and step alone: that makes runs resumable.
 
     Every epoch is a new permutation; its last batch is filled from the epoch's start. A step's batch is cut into
-    contiguous shares, one for each process and each of its `accum` backward passes.
+    contiguous shares, one for each process and each of its `accum` backward passes. groups: index arrays, each of
+    which is permuted for itself, and no batch mixes two; batches come in random order then.
     """
 
-    def __init__(self, n, batch_size, seed, first=0, accum=1, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.first = n, batch_size, seed, first
+    def __init__(self, groups, batch_size, seed, first=0, accum=1, rank=0, world=1):
+        self.groups, self.batch_size, self.seed, self.first = groups, batch_size, seed, first
         self.parts, self.mine = accum * world, range(rank * accum, (rank + 1) * accum)
 
     def __iter__(self):
-        per_epoch, share = -(-self.n // self.batch_size), self.batch_size // self.parts
-        step, order, order_of = self.first, None, None
+        share = self.batch_size // self.parts
+        plan = [(i, b) for i, group in enumerate(self.groups) for b in range(-(-len(group) // self.batch_size))]
+        step, orders, orders_of = self.first, None, None
         while True:
-            epoch, b = divmod(step, per_epoch)
-            if order_of != epoch:
-                order, order_of = np.random.default_rng((self.seed, epoch)).permutation(self.n), epoch
-            chosen = order[(b * self.batch_size + np.arange(self.batch_size)) % self.n]
+            epoch, n = divmod(step, len(plan))
+            if orders_of != epoch:
+                rng, orders_of = np.random.default_rng((self.seed, epoch)), epoch
+                orders = [group[rng.permutation(len(group))] for group in self.groups]
+                turns = rng.permutation(len(plan)) if len(orders) > 1 else range(len(plan))
+            group, b = plan[turns[n]]
+            chosen = orders[group][(b * self.batch_size + np.arange(self.batch_size)) % len(orders[group])]
             for part in self.mine:
                 yield [(int(i), (self.seed, epoch, int(i))) for i in chosen[part * share:(part + 1) * share]]
             step += 1
@@ -543,7 +691,117 @@ class VARTask:
         pass
 
 
-TASKS = {"vq": TokenizerTask, "var": VARTask}
+class InfinityTask:
+    """`train.py infinity`: cross entropy of every bit given the text and all coarser scales, some of their bits flipped
+    (bitwise self-correction). The tokenizer is frozen; so is T5, unless a small one on bytes is trained along."""
+
+    metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
+    val_metrics = ["loss", "bit_accuracy", "token_accuracy"]
+
+    @staticmethod
+    def score(scores):
+        """What the best checkpoint has most of."""
+        return -scores["loss"]
+
+    def __init__(self, args, train_set, val_set, device, g):
+        import infinity
+        self.args, self.device, self.infinity = args, device, infinity
+        self.train_set, self.val_set = train_set, val_set
+        self.tokenizer, config = vq.load(args.vae).to(device), infinity.CONFIGS[args.model]
+        t5 = None if args.t5 else infinity.BYTE_T5
+        if args.init:
+            self.model = infinity.load(args.init, device=device)
+        else:
+            d = self.tokenizer.config.z_channels
+            config = replace(config, bits=4 * d if config.patchify else d, text_width=t5.width if t5 else 2048)
+            self.model = vq.build(infinity.Infinity, config, t5).to(device)
+            self.model.init_weights(args.init_gamma, g)
+        try:
+            self.model.check_pair(self.tokenizer)
+        except ValueError as e:
+            raise UserError(f"--vae {args.vae}: {e}; give the one that {args.init or args.model} goes with") from None
+        self.model.checkpointing = args.checkpointing
+        self.t5 = self.model.text_encoder
+        if self.t5 is None:
+            if not args.t5:
+                raise UserError(f"--init {args.init}: has no text encoder of its own: give one as --t5 DIR")
+            half = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self.t5 = infinity.load_t5(args.t5, half, device).requires_grad_(False)
+            if self.t5.config.width != self.model.config.text_width:
+                raise UserError(f"--t5 {args.t5}: has features of {self.t5.config.width} numbers, but the model reads "
+                                f"{self.model.config.text_width}; all released ones use google/flan-t5-xl")
+
+    def _prepare(self, batch, g, model):
+        """Text features, mask, inputs, labels, schedule of a batch."""
+        with torch.autocast(self.device.type, enabled=False):               # half precision would change bits
+            image = sample.to_input(batch[0], self.device)
+            scales = vq.as_pairs(self.tokenizer.config.patch_nums)
+            if self.args.pixels:
+                scales = vq.schedule(image.shape[2] / image.shape[3], self.args.pixels)
+            with torch.no_grad():
+                f = self.tokenizer.encode(image)
+            inputs, labels = self.infinity.self_correct(self.tokenizer.quantize, f, scales, self.args.strength,
+                                                        patchify=model.config.patchify, generator=g)
+        if self.args.scales:
+            inputs = inputs[:, :sum(h * w for h, w in scales[:self.args.scales]) - 1]
+        with torch.set_grad_enabled(self.model.text_encoder is not None and torch.is_grad_enabled()):
+            t5 = self.t5 if model.text_encoder is None else model.text_encoder
+            text, mask = t5.encode(batch[1], model.config.text_maxlen)
+        return text, mask, inputs, labels, scales
+
+    def loss(self, batch, step, g):
+        prepared = self._prepare(batch, g, self.model)
+        return self.model.loss(*prepared, reweight=self.args.reweight, generator=g)
+
+    def after_step(self, step, lr, g):
+        return {}
+
+    def sync_average(self, average):
+        pass
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Means over the validation pictures, bits flipped as in training, no prompt dropped."""
+        sums, g = {}, torch.Generator(self.device).manual_seed(0)
+        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])
+        items = [[(int(i), None) for i in group[:1024 // len(groups)]] for group in groups]
+        for start, group in ((s, group) for group in items for s in range(0, len(group), 32)):
+            batch = self.val_set.__getitems__(group[start:start + 32])
+            loss, metrics = model.loss(*self._prepare(batch, g, model), text_drop=0.0)
+            for key in self.val_metrics:
+                value = loss if key == "loss" else metrics[key]
+                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
+        return {key: value / sum(map(len, items)) for key, value in sums.items()}
+
+    def picture(self, model):
+        """Samples for captions of training (upper half) and validation pictures."""
+        rows = [(data, i) for data in (self.train_set, self.val_set) for i, _ in spread(len(data), 16)]
+        captions = [data.__getitems__([(i, None)])[1][0] for data, i in rows]
+        scales = vq.as_pairs(self.tokenizer.config.patch_nums)
+        if self.args.pixels:
+            scales = vq.schedule(1.0, self.args.pixels)
+        images = []
+        for i in range(0, len(captions), 4):                                # few at a time: large models need memory
+            t5 = self.t5 if model.text_encoder is None else model.text_encoder
+            with torch.no_grad():
+                text, mask = t5.encode(captions[i:i + 4], model.config.text_maxlen)
+            generators = [torch.Generator(self.device).manual_seed(j) for j in range(i, i + len(text))]
+            images.append(model.sample(self.tokenizer, text, mask, scales=scales, generator=generators,
+                                       **self.args.sampling))
+        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
+
+    def save(self, model, path, dtype):
+        self.infinity.save(model, path, dtype, show=self.args.show, sampling=self.args.sampling,
+                           tokenizer=vq.fingerprint(self.tokenizer), pixels=self.args.pixels)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,6 +949,10 @@ def check_args(args):
                         ("--warmup", args.warmup, 0, 1), ("--final-lr", args.final_lr, 0, 1), ("--ema", args.ema, 0, 1),
                         ("--cache-crops", getattr(args, "cache_crops", None), 0, None))
     learning_rate(args.schedule, 1, 2, 0, 0, 1)                             # does that schedule exist?
+    if args.model_name == "infinity":
+        sample.check_pixels(args.pixels)
+        sample.check_ranges(("--strength", args.strength, 0, 1), ("--scales", args.scales, 0, None),
+                            ("--short-captions", args.short_captions, 0, 1))
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
 
@@ -780,8 +1042,9 @@ class Run:
     def batches(self):
         """Batches from step `first` on, for ever."""
         args, data = self.args, self.task.train_set
-        order = Batches(len(data), args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
-        workers = args.workers if isinstance(data, PictureFolder) else 0
+        groups = getattr(data, "groups", [np.arange(len(data))])
+        order = Batches(groups, args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
+        workers = args.workers if isinstance(data, (PictureFolder, CaptionedPictures)) else 0
         return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
                                worker_init_fn=leave_signals_to_parent))
 

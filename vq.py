@@ -588,6 +588,7 @@ class VQVAE(nn.Module):
         """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
         return self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
 
+    @torch.no_grad()
     def decode_tiled(self, tile, f_hat, overlap=8):
         """decode, in overlapping tiles of `tile` cells, cross-faded: less memory for large pictures.
 
@@ -597,7 +598,8 @@ class VQVAE(nn.Module):
         if tile <= overlap:
             raise ValueError(f"tiles of {tile} cells do not overlap by {overlap}")
         starts = lambda n: [*range(0, max(n - tile, 0), tile - overlap), max(n - tile, 0)]
-        image, weight = f_hat.new_zeros(2, B, 3, H * s, W * s, dtype=torch.float32)
+        image = f_hat.new_zeros(B, 3, H * s, W * s, dtype=torch.float32)
+        weight = torch.zeros_like(image)
         for y, x in itertools.product(starts(H), starts(W)):
             part = self.decode(f_hat[:, :, y:y + tile, x:x + tile])
             fade = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp(max=overlap * s)

@@ -9,12 +9,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import infinity
 import triton_ops
 import var
 import vq
 
 VQ_CONFIG = vq.Config(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, patch_nums=(1, 2, 3, 4))
 VAR_CONFIG = var.Config(depth=2, width=64, heads=2, patch_nums=(1, 2, 3, 4), num_classes=5, vocab_size=32, z_channels=8)
+
+
+BITS_CONFIG = replace(vq.CONFIGS["emoji_bsq"], z_channels=6, patch_nums=(1, 2, 4))
+INFINITY_CONFIG = infinity.Config(depth=2, width=64, heads=2, bits=6, text_width=128, text_maxlen=32, levels=5, chunks=1)
+T5_CONFIG = infinity.T5Config(vocab_size=259, width=128, layers=2, heads=2, head_dim=16, hidden=32)
+SCALES = ((1, 1), (2, 2), (4, 4))
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +54,24 @@ def tiny_var(**changes):
     return model
 
 
+def tiny_bits(**changes):
+    """16 x 16 pixels, 21 tokens of 6 bits."""
+    model = vq.VQVAE(replace(BITS_CONFIG, **changes)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def tiny_infinity(t5=T5_CONFIG, **changes):
+    """Gates of order one, as in tiny_var, and a text that matters."""
+    model = infinity.Infinity(replace(INFINITY_CONFIG, **changes), t5).eval()
+    g = torch.Generator().manual_seed(1)
+    model.init_weights(init_gamma=1.0, generator=g)
+    with torch.no_grad():
+        model.head.weight.normal_(0, 0.3, generator=g)
+        model.text_out.weight.normal_(0, 0.3, generator=g)
+    return model
+
+
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
@@ -64,6 +89,17 @@ def files(tmp_path_factory):
     vq.save(tiny_tokenizer(), folder / "emoji_vq.safetensors")
     var.save(tiny_var(), folder / "model.safetensors", classes=["cat", "dog", "owl", "fox", "bee"])
     return folder, folder / "emoji_vq.safetensors", folder / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    """(folder, bitwise tokenizer file, Infinity file with its own text encoder) as `sample.py infinity` takes them."""
+    folder = tmp_path_factory.mktemp("tiny_text")
+    tokenizer = tiny_bits()
+    vq.save(tokenizer, folder / "emoji_bsq.safetensors")
+    infinity.save(tiny_infinity(), folder / "model.safetensors", show=["a cat", "a red dog"], sampling={"tau": 1.0},
+                  tokenizer=vq.fingerprint(tokenizer), pixels=None)
+    return folder, folder / "emoji_bsq.safetensors", folder / "model.safetensors"
 
 
 def randn(*shape, seed=0):

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import infinity
 import sample
 import train
 import triton_ops
 import var
 import vq
-from conftest import ROOT, tiny_tokenizer, tiny_var
+from conftest import ROOT, tiny_bits, tiny_infinity, tiny_tokenizer, tiny_var
 
 
 def script(*argv, cwd=ROOT, **kwargs):
@@ -47,6 +48,12 @@ def complaint(capsys, module, *argv):
 def tiny(files, tmp_path):
     """The arguments that name the tiny model, and an empty folder to write to."""
     return ("--ckpt", files[2], "--device", "cpu"), tmp_path
+
+
+@pytest.fixture
+def prompts(text_files, tmp_path):
+    """The arguments that name the tiny text-to-image model, and an empty folder to write to."""
+    return ("infinity", "--ckpt", text_files[2], "--device", "cpu"), tmp_path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +103,65 @@ def test_classes_by_name_filmstrip_and_editing(tiny, capsys):
         assert Image.open(out / "edit.png").width == 4 * 130 - 2            # given, kept, two samples
     run(sample, "var", *argv, "--list-classes")
     assert "   2  owl" in capsys.readouterr().out
+
+
+def info(path):
+    with Image.open(path) as picture:
+        return picture.size, picture.info
+
+
+def test_prompts_draw_their_own_pictures_whatever_the_batch(prompts, capsys):
+    """One file per picture, numbered, with what it was made from; a second run draws nothing anew."""
+    arguments, out = prompts
+    (out / "prompts.txt").write_text("a cat\n\na dog with a long name\nfox\n")
+    options = (*arguments, "--prompts", out / "prompts.txt", "-n", 2)
+    run(sample, *options, "--out", out / "a", "--batch-size", 4)
+    run(sample, *options, "--out", out / "b", "--batch-size", 1)
+    names = sorted(p.name for p in (out / "a").iterdir())
+    assert names == [f"{i:05d}_{n:02d}.png" for i in range(3) for n in range(2)]
+    for name in names:
+        assert (out / "a" / name).read_bytes() == (out / "b" / name).read_bytes(), name
+    size, text = info(out / "a" / "00001_01.png")
+    assert size == (16, 16) and text["prompt"] == "a dog with a long name" and text["seed"] == "3" and text["tau"] == "1.0"
+    (out / "a" / names[0]).unlink()
+    (out / "a" / names[1]).write_bytes(b"cut off")
+    times = {name: (out / "a" / name).stat().st_mtime_ns for name in names[2:]}
+    run(sample, *options, "--out", out / "a")
+    assert all((out / "a" / name).read_bytes() == (out / "b" / name).read_bytes() for name in names)
+    assert times == {name: (out / "a" / name).stat().st_mtime_ns for name in names[2:]}
+    assert "6 files in" in capsys.readouterr().out
+
+
+def test_geneval_folders_features_and_other_ways_to_draw(prompts, capsys):
+    arguments, out = prompts
+    (out / "geneval.jsonl").write_text('{"tag": "x", "prompt": "a cat"}\n{"prompt": "a man"}\n')
+    run(sample, *arguments, "--prompts", out / "geneval.jsonl", "--out", out / "g", "--face-suffix")
+    assert json.loads((out / "g" / "00000" / "metadata.jsonl").read_text())["tag"] == "x"
+    assert info(out / "g" / "00000" / "samples" / "0000.png")[1]["prompt"] == "a cat"
+    assert info(out / "g" / "00001" / "samples" / "0000.png")[1]["prompt"].endswith("perfect facial features")
+    run(sample, *arguments, "--save-features", out / "f.safetensors", "--prompt", "a cat", "fox")
+    run(sample, *arguments, "--features", out / "f.safetensors", "--prompt", "fox", "--out", out / "f.png")
+    run(sample, *arguments, "--prompt", "fox", "--out", out / "fox.png")
+    assert abs(np.array(Image.open(out / "f.png")).astype(int) - np.array(Image.open(out / "fox.png"))).max() <= 40
+    assert "lacks 'owl'" in complaint(capsys, sample, *arguments, "--features", out / "f.safetensors", "--prompt", "owl")
+    run(sample, *arguments, "--out", out / "show.png")                      # the checkpoint's own prompts
+    assert info(out / "show.png")[1]["prompt"] == "a cat, a red dog"
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(out / "in.png")
+    for name, more in {"steps": ["--steps-grid"], "negative": ["--negative", "a dog"], "tiles": ["--tile", 16],
+                       "given": ["--image", out / "in.png", "--keep", 2], "scales": ["--cfg", 1, 2, 3, "--tau", 2, 1, 1],
+                       "features": ["--guide-features", -1], "original": ["--one-generator"]}.items():
+        run(sample, *arguments, "--prompt", "fox", "--out", out / f"{name}.png", *more)
+    strip = {name: np.array(Image.open(out / f"{name}.png")) for name in ("steps", "negative", "tiles", "fox", "given")}
+    assert strip["steps"].shape[1] == 3 * 128 + 2 * 2 and np.array_equal(strip["tiles"], strip["fox"])
+    assert not np.array_equal(strip["negative"], strip["fox"]) and not np.array_equal(strip["given"], strip["fox"])
+
+
+def test_bench_of_bits(prompts, capsys):
+    arguments, out = prompts
+    run(sample, *arguments, "--bench", "--json", out / "b.json")
+    result = json.loads((out / "b.json").read_text())
+    assert result["stages"]["transformer"]["flops"] > 0 and result["stages"]["decoder"]["seconds"] > 0
+    assert "share of the limit" in capsys.readouterr().out
 
 
 def test_npz_goes_on_where_it_stopped_and_is_the_same_in_pieces(tiny, capsys, monkeypatch):
@@ -335,25 +401,72 @@ def test_bad_arguments(tiny, capsys, argv, message):
     assert message in complaint(capsys, sample, "var", *tiny[0], *argv)
 
 
+@pytest.mark.parametrize("argv, message", [
+    (["--pixels", "2M"], "--pixels 2M: choose one of 0.06M, 0.25M, 0.60M, 1M"),
+    (["--cfg", "1", "2"], "--cfg has 2 values, but there are 3 scales"),
+    (["--tau", "0"], "--tau 0.0: expected at least 0.001"),
+    (["--prompt", ""], "an empty prompt"),
+    (["--prompt", "a", " "], "an empty prompt"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (["--prompt", "a", "--prompts", "b"], "--prompt and --prompts exclude each other"),
+    (["--aspect", "9"], "--aspect 9.0: expected 0.3 .. 3.4"),
+    (["--aspect", "2"], "draws squares of one size only"),
+    (["--guide-features", "7"], "this model has 2 blocks"),
+    (["--tile", "4"], "use 16 or more"),
+    (["--features", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--image", "nowhere.png"], "nowhere.png: no such file"),
+    (["--random-weights", "infinity_9b"], "--ckpt and --random-weights exclude each other"),
+])
+def test_bad_arguments_for_prompts(prompts, capsys, argv, message):
+    assert message in complaint(capsys, sample, *prompts[0], *argv)
+
+
+def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
+    arguments, out = prompts
+    vq.save(tiny_bits(z_channels=8), out / "d8.safetensors")
+    line = complaint(capsys, sample, *arguments, "--vae", out / "d8.safetensors")
+    assert "tokens of 8 bits, but this model needs 6 bits; give emoji_bsq.safetensors as --vae" in line
+    other = tiny_bits()
+    torch.nn.init.normal_(other.encoder.conv_out.weight)
+    vq.save(other, out / "other.safetensors")
+    assert "is not the tokenizer that" in complaint(capsys, sample, *arguments, "--vae", out / "other.safetensors")
+    assert "tokens of codes" in complaint(capsys, sample, *arguments, "--vae", files[1])
+    infinity.save(tiny_infinity(t5=None, bits=32), out / "infinity_2b_mine.safetensors")
+    two = ("infinity", "--ckpt", out / "infinity_2b_mine.safetensors", "--no-download", "--prompt", "a", "--device", "cpu")
+    assert "infinity_vae_d32reg.pth: not here" in complaint(capsys, sample, *two)
+    vq.save(tiny_bits(z_channels=32), out / "d32.safetensors")
+    assert "flan-t5-xl: not here" in complaint(capsys, sample, *two, "--vae", out / "d32.safetensors")
+    (out / "p.jsonl").write_text('{"prompt": "a"}\nbroken\n')
+    assert "line 2" in complaint(capsys, sample, *arguments, "--prompts", out / "p.jsonl")
+    (out / "p.txt").write_text("\n")
+    assert "no prompt in it" in complaint(capsys, sample, *arguments, "--prompts", out / "p.txt")
+    assert "not a file that --save-features wrote" in complaint(capsys, sample, *arguments, "--features", text_files[2])
+
+
 def test_model_files_can_be_lifted(tmp_path):
-    """var.py, vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
-    for name in ("var.py", "vq.py", "triton_ops.py"):
+    """Models, vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
+    for name in ("var.py", "infinity.py", "vq.py", "triton_ops.py"):
         shutil.copy(ROOT / name, tmp_path)
     code = """
 import sys
 class Blocker:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av"}:
+        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "tokenizers"}:
             raise ImportError(name + " is not installed")
 import torch                                # which looks for triton itself
 for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "tqdm")]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocker())
-import var, vq
+import infinity, var, vq
 g = torch.Generator().manual_seed(0)
 tokenizer, model = vq.VQVAE(vq.CONFIGS["emoji_vq"]).eval(), var.VAR(var.CONFIGS["emoji_var"]).eval()
 tokenizer.init_weights(g), model.init_weights(generator=g)
 print(tuple(model.sample(tokenizer, torch.tensor([3]), generator=g).shape), torch.cuda.is_initialized())
+tokenizer = vq.VQVAE(vq.CONFIGS["emoji_bsq"]).eval()
+model = infinity.Infinity(infinity.CONFIGS["emoji_infinity"], infinity.BYTE_T5).eval()
+tokenizer.init_weights(g), model.init_weights(generator=g)
+scales = vq.as_pairs(tokenizer.config.patch_nums)
+print(tuple(model.sample(tokenizer, *model.text_encoder.encode(["a fox"]), scales=scales, generator=g).shape))
 """
     result = script("-c", code, cwd=tmp_path)
-    assert result.stdout.strip() == "(1, 3, 32, 32) False", result.stderr
+    assert result.stdout.strip() == "(1, 3, 32, 32) False\n(1, 3, 32, 32)", result.stderr

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import infinity
 import sample
 import train
 import var
 import vq
-from conftest import ROOT, VAR_CONFIG, VQ_CONFIG
+from conftest import BITS_CONFIG, INFINITY_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, VQ_CONFIG
 from test_cli import complaint, run
 
 
@@ -24,6 +26,9 @@ from test_cli import complaint, run
 def tiny_configs(monkeypatch):
     monkeypatch.setitem(vq.CONFIGS, "emoji_vq", VQ_CONFIG)
     monkeypatch.setitem(var.CONFIGS, "emoji_var", VAR_CONFIG)
+    monkeypatch.setitem(vq.CONFIGS, "emoji_bsq", BITS_CONFIG)
+    monkeypatch.setitem(infinity.CONFIGS, "emoji_infinity", INFINITY_CONFIG)
+    monkeypatch.setattr(infinity, "BYTE_T5", T5_CONFIG)
     monkeypatch.setattr(vq, "PatchDiscriminator", partial(vq.PatchDiscriminator, width=8, num_layers=1))
 
 
@@ -146,6 +151,85 @@ def test_two_processes_compute_what_one_does(pictures, files, tmp_path):
         torch.testing.assert_close(one[k], two[k], atol=1e-5, rtol=1e-4)    # sums in another order
 
 
+BITS = ("vq", "--recipe", "infinity_emoji", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
+INFINITY = ("infinity", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
+
+
+def test_bitwise_runs_resume_and_their_files_draw(text_files, tmp_path, capsys):
+    """Tokenizer, then a transformer with its text encoder on it: uninterrupted equals resumed, and sample.py takes both."""
+    run(train, *BITS, "--steps", 3, "--out", tmp_path / "vq")
+    vae = tmp_path / "vq" / "model.safetensors"
+    arguments = (*INFINITY, "--vae", vae, "--steps", 4)
+    run(train, *arguments, "--out", tmp_path / "whole")
+    run(train, *arguments, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *arguments, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    start = infinity.load(tmp_path / "parts" / "model.safetensors").text_encoder
+    assert start is not None and start.config == T5_CONFIG
+    run(sample, "infinity", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vae", vae, "--out", tmp_path / "a.png",
+        "--prompt", "a cat")
+    row = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))[-1]
+    assert 0.4 < float(row["bit_accuracy"]) < 1 and len(row["scale_accuracy"].split()) == 3 and row["val_loss"]
+
+
+def captioned(folder):
+    """Pictures of two aspect ratios with captions, one of them unreadable, and two broken lines."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for i in range(24):
+        size = (40, 40, 3) if i % 2 else (60, 40, 3)
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png\tpicture {i}. It is noise. --ar 1")
+    (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:60])
+    (folder / "a.tsv").write_text("\n".join([*lines, "no tab here", "gone.png\tgone"]))
+    return folder
+
+
+def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
+    data = train.CaptionedPictures(captioned(tmp_path / "data"), "0.06M", split=False)
+    assert "skipped 2 broken of 26 lines" in capsys.readouterr().out
+    assert data.classes == [1.0, 1.5] and [len(g) for g in data.groups] == [12, 12]
+    batches = iter(train.Batches(data.groups, 4, seed=0))
+    seen, shapes = set(), set()
+    for _ in range(6):
+        items = next(batches)
+        pixels, captions, broken = data.__getitems__(items)
+        shapes.add(tuple(pixels.shape))
+        seen |= {i for i, _ in items}
+        assert all(c.startswith("picture") and "--" not in c for c in captions)
+        assert all(path.endswith("9.png") for path in broken)
+    assert seen == set(range(24)) and shapes == {(4, 3, 256, 256), (4, 3, 336, 224)}
+    assert data.caption(3, None) == "picture 3. It is noise." and len({data.caption(3, (s,)) for s in range(20)}) > 1
+    (tmp_path / "1.0_2.jsonl").write_text('{"image_path": "data/1.png", "h_div_w": 1, "long_caption": "long", "text": "s"}')
+    both = train.CaptionedPictures(tmp_path / "1.0_2.jsonl", "0.06M")
+    assert {both.caption(0, (s,)) for s in range(20)} == {"long", "s"}
+
+
+def test_training_on_captions_and_its_mistakes(text_files, tmp_path, capsys, monkeypatch):
+    folder = captioned(tmp_path / "data")
+    monkeypatch.setattr(vq, "PIXELS", {"0.06M": 3})                         # three scales: tiny pictures
+    vae = tmp_path / "d6.safetensors"                                       # stride 16, as of all released ones
+    tokenizer = vq.VQVAE(replace(BITS_CONFIG, ch_mult=(1, 1, 1, 1, 1)))
+    tokenizer.init_weights()
+    vq.save(tokenizer, vae)
+    arguments = (*INFINITY, "--vae", vae, "--steps", 2, "--pixels", "0.06M", "--workers", 0)
+    run(train, *arguments, "--data", folder, "--out", tmp_path / "run", "--reweight", "--scales", 2)
+    assert "done at step 2" in capsys.readouterr().out
+    wrong = partial(complaint, capsys, train, *INFINITY)
+    assert "tokens of codes" in wrong("--vae", vae_of_codes(tmp_path), "--out", tmp_path / "x")
+    assert "--pixels 3M: choose" in wrong("--vae", vae, "--pixels", "3M", "--out", tmp_path / "x")
+    assert "expected a folder with .tsv" in wrong("--vae", vae, "--pixels", "0.06M", "--data", tmp_path / "none")
+    (tmp_path / "bad.tsv").write_text("nothing\n")
+    assert "not one of 1 lines" in wrong("--vae", vae, "--pixels", "0.06M", "--data", tmp_path / "bad.tsv")
+    assert "give the size of pictures as --pixels" in wrong("--vae", vae, "--data", folder)
+
+
+def vae_of_codes(folder):
+    from conftest import tiny_tokenizer
+    vq.save(tiny_tokenizer(), folder / "codes.safetensors")
+    return folder / "codes.safetensors"
+
+
 def test_mistakes(pictures, files, tmp_path, capsys):
     say = lambda *argv: complaint(capsys, train, *argv, "--out", tmp_path / "a")
     assert "--data nowhere: no such folder" in say(*VQ, "--data", "nowhere")
@@ -163,7 +247,7 @@ def test_mistakes(pictures, files, tmp_path, capsys):
 
 
 def test_batches_cover_every_epoch_and_continue_anywhere():
-    take = lambda n, **kw: [b for b, _ in zip(train.Batches(10, 4, 0, **kw), range(n))]
+    take = lambda n, **kw: [b for b, _ in zip(train.Batches([np.arange(10)], 4, 0, **kw), range(n))]
     epoch = [i for batch in take(3) for i, _ in batch]
     assert sorted(epoch[:10]) == list(range(10)) and epoch[10:] == epoch[:2]
     assert take(4, first=2) == take(6)[2:]
