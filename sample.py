@@ -1230,14 +1230,14 @@ def read_prompts(path):
     return prompts, lines
 
 
-def read_features(path, width):
-    """--features: {prompt: (T, Ct)}."""
+def read_features(path, width, longest):
+    """--features: {prompt: (T, Ct)}, T at most `longest`."""
     state, _ = vq.read_checkpoint(path)
     try:
         from safetensors import safe_open
         with safe_open(path, "pt") as f:
             prompts = json.loads(f.metadata()["prompts"])
-        features = {prompt: state[f"text.{i}"].float() for i, prompt in enumerate(prompts)}
+        features = {prompt: state[f"text.{i}"].float()[:longest] for i, prompt in enumerate(prompts)}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"--features {path}: not a file that --save-features wrote") from None
     if (found := next(iter(features.values())).shape[-1]) != width:
@@ -1249,7 +1249,7 @@ def choose_prompts(job):
     """All prompts of a command line; job.features is filled."""
     args, given = job.args, {}
     if args.features:
-        given = read_features(args.features, job.model.config.text_width)
+        given = read_features(args.features, job.model.config.text_width, job.model.config.text_maxlen)
     prompts = list(args.prompt)
     if args.prompts:
         prompts, job.prompts = read_prompts(args.prompts)

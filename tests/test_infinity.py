@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import infinity
 import vq
 from conftest import SCALES, T5_CONFIG, randn, tiny_bits, tiny_infinity
-from triton_ops import filter_logits
+from triton_ops import backend, filter_logits
 
 PATCHES = ((1, 1), (2, 2))                      # with patchify, the tokenizer's being 2x2 and 4x4
 
@@ -353,6 +353,27 @@ def test_tokenizer_json_is_read_by_its_package(tmp_path):
     ids, mask = tokenize(["a cat", "a dog cat", ""], 512)
     assert ids.tolist() == [[3, 4, 1, 0], [3, 2, 4, 1], [1, 0, 0, 0]] and mask.sum(1).tolist() == [3, 4, 1]
     assert tokenize(["a cat a cat"], 3)[0].tolist() == [[3, 4, 1]]
+
+
+@pytest.mark.kernel
+def test_kernels_draw_and_learn_what_torch_does():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = tiny_infinity().to(device), tiny_bits().to(device)
+    given = [bits.to(device) for bits in tiny_bits().tokenize(randn(2, 3, 16, 16), SCALES)]
+    f = tokenizer.encode(randn(2, 3, 16, 16).to(device)).detach()
+
+    def numbers():
+        steps = model.steps(tokenizer, texts().to(device), scales=SCALES, given=given, keep=3, top_k=1)
+        logits = torch.cat([step.logits for step in steps], 1)
+        inputs, labels = infinity.self_correct(tokenizer.quantize, f, SCALES, 0.0)
+        model.zero_grad()
+        model.loss(texts().to(device), None, inputs, labels, SCALES)[0].backward()
+        return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+    with backend("torch"):
+        expected = numbers()
+    with backend("triton"):
+        for mine, theirs in zip(numbers(), expected):
+            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu
