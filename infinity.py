@@ -16,7 +16,7 @@ No softmax could span it: the head is d independent two-way classifiers (the pap
     bits -> codes +-1/sqrt(d) -> grown bilinearly, added to f_hat, the picture so far; f_hat resized is the next input
 
 How it differs from VAR (var.py), besides the bits:
-- *bitwise self-correction*: training flips random bits of the coarse scales and computes the targets of the finer ones
+- *bitwise self-correction*: training flips random bits of every scale and computes the targets of the finer ones
   against the flipped picture, so the model learns to repair what it drew wrong. See `self_correct`;
 - the condition is text: pooled into AdaLN, and attended to by a cross-attention between attention and feed-forward;
 - pictures have any aspect ratio and several sizes: schedules come from `vq.schedule`, positions are 2D RoPE on the grid
@@ -26,7 +26,8 @@ How it differs from VAR (var.py), besides the bits:
 With patchify a token is four neighbours' bits: 14 bits of a map twice as large become D = 56 (8B).
 
 Letters: B batch, R rows (2B with guidance, else B), L tokens of all scales, l tokens of one scale, T text tokens, C
-width, Ct text width, H heads, d bits of a tokenizer token, D bits of a transformer token, K scales, h w token-map size.
+width, Ct text width, H heads, d bits of a tokenizer token, D bits of a transformer token (but inside of attention, as
+everywhere, the width of a head), K scales, h w token-map size; the first scale has one token.
 Paper: Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis, arXiv 2412.04431. Released
 weights, repository FoundationVision/Infinity: infinity_125M_256x256.pth (tokenizer d16, 0.06M pixels),
 infinity_2b_reg.pth (tokenizer d32reg, 1M), the folders infinity_8b_weights (tokenizer d56_f8_14_patchify, 1M) and
@@ -182,13 +183,15 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Normal, of variance 1 / inputs, but q smaller, as nothing divides by sqrt(head_dim); T5's own rule."""
+        """T5's own rule: normal, of variance 1 / inputs, but q smaller, as nothing divides by sqrt(head_dim)."""
         c = self.config
         for name, p in self.named_parameters():
             if "norm" in name:
                 p.fill_(1)
             elif "embed" in name:
                 p.normal_(0, 1, generator=generator)
+            elif "relative_bias" in name:
+                p.normal_(0, c.width ** -0.5, generator=generator)
             else:
                 p.normal_(0, (p.shape[1] * (c.head_dim if ".q." in name else 1)) ** -0.5, generator=generator)
 
@@ -370,7 +373,7 @@ class Block(nn.Module):
         dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self.attn(h, constants, rope, bounds, cache, pos)
-        weight, bias = (p[None, None] for p in (self.cross_norm.weight, self.cross_norm.bias))
+        weight, bias = (p.float()[None, None] for p in (self.cross_norm.weight, self.cross_norm.bias))
         h, x = adaln_modulate(h, weight - 1, bias, self.eps, residual=x, gate=gate1 * kept[0], out_dtype=dtype)
         h = self.cross(h, k, v, mask)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, out_dtype=dtype)
@@ -424,7 +427,8 @@ def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=Fa
     some bits are flipped, as if drawn wrong, the picture goes on from the flipped ones, and what the next scales should
     add is computed anew, from what is missing now. A flipped bit is never a target; its repair is.
 
-    f:        (B, d, H, W) features of the pictures, from `tokenizer.encode`
+    f:        (B, d, H, W) features of the pictures, from `tokenizer.encode`; with patchify twice as large as the last
+              of the scales
     strength: each scale's chance of a flip is 0, 0.01, ... or strength, at random; 0: no flips
     layers:   flip in so many of the first scales; None: all
     chances:  the chance at every scale, instead of drawing it
@@ -439,7 +443,7 @@ def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=Fa
         labels.append(fold(bits, scales[k]) if patchify else bits)
         if strength and (layers is None or k < layers):
             if chances is None:
-                chance = 0.01 * torch.randint(int(100 * strength) + 1, (), generator=generator, device=f.device)
+                chance = 0.01 * torch.randint(round(100 * strength) + 1, (), generator=generator, device=f.device)
             else:
                 chance = chances[k]
             bits = bits ^ (torch.rand(bits.shape, generator=generator, device=f.device) < chance)
@@ -471,13 +475,14 @@ def draw_bits(logits, noise, top_k=0, top_p=0.0):
 
 # What `Infinity.steps` yields after scale k:
 #   logits  (B, l, D, 2), guided and divided by tau, before the filters
-#   bits    (B, h * w, d) of the tokenizer, as drawn or as given
+#   bits    (B, h * w, d) of the tokenizer, as drawn or as given; with patchify (B, 2h * 2w, d)
 #   f_hat   (B, d, H, W) the picture so far, at the size of the last scale
 Step = namedtuple("Step", "k logits bits f_hat")
 
 
 def call(function, constants, *tensors):
-    """How `Infinity.sample` has device work done. Anything else of this signature may capture it once and replay it."""
+    """How `Infinity.sample` has device work done. Anything else of this signature may capture it once and replay it.
+    constants can be hashed; tensors are tensors, None, and lists of them."""
     return function(*constants, *tensors)
 
 
@@ -552,6 +557,7 @@ class Infinity(nn.Module):
         """Teacher-forced logits.
 
         text, mask: (B, T, Ct) features of the prompts; (B, T) bool, False for padding, or None
+        generator:  of dropped prompts, and in training mode of stochastic depth
         inputs:     (B, L - 1, D) what enters at scales 1, 2, ..., from `self_correct`; those of the first scales are
                     enough: then these alone are computed
         scales:     (h, w) of all scales, from `vq.schedule`
@@ -624,8 +630,14 @@ class Infinity(nn.Module):
         """
         self.check_pair(tokenizer)
         scales, B = tuple(map(tuple, scales)), len(text)
-        K, device = len(scales), self.pos_start.device
+        K, device, depth = len(scales), self.pos_start.device, len(self.blocks)
         cfg, tau = per_scale(cfg, K, "cfg"), per_scale(tau, K, "tau")
+        if min(tau) <= 0:
+            raise ValueError(f"tau must be above 0, not {min(tau)}: top_k=1 takes the likelier value of every bit")
+        if guide_after is not None and not -depth <= guide_after < depth:
+            raise ValueError(f"guide_after is a block, -{depth} .. {depth - 1}, not {guide_after}")
+        if (given is None) != (keep == 0):
+            raise ValueError("given and keep go together: the bits, and of how many scales they are to be kept")
         guided = any(c != 1 for c in cfg)
         text, mask = self.rows(text.to(device), mask, negative) if guided else (text.to(device), mask)
         x, f_hat, *state = run(self._begin, (scales, B), text, None if mask is None else mask.to(device))
@@ -675,7 +687,7 @@ class Infinity(nn.Module):
     def _advance(self, quantizer, scales, k, cfg, tau, top_k, top_p, guide_after, x, f_hat, state, noise, given):
         """Scale k: its input x (R, l, C), f_hat so far -> the next scale's x, f_hat, logits, bits.
 
-        noise: Exp(1) (B, l * D, 2); given: bits (B, h * w, d) to take instead of those drawn, or None
+        noise: Exp(1) (B, l * D, 2); given: bits of the tokenizer to take instead of those drawn, or None
         """
         cache, rope, head_modulation, mask, *prepared = state
         (h, w), B, patchify = scales[k], len(f_hat), self.config.patchify
@@ -717,12 +729,13 @@ class Infinity(nn.Module):
                       authors take 3 or 4, and 1 for close-ups of faces
         tau:          temperature, below 1 for cleaner pictures; a number, or one per scale
         top_k, top_p: filters of both values of a bit, see `draw_bits`; top_k=1 takes the likelier one
-        negative:     (features, mask) of what to stay away from, in place of the null text
+        negative:     features (1 or B, T', Ct) and mask, or None, of what to stay away from, in place of the null text
         guide_after:  guide the features after that block (-1: the last) instead of the logits
         generator:    a torch.Generator of the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, which makes every picture independent of its batch; None: torch's global one
-        given, keep:  bits of a picture (from `tokenizer.tokenize`), of which the first `keep` scales are taken: its
-                      layout and colors with other details; random numbers are drawn for them all the same
+        given, keep:  bits of a picture, `tokenizer.tokenize(image, tokenizer_scales(scales, patchify))`, whose first
+                      `keep` scales are taken: its layout and colors with other details. The random numbers of these are
+                      drawn all the same
         tile:         decode in overlapping tiles of so many cells, see `vq.VQVAE.decode_tiled`; 0: at once
         run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
                       once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
@@ -730,7 +743,8 @@ class Infinity(nn.Module):
         steps = self.steps(tokenizer, text, mask, scales=scales, cfg=cfg, tau=tau, top_k=top_k, top_p=top_p,
                            negative=negative, guide_after=guide_after, generator=generator, given=given, keep=keep,
                            run=run)
-        sums = [step.f_hat for step in steps] if ladder else [step.f_hat for step in steps][-1:]    # frees the cache
+        sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
+        sums = sums if ladder else sums[-1:]
         decode, constants = (tokenizer.decode_tiled, (tile,)) if tile else (tokenizer.decode, ())
         images = [run(decode, constants, f_hat).add(1).mul(0.5) for f_hat in sums]
         return images if ladder else images[0]
@@ -739,7 +753,7 @@ class Infinity(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init_gamma=5e-6, generator=None):
-        """The authors' initialisation. init_gamma scales the AdaLN gates: blocks start as nearly nothing."""
+        """The authors' initialisation. init_gamma scales the gates of the blocks' own tables."""
         c = self.config
         std = math.sqrt(1 / (3 * c.width))
         for name, p in self.named_parameters():
@@ -809,7 +823,7 @@ def load(path, config=None, patchify=None, dtype=torch.float32, device="cpu", em
     checkpoint. Raises vq.CheckpointError.
     """
     training = (("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))
-    state, saved = vq.read_checkpoint(path, nested=((("trainer", "gpt_ema_fsdp"),) if ema else ()) + training)
+    state, saved = vq.read_checkpoint(path, nested=(("trainer", "gpt_ema_fsdp"),) if ema else training)
     vq.require(state, "text_proj_for_sos.ca.mat_q", "word_embed.weight", "cfg_uncond", path=path,
                what="an Infinity transformer")
     state = {k: v for k, v in state.items() if k not in DERIVED and not k.endswith("zero_k_bias")}
@@ -841,7 +855,7 @@ def export(model, buffers=True):
     c, official = model.config, {}
     for k, v in vq.rename_keys(state, RENAMES, inverse=True).items():
         if (m := re.match(r"blocks\.(\d+)\.(.*)", k)) and c.chunks > 1:
-            chunk, i = divmod(int(m[1]), c.depth // c.chunks)
+            chunk, i = divmod(int(m[1]), max(c.depth // c.chunks, 1))
             k = f"block_chunks.{chunk}.module.{i}.{m[2]}"
         official[k] = v
     if buffers:

@@ -310,9 +310,9 @@ class CaptionedPictures:
                             "tab and a caption")
         if split:                                                           # under 20: no hold-out
             self.rows = [row for i, row in enumerate(self.rows) if (i % 20 == 19) != train] or self.rows
-        self.classes = sorted({row[1] for row in self.rows})                # aspect ratios
         ratios = np.array([row[1] for row in self.rows])
-        self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.classes]
+        self.aspects = sorted(set(ratios.tolist()))
+        self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
         listing = hashlib.sha256("\n".join(str(row) for row in self.rows).encode()).hexdigest()
         self.fingerprint = f"{listing} {pixels}"
 
@@ -999,8 +999,10 @@ class Run:
             self.restore()
         if self.rank == 0:
             parameters = sum(p.numel() for p in self.model.parameters())
+            kinds = (f"{len(train_set.aspects)} aspect ratios" if isinstance(train_set, CaptionedPictures) else
+                     f"{len(train_set.classes)} classes")
             print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {len(self.task.train_set):,} "
-                  f"pictures, {len(train_set.classes)} classes, steps {self.first} to {args.steps}")
+                  f"pictures, {kinds}, steps {self.first} to {args.steps}")
 
     def save(self, step):
         """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""

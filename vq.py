@@ -602,8 +602,9 @@ class VQVAE(nn.Module):
         weight = torch.zeros_like(image)
         for y, x in itertools.product(starts(H), starts(W)):
             part = self.decode(f_hat[:, :, y:y + tile, x:x + tile])
-            fade = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).clamp(max=overlap * s)
-            mask = (fade(part.shape[2])[:, None] * fade(part.shape[3])).to(part)
+            ramp = lambda n: torch.arange(1, n + 1, device=part.device)
+            fade = lambda n: torch.minimum(ramp(n), ramp(n).flip(0)).clamp(max=overlap * s)
+            mask = (fade(part.shape[2])[:, None] * fade(part.shape[3])).to(part.dtype)
             where = ..., slice(y * s, y * s + part.shape[2]), slice(x * s, x * s + part.shape[3])
             image[where] += part * mask
             weight[where] += mask

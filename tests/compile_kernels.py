@@ -94,7 +94,7 @@ def gn(shape, dtype, form):
 def calls():
     """The models' argument types and widths."""
     adaln(1920, BF16, F32), adaln(2048, F32, F32)
-    weight, bias, gate = leaf(1, 1, 2048), leaf(1, 1, 2048), leaf(2, 1, 2048, dtype=F32)        # infinity's affine norm
+    weight, bias, gate = (leaf(n, 1, 2048, dtype=F32) for n in (1, 1, 2))     # infinity's affine norm
     backward(adaln_modulate(leaf(2, 20, 2048), weight, bias, residual=leaf(2, 20, 2048, dtype=F32), gate=gate))
     backward(adaln_modulate(leaf(1, 1, 3200), None, None, kind="rms", weight=leaf(3200)))
     qk(30, 64, BF16, rope=False, norm=True)

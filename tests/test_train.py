@@ -188,7 +188,7 @@ def captioned(folder):
 def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
     data = train.CaptionedPictures(captioned(tmp_path / "data"), "0.06M", split=False)
     assert "skipped 2 broken of 26 lines" in capsys.readouterr().out
-    assert data.classes == [1.0, 1.5] and [len(g) for g in data.groups] == [12, 12]
+    assert data.aspects == [1.0, 1.5] and [len(g) for g in data.groups] == [12, 12]
     batches = iter(train.Batches(data.groups, 4, seed=0))
     seen, shapes = set(), set()
     for _ in range(6):
