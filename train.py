@@ -55,8 +55,8 @@ INFINITY = COMMON | dict(
     checkpointing=True, sampling=dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97), show=(),
 )
 INFINITY_EMOJI = dict(
-    model="emoji_infinity", size=32, pixels=None, steps=4200, batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02,
-    clip=2.0, ema=0.998, dtype="fp32", strength=0.1, init_gamma=0.1, checkpointing=False,
+    model="emoji_infinity", size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02,
+    clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
     show=("grinning cat face", "pizza", "red heart", "rocket", "snake", "snowman", "french fries", "fire"),
 )
 RECIPES = {
@@ -135,17 +135,18 @@ def parse_args(argv=None):
             add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
             continue
         add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
-        add("--init", metavar="FILE", help="fine-tune these weights; another number of classes is fine")
+        add("--init", metavar="FILE", help="start from these weights" + (
+            "; another number of classes is fine" if name == "var" else ", such as those of the last stage"))
         add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
         if name == "infinity":
             add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
             add("--pixels", metavar="SIZE", help="of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M")
             add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
-            add("--reweight", action="store_true", default=None, help="weigh the tokens of coarse scales more")
+            add("--reweight", action=argparse.BooleanOptionalAction, help="weigh the tokens of coarse scales more")
             add("--scales", type=int, default=0, help="train so many of the first scales; 0: all")
             add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
-            add("--no-checkpointing", dest="checkpointing", action="store_false", default=None,
-                help="keep all activations: faster, if memory allows")
+            add("--checkpointing", action=argparse.BooleanOptionalAction,
+                help="compute activations twice instead of keeping them: slower, for less memory")
         else:
             add("--cache-crops", type=int,
                 help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly")
