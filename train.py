@@ -57,7 +57,8 @@ INFINITY = COMMON | dict(
 INFINITY_EMOJI = dict(
     model="emoji_infinity", size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02,
     clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
-    show=("grinning cat face", "pizza", "red heart", "rocket", "snake", "snowman", "french fries", "fire"),
+    show=("grinning cat face", "red apple", "green heart", "french fries", "smiling face with sunglasses",
+          "pouting cat face", "blue heart", "broken heart"),
 )
 RECIPES = {
     "vq": {
