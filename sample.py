@@ -889,9 +889,8 @@ def draw_and_save(job, items, out, single, extra=(), titles=(), resume=False):
     if single:
         pictures = list(extra) * (frames == 1) + pictures
         columns = frames if frames > 1 else min(len(pictures), 8 if len(pictures) > 4 else 4)
-        described = [job.describe(item) for item in items]
-        text = {k: ", ".join(dict.fromkeys(d[k] for d in described)) for k in described[0]}
-        save_png(out, grid(np.stack(pictures), columns, titles=titles), job.settings | text)
+        text = ", ".join(dict.fromkeys(text for item in items for text in job.describe(item).values()))
+        save_png(out, grid(np.stack(pictures), columns, titles=titles), job.settings | {job.ITEMS: text})
     where = out if single else f"{len(items)} files in {out}"
     print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, (job.tokenizer, job.model),
                     seconds / len(items), job.peak, where))
@@ -924,7 +923,7 @@ DEMO_SETTINGS = dict(cfg=4.0, top_k=900, top_p=0.95)                        # th
 class VARJob(Job):
     """`sample.py var`: items are class ids."""
 
-    MODULE = var
+    MODULE, ITEMS = var, "classes"
 
     def prepare(self):
         args = self.args
@@ -1112,7 +1111,7 @@ def check_pixels(pixels):
 class InfinityJob(Job):
     """`sample.py infinity`: items are prompts."""
 
-    MODULE = infinity
+    MODULE, ITEMS = infinity, "prompts"
 
     def random_models(self, config, g):
         name = "emoji_bsq" if self.name == "emoji_infinity" else TOKENIZERS[config.bits].removesuffix(".pth")
