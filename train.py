@@ -25,8 +25,8 @@ COMMON = dict(
 # VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's: its batch, rate and discriminator.
 VQ = COMMON | dict(
     model="vae_ch160v4096z32", size=256, epochs=40, batch_size=128, schedule="const", wd=0.0, clip=1.0, ema=0.9999,
-    dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000,
-    warm_steps=0, restart_after=1000, restart_until=0.7,
+    dtype="bf16", l1=0.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5, disc_start=20000, adaptive=True, gan="hinge",
+    disc="patch", warm_steps=0, restart_after=1000, restart_until=0.7,
 )
 VQ_EMOJI = dict(
     model="emoji_vq", size=32, epochs=0, steps=5000, batch_size=16, lr=1e-3, schedule="lin00", final_lr=0.01,
@@ -34,6 +34,8 @@ VQ_EMOJI = dict(
     warm_steps=300, restart_after=300,
 )
 VQ_BITS = VQ | dict(warm_steps=0, restart_after=0)                          # bits need no care of a codebook
+# LlamaGen's. Its optimizer is Adam, whose weight decay is ignored; its codes on the unit sphere need no restarts
+VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0)
 # init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
 # settings and its classes (none: spread over all)
 VAR = COMMON | dict(
@@ -67,6 +69,10 @@ RECIPES = {
         "infinity_emoji": VQ_BITS | VQ_EMOJI | dict(model="emoji_bsq", warm_steps=0, restart_after=0),
         **{f"infinity_d{d}": VQ_BITS | dict(model=f"infinity_vae_d{d}") for d in ("16", "24", "32", "64")},
         "infinity_d56": VQ_BITS | dict(model="infinity_vae_d56_f8_14_patchify"),
+        "llamagen_emoji": VQ | VQ_EMOJI | dict(model="emoji_vq_single"),
+        "llamagen_ds16": VQ_SINGLE | dict(model="vq_ds16_c2i"),
+        "llamagen_ds8": VQ_SINGLE | dict(model="vq_ds8_c2i"),
+        "llamagen_ds16_t2i": VQ_SINGLE | dict(model="vq_ds16_t2i", disc_start=0),       # from the first, with --init
     },
     "var": {
         "emoji": VAR | VAR_EMOJI,

@@ -108,6 +108,8 @@ class Config:
     beta: float = 0.25                          # weight of the commitment loss
     entropy: float = 0.1                        # weight of the entropy loss of bits
     znorm: bool = False                         # look codes up by cosine instead of distance
+    single_scale: bool = False                  # one map of tokens instead of a ladder; its codes have length 1
+    hidden_channels: int = 0                    # outside of the convolutions around the quantizer; 0: z_channels
 
     @property
     def stride(self):
@@ -122,14 +124,26 @@ def _bits(d, **changes):
     return Config(**base | dict(z_channels=d) | changes)
 
 
+def _single(side, ch_mult, **changes):
+    """LlamaGen's tokenizers: one map, and a codebook of few channels, between 1 x 1 convolutions."""
+    base = dict(ch=128, ch_mult=ch_mult, z_channels=8, hidden_channels=256, vocab_size=16384, patch_nums=(side,),
+                quant_kernel=1, entropy=0.0, single_scale=True)
+    return Config(**base | changes)
+
+
 CONFIGS = {
     "vae_ch160v4096z32": Config(),
+    "vq_ds16_c2i": _single(16, (1, 1, 2, 2, 4)),                            # side: of the token map at 256 pixels
+    "vq_ds8_c2i": _single(32, (1, 2, 2, 4)),
+    "vq_ds16_t2i": _single(16, (1, 1, 2, 2, 4)),
     **{f"infinity_vae_d{d}": _bits(d) for d in (16, 24, 32, 64)},
     "infinity_vae_d32reg": _bits(32),
     "infinity_vae_d56_f8_14_patchify": _bits(14, ch_mult=(1, 2, 4, 4),     # maps of twice the size: 8 pixels per token
                                              patch_nums=tuple((2 * h, 2 * w) for h, w in schedule(pixels="0.06M"))),
     "emoji_vq": Config(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_lowest=False, z_channels=16, vocab_size=1024,
                        patch_nums=(1, 2, 3, 4, 6, 8)),      # 32 x 32 pixels, trained in demo/
+    "emoji_vq_single": _single(8, (1, 2, 4), ch=32, num_res_blocks=1, attn_lowest=False, hidden_channels=64,
+                               vocab_size=2048),                            # likewise
     "emoji_bsq": _bits(16, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, patch_nums=(1, 2, 4, 6, 8)),     # likewise
 }
 
@@ -290,7 +304,7 @@ class Decoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Multi-scale residual quantization
+# Quantizers
 
 
 def area_resize(x, size):
@@ -382,27 +396,20 @@ def phi_index(k, num_scales, num_phi):
     return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
 
 
-class MultiScaleVQ(ResidualQuantizer):
-    """Tokens are rows of one codebook, (B, h * w) int64 (VAR, section 3.2).
-
-    Official keys: `quantize.embedding.weight` is our codebook, `quantize.quant_resi.*` phi, and
-    `quantize.ema_vocab_hit_SV` hits.
-    """
+class CodebookQuantizer(ResidualQuantizer):
+    """Tokens are rows of one codebook, (B, h * w) int64. Official key: `quantize.embedding.weight`."""
 
     def __init__(self, config):
         super().__init__(config)
-        V, C, K = config.vocab_size, config.z_channels, len(self.patch_nums)
-        self.codebook = nn.Parameter(torch.zeros(V, C))
-        self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phi_count or K))
-        self.register_buffer("hits", torch.zeros(K, V))                     # moving average of how often a code is used
-        self.register_buffer("hit_updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("idle", torch.zeros(V, dtype=torch.int64))     # training steps since a code was last used
+        self.codebook = nn.Parameter(torch.zeros(config.vocab_size, config.z_channels))
+        # training steps since a code was last used
+        self.register_buffer("idle", torch.zeros(config.vocab_size, dtype=torch.int64))
 
     def nearest(self, z):
         """Feature map z (B, C, h, w) -> index of the nearest code per cell, row-major (B, h * w)."""
-        flat = rearrange(z.detach().float(), "b c h w -> (b h w) c")
+        flat, cosine = rearrange(z.detach().float(), "b c h w -> (b h w) c"), self.config.znorm
         with torch.autocast(z.device.type, enabled=False):
-            return vq_nearest(flat, self.codebook, l2norm=self.config.znorm).view(z.shape[0], -1)
+            return vq_nearest(flat, self.codebook, l2norm=cosine or self.config.single_scale).view(z.shape[0], -1)
 
     def quantize(self, z):
         """z (B, C, h, w) -> indices (B, h * w) and their codes (B, C, h, w)."""
@@ -412,6 +419,110 @@ class MultiScaleVQ(ResidualQuantizer):
     def embed(self, index, size):
         """Indices (B, h * w) -> their codes as a map (B, C, h, w)."""
         return rearrange(F.embedding(index, self.codebook), "b (h w) c -> b c h w", h=size[0])
+
+    @staticmethod
+    def coverage(tokens, config):
+        """Of which share of the codebook tokens (list of (B, h * w)) make use, in percent."""
+        return 100 * len(torch.cat(tokens, 1).unique()) / config.vocab_size
+
+    @torch.no_grad()
+    def restart_codes(self, f, dead, generator=None):
+        """Moves the codes marked in `dead` (V,) bool onto random residuals of the batch f; returns how many.
+
+        The cure for codebook collapse: codes that are never the nearest never get a gradient. Processes that train
+        together must broadcast the codebook afterwards.
+        """
+        if self.config.znorm:
+            raise ValueError("restart_codes compares by distance: it does not apply to a znorm codebook")
+        z = torch.cat([rearrange(z, "b c h w -> (b h w) c") for z, _, _ in self.walk(f)])
+        where = dead.nonzero()[:, 0]
+        self.codebook[where] = z[torch.randint(len(z), (len(where),), generator=generator, device=z.device)]
+        self.idle[where] = 0
+        return len(where)
+
+    @torch.no_grad()
+    def init_codebook(self, f, generator=None, rounds=8):
+        """Fills the codebook from features f (B, C, H, W): at random first, then what nothing chose tries again."""
+        self.codebook.zero_()
+        self.restart_codes(f, torch.ones_like(self.idle, dtype=torch.bool), generator)
+        for _ in range(rounds):
+            dead = torch.ones_like(self.idle, dtype=torch.bool)
+            dead[torch.cat(self.encode(f), 1).flatten()] = False
+            self.restart_codes(f, dead, generator)
+
+
+class SingleScaleVQ(CodebookQuantizer):
+    """The ladder of one step, the quantizer of VQGAN and LlamaGen: every cell of f is a token, nothing is left over.
+
+    Features and codes are compared as unit vectors, and what is decoded is a unit vector (LlamaGen, section 3.1): with
+    8 channels instead of 256 that makes use of nearly all of 16,384 codes, where without it most die. The stored
+    codebook need not be of length 1. Any size of f will do. Official key besides the codebook:
+    `quantize.codebook_used`, the last 65,536 indices of training, is our `recent`.
+    """
+
+    SHARPNESS = 100.0                           # inverse temperature of the entropy loss
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("recent", torch.zeros(65536))                  # starts as zeros: code 0 counts as used
+
+    def walk(self, f, patch_nums=None):
+        """As in ResidualQuantizer, of the one scale that there is: that of f."""
+        return super().walk(F.normalize(f.float(), dim=1), [tuple(f.shape[-2:])])
+
+    def embed(self, index, size):
+        """Indices (B, h * w) -> their codes, of length 1, as a map (B, C, h, w)."""
+        return F.normalize(super().embed(index, size), dim=1)
+
+    def contribution(self, h, k, num_scales, size):
+        """The codes are all there is."""
+        return h
+
+    # training
+
+    def forward(self, f):
+        """f (B, C, H, W) -> (codes with a straight-through gradient, loss, (1,) percent of codes in `recent`)."""
+        z = F.normalize(f.float(), dim=1)
+        index, codes = self.quantize(z)
+        if self.training:
+            self._record(index)
+        usage = 100 * len(self.recent.unique()) / len(self.codebook)
+        return z + (codes - z).detach(), sum(self.losses(z, codes)), z.new_tensor([usage])
+
+    def losses(self, z, codes):
+        """Unit features and their codes (B, C, h, w) -> what trains the codes, |e - sg(z)|^2; what keeps the encoder
+        near them, beta |sg(e) - z|^2; and the entropy loss, whose weight in the released models is 0."""
+        follow, commit = F.mse_loss(codes, z.detach()), self.config.beta * F.mse_loss(z, codes.detach())
+        return follow, commit, self.config.entropy * self.entropy_loss(z) if self.config.entropy else z.new_zeros(())
+
+    def entropy_loss(self, z):
+        """Entropy of a softmax over minus the distances to all codes: low for each cell (it is sure of its code), less
+        that of the mean over all cells, high (all codes are used). Makes N x V numbers."""
+        z, e = rearrange(z, "b c h w -> (b h w) c"), F.normalize(self.codebook, dim=-1)
+        scores = -self.SHARPNESS * (z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T)      # (N, V)
+        p, log_p = scores.softmax(-1), (scores + 1e-5).log_softmax(-1)      # the 1e-5 there cancels; the next does not
+        mean = p.mean(0)
+        return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
+
+    @torch.no_grad()
+    def _record(self, index):
+        """Keeps the last 65,536 indices of this process."""
+        index = index.flatten()
+        self.recent.copy_(torch.cat([self.recent, index.to(self.recent.dtype)])[-len(self.recent):])
+        used = index.bincount(minlength=len(self.codebook)) > 0
+        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+
+
+class MultiScaleVQ(CodebookQuantizer):
+    """A ladder of indices (VAR, section 3.2). Official keys besides the codebook: `quantize.quant_resi.*` is our phi,
+    `quantize.ema_vocab_hit_SV` hits."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        V, C, K = config.vocab_size, config.z_channels, len(self.patch_nums)
+        self.phi = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phi_count or K))
+        self.register_buffer("hits", torch.zeros(K, V))                     # moving average of how often a code is used
+        self.register_buffer("hit_updates", torch.zeros((), dtype=torch.int64))
 
     def contribution(self, h, k, num_scales, size):
         """What scale k adds to f_hat: its code map h (B, C, h, w), resized to `size` and corrected by phi_k."""
@@ -423,11 +534,6 @@ class MultiScaleVQ(ResidualQuantizer):
     def next_input(self, f_hat, k, patch_nums=None):
         """What the transformer sees at scale k: the sum so far, resized to that scale: (B, h * w, C)."""
         return area_resize(f_hat, as_pairs(patch_nums or self.patch_nums)[k]).flatten(2).transpose(1, 2)
-
-    @staticmethod
-    def coverage(tokens, config):
-        """Of which share of the codebook tokens (list of (B, h * w)) make use, in percent."""
-        return 100 * len(torch.cat(tokens, 1).unique()) / config.vocab_size
 
     # training
 
@@ -461,31 +567,6 @@ class MultiScaleVQ(ResidualQuantizer):
             hits.copy_(hits * decay + count * (1 - decay))
             self.hit_updates += 1
         self.idle.copy_(torch.where(counts.sum(0) > 0, 0, self.idle + 1))
-
-    @torch.no_grad()
-    def restart_codes(self, f, dead, generator=None):
-        """Moves the codes marked in `dead` (V,) bool onto random residuals of the batch f; returns how many.
-
-        The cure for codebook collapse: codes that are never the nearest never get a gradient. Processes that train
-        together must broadcast the codebook afterwards.
-        """
-        if self.config.znorm:
-            raise ValueError("restart_codes compares by distance: it does not apply to a znorm codebook")
-        z = torch.cat([rearrange(z, "b c h w -> (b h w) c") for z, _, _ in self.walk(f)])
-        where = dead.nonzero()[:, 0]
-        self.codebook[where] = z[torch.randint(len(z), (len(where),), generator=generator, device=z.device)]
-        self.idle[where] = 0
-        return len(where)
-
-    @torch.no_grad()
-    def init_codebook(self, f, generator=None, rounds=8):
-        """Fills the codebook from features f (B, C, H, W): at random first, then codes that nothing chose try again."""
-        self.codebook.zero_()
-        self.restart_codes(f, torch.ones_like(self.idle, dtype=torch.bool), generator)
-        for _ in range(rounds):
-            dead = torch.ones_like(self.idle, dtype=torch.bool)
-            dead[torch.cat(self.encode(f), 1).flatten()] = False
-            self.restart_codes(f, dead, generator)
 
 
 class MultiScaleBSQ(ResidualQuantizer):
@@ -560,18 +641,19 @@ def _world_size():
 
 
 class VQVAE(nn.Module):
-    """Encoder, multi-scale quantizer, decoder. Images are (B, 3, h, w) in [-1, 1], h and w divisible by the stride."""
+    """Encoder, quantizer, decoder. Images are (B, 3, h, w) in [-1, 1], h and w divisible by the stride."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, kernel = config.z_channels, config.quant_kernel
-        sizes = (config.ch, config.ch_mult, config.num_res_blocks, C, config.attn_lowest, config.attn_mid)
-        conv = lambda: nn.Conv2d(C, C, kernel, padding=kernel // 2) if kernel else nn.Identity()
+        C, hidden, kernel = config.z_channels, config.hidden_channels or config.z_channels, config.quant_kernel
+        sizes = (config.ch, config.ch_mult, config.num_res_blocks, hidden, config.attn_lowest, config.attn_mid)
+        conv = lambda *channels: nn.Conv2d(*channels, kernel, padding=kernel // 2) if kernel else nn.Identity()
+        quantizer = SingleScaleVQ if config.single_scale else MultiScaleVQ if config.vocab_size else MultiScaleBSQ
         self.encoder = Encoder(*sizes)
-        self.quant_conv = conv()
-        self.quantize = MultiScaleVQ(config) if config.vocab_size else MultiScaleBSQ(config)
-        self.post_quant_conv = conv()
+        self.quant_conv = conv(hidden, C)
+        self.quantize = quantizer(config)
+        self.post_quant_conv = conv(C, hidden)
         self.decoder = Decoder(*sizes)
         # Large convolutions run up to 1.7 times faster channels_last on CPU, and without layout copies on tensor cores.
         self.encoder.to(memory_format=torch.channels_last)
@@ -644,15 +726,11 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator=None):
         """Random weights: PyTorch's default for convolutions, drawn from `generator`; codes from a small normal."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                bound = module.weight[0].numel() ** -0.5                    # Kaiming uniform with a = sqrt(5)
-                module.weight.uniform_(-bound, bound, generator=generator)
-                module.bias.uniform_(-bound, bound, generator=generator)
-            elif isinstance(module, nn.GroupNorm):
-                module.weight.fill_(1)
-                module.bias.zero_()
-        if self.config.vocab_size:
+        init_default(self, generator)
+        if self.config.single_scale:
+            codebook = self.quantize.codebook.uniform_(-1, 1, generator=generator)
+            codebook.copy_(F.normalize(codebook, dim=1))
+        elif self.config.vocab_size:
             self.quantize.codebook.normal_(0, self.config.z_channels ** -0.5, generator=generator)
 
 
@@ -732,17 +810,106 @@ class PatchDiscriminator(nn.Module):
                     module.bias.zero_()
 
 
+class StyleDiscriminator(nn.Module):
+    """StyleGAN2's without its tricks: (B, 3, side, side) -> one logit per picture (B, 1). Residual blocks halve the
+    side, 1-2-1 blurred so that nothing aliases, down to 4. Official keys `blocks.{n}`, `final_conv`, `final_linear`."""
+
+    WIDTHS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
+
+    def __init__(self, side=256):
+        super().__init__()
+        if side not in self.WIDTHS or side < 8:
+            raise ValueError(f"the discriminator takes pictures of 8, 16, ... 1024 pixels, not {side}")
+        sides = [side // 2 ** i for i in range(int(math.log2(side)) - 1)]   # side, ..., 4
+        self.blocks = nn.ModuleList([nn.Conv2d(3, self.WIDTHS[side], 3, padding=1), nn.LeakyReLU(0.2)])
+        self.blocks.extend(StyleBlock(self.WIDTHS[s], self.WIDTHS[s // 2]) for s in sides[:-1])
+        self.final_conv = nn.Sequential(nn.Conv2d(512, 512, 3, padding=1), nn.LeakyReLU(0.2))
+        self.final_linear = nn.Sequential(nn.Linear(512 * 16, 512), nn.LeakyReLU(0.2), nn.Linear(512, 1))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.final_linear(self.final_conv(x).flatten(1))
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """PyTorch's default for convolutions and matrices, drawn from `generator`."""
+        init_default(self, generator)
+
+
+class StyleBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H / 2, W / 2): two convolutions, blur, a strided one; plus the skip, / sqrt(2)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv_res = nn.Conv2d(c_in, c_out, 1, stride=2)
+        self.net = nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.LeakyReLU(0.2),
+                                 nn.Conv2d(c_out, c_out, 3, padding=1), nn.LeakyReLU(0.2))
+        self.downsample = nn.Sequential(Blur(), nn.Conv2d(c_out, c_out, 3, stride=2, padding=1))
+
+    def forward(self, x):
+        return (self.downsample(self.net(x)) + self.conv_res(x)) / math.sqrt(2)
+
+
+class Blur(nn.Module):
+    """Each channel with the outer product of 1-2-1, divided by its sum; edges reflected."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("f", torch.tensor([1.0, 2.0, 1.0]))
+
+    def forward(self, x):                                                   # (B, C, H, W)
+        kernel = torch.outer(self.f, self.f) / self.f.sum() ** 2
+        kernel = kernel.to(x.dtype).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])
+
+
+def init_default(module, generator=None):
+    """PyTorch's default initialisation, drawn from `generator`; norms 1 and 0."""
+    for m in module.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            bound = m.weight[0].numel() ** -0.5                             # Kaiming uniform with a = sqrt(5)
+            m.weight.uniform_(-bound, bound, generator=generator)
+            m.bias.uniform_(-bound, bound, generator=generator)
+        elif isinstance(m, nn.GroupNorm):
+            m.weight.fill_(1)
+            m.bias.zero_()
+
+
+def swapped_bce(logits, target):
+    """Binary cross entropy with its arguments exchanged, as LlamaGen's "non-saturating" loss has them: the constant is
+    taken for the logit and the logits for the target. It is linear in the logits, and flat where the target is 0: the
+    discriminator learns nothing from fake pictures. Only for reproducing runs that were made with it."""
+    return F.binary_cross_entropy_with_logits(torch.full_like(logits, target), logits)
+
+
+def logit_bce(logits, target):
+    """Binary cross entropy of logits against 0 or 1, as it should be."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+GAN_LOSSES = {  # name: loss of the discriminator on (real, fake) logits, and of the generator on the latter
+    "hinge": (lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake: -fake.mean()),
+    "vanilla": (lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(), lambda fake: -fake.mean()),
+    "non-saturating": (lambda real, fake: logit_bce(real, 1.0) + logit_bce(fake, 0.0),
+                       lambda fake: logit_bce(fake, 1.0)),
+    "non-saturating-swapped": (lambda real, fake: swapped_bce(real, 1.0) + swapped_bce(fake, 0.0),
+                               lambda fake: swapped_bce(fake, 1.0)),
+}
+
+
 class TokenizerLoss(nn.Module):
     """|x - x'| + |x - x'|^2 + quantizer loss + LPIPS + adversarial loss; every part but the quantizer's has a weight.
 
-    lpips: an LPIPS module or None; discriminator: a PatchDiscriminator or None, in effect from step disc_start on.
-    adaptive: scale the adversarial gradient to the size of the reconstruction's, at the last layer (VQGAN, eq. 7).
+    lpips: an LPIPS module or None; discriminator: a Patch- or StyleDiscriminator or None, in effect from step
+    disc_start on. gan: one of GAN_LOSSES. adaptive: scale the adversarial gradient to the size of the reconstruction's,
+    at the last layer (VQGAN, eq. 7).
     """
 
     def __init__(self, lpips=None, discriminator=None, *, l1=1.0, l2=1.0, lpips_weight=1.0, disc_weight=0.5,
-                 disc_start=20000, adaptive=True):
+                 disc_start=20000, adaptive=True, gan="hinge"):
         super().__init__()
-        self.lpips, self.discriminator = lpips, discriminator
+        self.lpips, self.discriminator, self.gan = lpips, discriminator, GAN_LOSSES[gan]
         self.l1, self.l2, self.lpips_weight = l1, l2, lpips_weight
         self.disc_weight, self.disc_start, self.adaptive = disc_weight, disc_start, adaptive
 
@@ -759,7 +926,7 @@ class TokenizerLoss(nn.Module):
             reconstruction = reconstruction + self.lpips_weight * parts["lpips"]
         loss = reconstruction + vq_loss
         if self.adversarial(step):
-            adv = parts["adv"] = -self.discriminator(rec).mean()            # hinge loss of the generator
+            adv = parts["adv"] = self.gan[1](self.discriminator(rec))
             weight = self.balance(reconstruction, adv, last_layer) if self.adaptive else 1.0
             loss = loss + self.disc_weight * weight * adv
         return loss, parts | {"vq": vq_loss}
@@ -772,9 +939,9 @@ class TokenizerLoss(nn.Module):
         return (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
 
     def discriminator_loss(self, image, rec):
-        """Hinge loss of the discriminator. Two passes, so that BatchNorm sees real and fake pictures apart."""
+        """Loss of the discriminator. Two passes, so that BatchNorm sees real and fake pictures apart."""
         real, fake = self.discriminator(image.detach()), self.discriminator(rec.detach())
-        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        return self.disc_weight * 0.5 * self.gan[0](real, fake)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -790,12 +957,22 @@ def renames(config):
     """Official key <-> our key; {} stands for a number. Every key not covered is the same in both."""
     if not config.vocab_size:
         return UNWRAP
+    if config.single_scale:                                                 # its decoder counts levels as they run
+        last = len(config.ch_mult) - 1
+        table = [("quantize.embedding.weight", "quantize.codebook"), ("quantize.codebook_used", "quantize.recent"),
+                 ("encoder.conv_blocks.{}.res", "encoder.down.{}.block"), ("encoder.conv_blocks", "encoder.down")]
+        for i in range(last + 1):
+            table += [(f"decoder.conv_blocks.{i}.res", f"decoder.up.{last - i}.block"),
+                      (f"decoder.conv_blocks.{i}", f"decoder.up.{last - i}")]
+        return table + [("mid.0", "mid.block_1"), ("mid.1", "mid.attn_1"), ("mid.2", "mid.block_2")]
     phi = {0: ("quantize.quant_resi.{}.", "quantize.phi.{}."), 1: ("quantize.quant_resi.qresi.", "quantize.phi.0.")}
     return [("quantize.embedding.weight", "quantize.codebook"), ("quantize.ema_vocab_hit_SV", "quantize.hits"),
             phi.get(config.phi_count, ("quantize.quant_resi.qresi_ls.{}.", "quantize.phi.{}."))]
 
 
+QKV = ("qkv", ("q", "k", "v"))                                  # LlamaGen keeps three convolutions where we have one
 BOOKKEEPING = {"quantize.hit_updates", "quantize.idle"}         # ours alone, not in official files
+STATISTICS = {"quantize.hits", "quantize.recent"}               # of training; files may lack them
 
 
 def infer_config(state, path, patch_nums=None):
@@ -803,11 +980,13 @@ def infer_config(state, path, patch_nums=None):
 
     The sides of the token maps are in no tensor: they are `patch_nums`, else those of 256 pixels if the number fits.
     """
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    single = any(k.startswith("encoder.conv_blocks.") for k in state)
+    down, block, q, mid = ("conv_blocks", "res", "q", "1") if single else ("down", "block", "qkv", "attn_1")
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"encoder.{down}."))
     ch = len(state["encoder.conv_in.weight"])
     sizes = dict(
-        ch=ch, ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
-        num_res_blocks=sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state))
+        ch=ch, ch_mult=tuple(len(state[f"encoder.{down}.{i}.{block}.0.conv1.weight"]) // ch for i in range(levels)),
+        num_res_blocks=sum(bool(re.match(rf"encoder\.{down}\.0\.{block}\.\d+\.conv1\.weight", k)) for k in state))
     if "quantize.embedding.weight" not in state:
         known = CONFIGS["infinity_vae_d16" if levels != 4 else "infinity_vae_d56_f8_14_patchify"].patch_nums
         return _bits(len(state["encoder.conv_out.weight"]), patch_nums=tuple(patch_nums or known), **sizes)
@@ -817,14 +996,16 @@ def infer_config(state, path, patch_nums=None):
             raise CheckpointError(f"{path}: has {num_scales} scales, whose sizes no file tells: pass patch_nums=")
         patch_nums = PATCH_NUMS[256]
     vocab_size, z_channels = state["quantize.embedding.weight"].shape
+    sizes |= dict(vocab_size=vocab_size, z_channels=z_channels, quant_kernel=state["quant_conv.weight"].shape[-1],
+                  attn_lowest=f"encoder.{down}.{levels - 1}.attn.0.{q}.weight" in state,
+                  attn_mid=f"encoder.mid.{mid}.{q}.weight" in state)
+    if single:
+        side = 256 // 2 ** (levels - 1)
+        return Config(**sizes, hidden_channels=len(state["encoder.conv_out.weight"]), entropy=0.0, single_scale=True,
+                      patch_nums=tuple(patch_nums or (side,)))
     phis = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith(".weight")]
     shared = any(".qresi" in k for k in phis)
-    return Config(
-        **sizes,
-        attn_lowest=f"encoder.down.{levels - 1}.attn.0.qkv.weight" in state,
-        attn_mid="encoder.mid.attn_1.qkv.weight" in state,
-        z_channels=z_channels, vocab_size=vocab_size, patch_nums=tuple(patch_nums),
-        phi_count=len(phis) if shared else 0, quant_kernel=state["quant_conv.weight"].shape[-1])
+    return Config(**sizes, patch_nums=tuple(patch_nums), phi_count=len(phis) if shared else 0)
 
 
 def load(path, config=None, patch_nums=None, dtype=torch.float32):
@@ -844,8 +1025,10 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     hits = state.get("quantize.ema_vocab_hit_SV")
     if hits is not None and len(hits) != len(config.patch_nums):            # statistics of another schedule: start anew
         state["quantize.ema_vocab_hit_SV"] = torch.zeros(len(config.patch_nums), config.vocab_size)
+    state = rename_keys(state, renames(config))
     model = build(VQVAE, config)
-    load_strict(model, rename_keys(state, renames(config)), path, optional=BOOKKEEPING | {"quantize.hits"})
+    state = join_rows(state, *QKV) if config.single_scale else state
+    load_strict(model, state, path, optional=BOOKKEEPING | STATISTICS)
     return set_decoder_dtype(model.eval(), dtype)
 
 
@@ -865,6 +1048,7 @@ def fingerprint(model):
 def export(model):
     """The official state dict of a VQVAE, in float32: what the original code loads strictly."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in BOOKKEEPING}
+    state = split_rows(state, *QKV) if model.config.single_scale else state
     state = rename_keys(state, renames(model.config), inverse=True)
     if not model.config.vocab_size:                                         # 2^(d - 1) ... 1; the first of 64 overflows
         mask = torch.ones(model.config.z_channels, dtype=torch.int64) << torch.arange(model.config.z_channels).flip(0)
@@ -874,7 +1058,8 @@ def export(model):
 
 def save(model, path, dtype=None, **extra):
     """Writes a tokenizer as safetensors: official keys, config (and `extra`) in the header. dtype: of the floats."""
-    save_checkpoint(path, export(model), model.config, dtype, **extra)
+    state = {k: v for k, v in export(model).items() if k != "quantize.codebook_used"}   # indices, too large for halves
+    save_checkpoint(path, state, model.config, dtype, **extra)
 
 
 def load_lpips(vgg_path, heads_path):
@@ -1042,6 +1227,30 @@ def rename_keys(state, table, inverse=False):
                 break
         renamed[key] = value
     return renamed
+
+
+def join_rows(state, whole, parts):
+    """Matrices that are applied to the same input as one, first rows first: `x.q.weight`, `x.k.weight`, `x.v.weight`
+    become `x.qkv.weight` for whole = "qkv", parts = ("q", "k", "v")."""
+    joined = {}
+    for key, value in state.items():
+        found = re.fullmatch(rf"(.*\.)({'|'.join(parts)})(\.\w+)", key)
+        names = [found[1] + part + found[3] for part in parts] if found else []
+        if not names or any(name not in state for name in names):
+            joined[key] = value                                             # load_strict will name what is missing
+        elif found[2] == parts[0]:
+            joined[found[1] + whole + found[3]] = torch.cat([state[name] for name in names])
+    return joined
+
+
+def split_rows(state, whole, parts):
+    """The inverse of join_rows, for parts of equal size."""
+    split = {}
+    for key, value in state.items():
+        found = re.fullmatch(rf"(.*\.){whole}(\.\w+)", key)
+        names = [found[1] + part + found[2] for part in parts] if found else [key]
+        split |= dict(zip(names, value.chunk(len(names))))
+    return split
 
 
 def load_strict(model, state, path, optional=()):

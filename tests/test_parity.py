@@ -265,6 +265,99 @@ def var_edit(meta, t, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# LlamaGen and its tokenizers
+
+
+def filled(meta, t):
+    """The case's official state dict."""
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    kept |= {k: torch.zeros(shape) for k, shape in meta.get("zeros", {}).items()}
+    return fill_state_dict(meta["manifest"], {k: v for k, v in kept.items() if k in meta["manifest"]}) | kept
+
+
+def load_single_scale(meta, state, tmp_path):
+    """The tokenizer, through the public loader and back."""
+    torch.save({"model": state}, tmp_path / "vq.pt")
+    c = meta["config"]
+    tokenizer = vq.load(tmp_path / "vq.pt", patch_nums=(meta["image_shape"][-1] // c["downsample"],))
+    tokenizer.config = tokenizer.quantize.config = replace(tokenizer.config, entropy=c["entropy_ratio"])
+    for name, value in dict(ch=c["ch"], ch_mult=tuple(c["ch_mult"]), num_res_blocks=c["num_res_blocks"],
+                            hidden_channels=c["z_channels"], vocab_size=c["codebook_size"], beta=c["commit_beta"],
+                            z_channels=c["codebook_dim"], single_scale=c["codebook_l2_norm"]).items():
+        assert getattr(tokenizer.config, name) == value, f"inferred {name}"
+    check_export(vq.export(tokenizer), state)
+    return tokenizer, noise(meta["image_noise"], tuple(meta["image_shape"]))
+
+
+def official_gradients(model, module, **options):
+    """Official key -> gradient, split and renamed by the module's own export."""
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.load_state_dict(gradients, strict=False)
+    return module.export(model, **options)
+
+
+@runner("llamagen.vq")
+def llamagen_vq(meta, t, tmp_path):
+    tokenizer, image = load_single_scale(meta, filled(meta, t), tmp_path)
+    codes, = tokenizer.tokenize(image)
+    equal(codes.flatten(), t["out.indices"], "codes")
+    close(tokenizer.quantize.ladder([codes])[-1], t["out.quant"], what="quantized")
+    close(tokenizer.detokenize([codes]), t["out.recon"].clamp(-1, 1), what="reconstruction")
+    given = t["in.codes"].long().view(len(image), -1)
+    close(tokenizer._decode(tokenizer.quantize.ladder([given])[-1]), t["out.decoded"], what="decoder")
+
+
+@runner("llamagen.vq_train")
+def llamagen_vq_train(meta, t, tmp_path):
+    tokenizer, image = load_single_scale(meta, filled(meta, t), tmp_path)
+    rec, vq_loss, usage = tokenizer.train()(image)
+    z = F.normalize(tokenizer.encode(image), dim=1)
+    parts = dict(zip(("vq_loss", "commit_loss", "entropy_loss"), tokenizer.quantize.losses(z, tokenizer.quantize.quantize(z)[1])))
+    for key, found in (parts | {"recon_mse": F.mse_loss(rec, image), "usage": usage[0] / 100}).items():
+        torch.testing.assert_close(found, t[f"out.{key}"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(vq_loss, sum(parts.values()))
+    equal(tokenizer.quantize.recent[-32:], t["out.used_tail"], "used codes")
+    (F.mse_loss(rec, image) + vq_loss).backward()
+    check_norms(official_gradients(tokenizer, vq), t, "out.grad_norm.")
+
+
+@runner("llamagen.vq_gan")
+def llamagen_vq_gan(meta, t, tmp_path):
+    state, c = filled(meta, t), meta["config"]
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    lpips, disc = part("perceptual_loss."), part("discriminator.")
+    state = {k: v for k, v in state.items() if not k.startswith(("perceptual_loss.", "discriminator."))}
+    tokenizer, image = load_single_scale(meta, state, tmp_path)
+    torch.save({f"features.{k.split('.', 2)[2]}": v for k, v in lpips.items() if k.startswith("net.")}, tmp_path / "vgg16.pth")
+    torch.save({k: v for k, v in lpips.items() if k.startswith("lin")}, tmp_path / "vgg.pth")
+    side = image.shape[-1]
+    discriminator = (vq.PatchDiscriminator(c["loss.disc_dim"], c["loss.disc_num_layers"])
+                     if c["loss.disc_type"] == "patchgan" else vq.StyleDiscriminator(side))
+    buffers = {k: v for k, v in discriminator.state_dict().items() if k not in disc}    # BatchNorm's running statistics
+    vq.load_strict(discriminator, disc | buffers, "discriminator")
+    gan = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "non-saturating-swapped"}[c["loss.disc_loss"]]
+    pixels = {"l1": 0.0, "l2": 0.0, c["loss.reconstruction_loss"]: c["loss.reconstruction_weight"]}
+    criterion = vq.TokenizerLoss(
+        vq.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth"), discriminator, **pixels, adaptive=False, gan=gan,
+        lpips_weight=c["loss.perceptual_weight"], disc_weight=c["loss.disc_weight"], disc_start=c["loss.disc_start"])
+    last = tokenizer.train().decoder.conv_out.weight
+    for name, step in (("before", c["loss.disc_start"] - 1), ("after", c["loss.disc_start"])):
+        rec, vq_loss, _ = tokenizer(image)
+        close(criterion.lpips(rec, image), t[f"out.lpips.{name}"], what="lpips")
+        loss, _ = criterion(image, rec, vq_loss, step, last)
+        torch.testing.assert_close(loss, t[f"out.gen_loss.{name}"], rtol=1e-5, atol=0)
+        disc_loss = criterion.discriminator_loss(image, rec) if criterion.adversarial(step) else torch.tensor(0.0)
+        torch.testing.assert_close(disc_loss, t[f"out.disc_loss.{name}"], rtol=1e-5, atol=0)
+    close(discriminator(image), t["out.logits_real"], what="logits of real pictures")
+    close(discriminator(rec), t["out.logits_fake"], what="logits of reconstructions")
+    loss.backward()
+    discriminator.zero_grad()
+    disc_loss.backward()
+    found = official_gradients(tokenizer, vq) | {f"discriminator.{n}": p.grad for n, p in discriminator.named_parameters()}
+    check_norms(found, t, "out.grad_norm.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # LPIPS, the perceptual loss of all tokenizers
 
 
