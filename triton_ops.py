@@ -3,6 +3,7 @@
     op               used by                     what becomes one pass over memory
     adaln_modulate   var, infinity, llamagen     gated residual add, LayerNorm or RMSNorm, scale and shift
     qk_norm_rope     var, infinity, llamagen     l2 norm of q and k, learned scale, 2D RoPE, write into the KV cache
+    decode_attention llamagen                    one token's attention to the filled part of a KV cache, and no more
     sample_logits    var, llamagen               guidance, temperature, top-k, top-p and the random draw, without a sort
     vq_nearest       vq                          nearest codebook row, without the N x V distance matrix
     group_norm_silu  vq, latentsync              GroupNorm followed by SiLU, in either memory format
@@ -410,6 +411,109 @@ class _QKNormRope(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# decode_attention
+
+
+def decode_attention(q, k, v, pos, *, visible=None, scale=None):
+    """softmax(scale q k^T) v of one token per row, over the first pos + 1 rows of a KV cache.
+
+    q:       (B, H, 1, D)
+    k, v:    (B, Hkv, Lmax, D), whole caches of the same strides; each of their heads serves H / Hkv heads of q
+    pos:     where the token itself is: an int, or an int tensor of one element on the device, which a CUDA graph reads
+             at every replay
+    visible: (B, Lmax) bool, False for rows that may not be looked at; of those up to pos at least one must be True
+    scale:   by default D ** -0.5
+    returns  (B, H, 1, D) in q.dtype. No gradient
+
+    Bytes: read the filled rows of both caches. With a position on the device torch has to read all of both and hide the
+    rest by a mask: over a whole picture twice as much.
+    """
+    B, H, _, D = q.shape
+    scale, (_, heads, room, _), on_device = scale or D ** -0.5, k.shape, isinstance(pos, torch.Tensor)
+    fits = (q.shape[2] == 1 and D <= 256 and H % heads == 0 and H // heads <= 8
+            and k.shape == v.shape == (B, heads, room, D) and k.stride() == v.stride() and k.stride(-1) == 1
+            and (visible is None or (visible.shape == (B, room) and visible.stride(1) == 1)))
+    if use_triton(q) and fits and not torch.is_grad_enabled():
+        return _decode(q, k, v, pos, visible, scale)
+    mask = None if visible is None else visible[:, None, None]              # (B, 1, 1, Lmax)
+    if on_device:
+        filled = torch.arange(room, device=k.device) <= pos
+        mask = filled if mask is None else mask & filled
+    else:
+        k, v, mask = k[:, :, :pos + 1], v[:, :, :pos + 1], None if mask is None else mask[..., :pos + 1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=H != heads)
+
+
+def _decode(q, k, v, pos, visible, scale):
+    """Two launches: few rows and heads would leave most of a GPU idle, so the rows of each are cut into `parts`."""
+    (B, H, _, D), (_, heads, room, _) = q.shape, k.shape
+    q, group = q.contiguous(), H // heads
+    parts = max(1, min(-(-256 // (B * heads)), -(-room // 64)))
+    sums = torch.empty(B * H, parts, D, dtype=torch.float32, device=q.device)
+    tops, totals = torch.empty(2, B * H, parts, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    seen_b = 0 if visible is None else visible.stride(0)
+    _decode_part[(B * heads, parts)](q, k, v, visible, sums, tops, totals, pos, float(scale), heads, group, D, room,
+                                     parts, *k.stride()[:3], seen_b, POS_TENSOR=isinstance(pos, torch.Tensor),
+                                     GROUP=_block(group), ROWS=32, BLOCK=_block(D))
+    _decode_merge[(B * H,)](sums, tops, totals, out, D, parts, PARTS=_block(parts), BLOCK=_block(D))
+    return out
+
+
+@jit
+def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l, seen_b,
+                 POS_TENSOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per key head and part of the filled rows, ROWS at a time: the largest score so far, and relative to
+    it the sum of the exponentials and of the values they weigh."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, head = row // heads, row % heads
+    filled = tl.minimum((tl.load(pos) if POS_TENSOR else pos) + 1, room)
+    share = tl.cdiv(tl.cdiv(filled, parts), ROWS) * ROWS
+    g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)
+    mine = row * group + g                                                  # heads of q over all pictures
+    ok_q = (g < group)[:, None] & (d < D)[None, :]
+    query = tl.load(q + mine[:, None] * D + d[None, :], mask=ok_q, other=0).to(tl.float32) * tl.cast(scale, tl.float32)
+    top = tl.full((GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    acc = tl.zeros((GROUP, BLOCK), tl.float32)
+    for i in range(tl.cdiv(share, ROWS)):
+        at = part * share + i * ROWS + tl.arange(0, ROWS)
+        ok = (at < filled) & (i * ROWS + tl.arange(0, ROWS) < share)
+        if visible is not None:
+            ok = ok & (tl.load(visible + b * seen_b + at, mask=ok, other=0) != 0)
+        to = b * x_b + head * x_h + at[:, None] * x_l + d[None, :]
+        inside = ok[:, None] & (d < D)[None, :]
+        keys = tl.load(k + to, mask=inside, other=0).to(tl.float32)         # (ROWS, BLOCK)
+        score = tl.sum(query[:, None, :] * keys[None, :, :], 2)             # (GROUP, ROWS)
+        score = tl.where(ok[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)               # nothing to look at yet
+        p = tl.exp(score - base[:, None])
+        fade = tl.exp(top - base)
+        values = tl.load(v + to, mask=inside, other=0).to(tl.float32)
+        acc = acc * fade[:, None] + tl.sum(p[:, :, None] * values[None, :, :], 1)
+        total = total * fade + tl.sum(p, 1)
+        top = higher
+    to = mine * parts + part
+    tl.store(tops + to, top, mask=g < group)
+    tl.store(totals + to, total, mask=g < group)
+    tl.store(sums + to[:, None] * D + d[None, :], acc, mask=ok_q)
+
+
+@jit
+def _decode_merge(sums, tops, totals, out, D, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per head of q: its parts, brought to a common largest score."""
+    row = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, PARTS), tl.arange(0, BLOCK)
+    top = tl.load(tops + row * parts + s, mask=s < parts, other=float("-inf"))
+    weight = tl.exp(top - tl.max(top, 0))
+    total = tl.sum(weight * tl.load(totals + row * parts + s, mask=s < parts, other=0), 0)
+    at = (row * parts + s)[:, None] * D + d[None, :]
+    acc = tl.load(sums + at, mask=(s < parts)[:, None] & (d < D)[None, :], other=0)
+    tl.store(out + row * D + d, tl.sum(weight[:, None] * acc, 0) / total, mask=d < D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # sample_logits
 
 
@@ -770,6 +874,10 @@ def _qk_inputs(randn, B, L, H, D):
     return (q, k, v), dict(q_scale=randn(H).exp(), cos=angle.cos(), sin=angle.sin())
 
 
+def _decode_inputs(randn, B, H, L, D):
+    return (randn(B, H, 1, D), randn(B, H, L, D), randn(B, H, L, D)), dict(pos=L - 1)
+
+
 def _sample_inputs(randn, R, V):
     noise = randn(R, V).float().abs() + 1e-3                                # any positive noise will do
     return (randn(R, V), randn(R, V)), dict(cfg=2.5, top_k=max(1, V // 4), top_p=0.95, noise=noise)
@@ -790,6 +898,11 @@ REGISTRY = {
         {"odd": (2, 5, 3, 12), "var_d30, 8 images, last scale": (16, 256, 30, 64),
          "infinity_2b, last scale": (2, 4096, 16, 128)},
         lambda i, B, L, H, D: 4 * B * L * H * D * i, trains=True),         # without a cache v stays where it is
+    "decode_attention": OpSpec(
+        decode_attention, _decode_inputs,
+        {"odd": (2, 3, 77, 20), "llamagen_L at 384, 1 image, last token": (2, 16, 577, 64),
+         "llamagen_L at 384, 8 images, last token": (16, 16, 577, 64), "llamagen_3B, 8 images": (16, 32, 577, 100)},
+        lambda i, B, H, L, D: 2 * B * H * L * D * i),
     "sample_logits": OpSpec(
         sample_logits, _sample_inputs,
         {"odd": (7, 33), "var, 8 images, last scale": (2048, 4096), "llamagen, 8 images": (8, 16384)},

@@ -19,7 +19,9 @@ FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 import infinity
+import llamagen
 import sample
+import triton_ops
 import train
 import var
 import vq
@@ -294,6 +296,82 @@ def official_gradients(model, module, **options):
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     model.load_state_dict(gradients, strict=False)
     return module.export(model, **options)
+
+
+def load_llamagen(meta, t, tmp_path):
+    """The transformer, through the public loader and back."""
+    state, c = filled(meta, t), meta["config"]
+    torch.save({"model": state | {"freqs_cis": torch.zeros(c["cls_token_num"] + c["block_size"], 2, 2)}}, tmp_path / "c2i.pt")
+    model = llamagen.load(tmp_path / "c2i.pt", heads=c["n_head"])           # the side it tells from the stray table
+    found = model.config
+    for name, value in dict(depth=c["n_layer"], width=c["dim"], heads=c["n_head"], hidden=c["ffn_hidden"], side=c["grid"],
+                            vocab_size=c["vocab_size"], rope_base=c["rope_base"], norm_eps=c["norm_eps"], slots=c["cls_token_num"],
+                            text_width=c["caption_dim"] or 0).items():
+        assert getattr(found, name) == value, f"inferred {name}"
+    assert (found.kv_heads or found.heads) == c["n_kv_head"]
+    assert c["model_type"] == "t2i" or found.num_classes == c["num_classes"]
+    check_export(llamagen.export(model), state)
+    return model
+
+
+def condition(meta, t):
+    """Classes, or features and mask of texts."""
+    if "lengths" not in meta:
+        return t["in.labels"].long(), None
+    width, name = meta["config"]["caption_dim"], meta["caption_noise"]
+    rows = [noise(f"{name}.{i}", (n, width)) for i, n in enumerate(meta["lengths"])]
+    text, mask = llamagen.left_pad(rows, meta["config"]["cls_token_num"])
+    equal(mask, t["in.mask"], "mask")
+    return text, mask
+
+
+@runner("llamagen.logits")
+def llamagen_logits(meta, t, tmp_path):
+    model, (cond, mask) = load_llamagen(meta, t, tmp_path), condition(meta, t)
+    close(model(cond, t["in.tokens"].long(), mask), t["out.logits"], what="logits")
+    if "out.text_logits_mean" in t:
+        everywhere = model.logits(*model.hidden(cond, t["in.tokens"].long(), mask))
+        close(everywhere[:, :model.config.slots - 1].mean(-1), t["out.text_logits_mean"], what="logits of the text")
+
+
+@runner("llamagen.train")
+def llamagen_train(meta, t, tmp_path):
+    model, (cond, mask) = load_llamagen(meta, t, tmp_path), condition(meta, t)
+    model.config = replace(model.config, dropout=0.0)
+    for block in model.train().blocks:
+        block.dropout = 0.0
+    loss, _ = model.loss(cond, t["in.tokens"].long(), mask, valid=t.get("in.valid"), cond_drop=0.0)
+    torch.testing.assert_close(loss, t["out.loss"], rtol=1e-5, atol=0)
+    loss.backward()
+    check_norms(official_gradients(model, llamagen), t, "out.grad_norm.")
+
+
+@runner("llamagen.generate")
+def llamagen_generate(meta, t, tmp_path):
+    model, (cond, mask) = load_llamagen(meta, t, tmp_path), condition(meta, t)
+    for i, settings in enumerate(meta["runs"]):
+        settings = dict(settings)
+        words = mask if settings.pop("use_mask", True) else None
+        generator = torch.Generator().manual_seed(settings.pop("seed", 0))
+        steps = model.steps(cond, words, cfg=settings.pop("cfg_scale"), generator=generator, **settings)
+        equal(torch.stack([step.tokens for step in steps], 1), t[f"out.tokens.{i}"], f"tokens of run {i}")
+
+
+@runner("llamagen.filters")
+def llamagen_filters(meta, t, tmp_path):
+    for i, run in enumerate(meta["runs"]):
+        kept = triton_ops.filter_logits(t["in.logits"], **run).isfinite()
+        rows = [row for row in range(len(kept)) if not (row == 2 and run["top_p"] < 1)]     # row 2 is full of ties
+        equal(kept[rows], t[f"out.kept.{i}"][rows], f"kept by run {i}")
+
+
+@runner("llamagen.t5_clean")
+def llamagen_t5_clean(meta, t, tmp_path):
+    pytest.importorskip("ftfy", reason="cleaning captions needs ftfy and beautifulsoup4, optional packages")
+    pytest.importorskip("bs4", reason="cleaning captions needs ftfy and beautifulsoup4, optional packages")
+    once = [llamagen.clean_caption(text) for text in meta["texts"]]
+    assert once == meta["cleaned_once"]
+    assert [llamagen.clean_caption(text) for text in once] == meta["cleaned"]
 
 
 @runner("llamagen.vq")
