@@ -98,7 +98,7 @@ CONFIGS = {
        for name, pixels in (("stage1_256", 256), ("stage2_512", 512))},
     "emoji_llamagen": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=98),
     "emoji_llamagen_t2i": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=0,
-                                 text_width=128, text_slots=64),            # 32 x 32 pixels, both trained in demo/
+                                 text_width=128, text_slots=48),            # 32 x 32 pixels, both trained in demo/
 }
 ALIASES = {"llamagen_B": "c2i_B_256"} | {f"llamagen_{size}": f"c2i_{size}_384" for size in ("L", "XL", "XXL", "3B")}
 CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
@@ -111,12 +111,9 @@ CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
 def left_pad(rows, slots=120):
     """Text features, a list of B (n, Ct) -> features (B, slots, Ct) and mask (B, slots) bool, False and zero where a
     text has no word. Texts stand at the right, next to the picture; of too long ones the first `slots` rows remain."""
-    text = rows[0].new_zeros(len(rows), slots, rows[0].shape[-1])
-    mask = torch.zeros(len(rows), slots, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        n = min(len(row), slots)
-        text[i, slots - n:], mask[i, slots - n:] = row[:n], True
-    return text, mask
+    lengths = torch.tensor([min(len(row), slots) for row in rows])
+    text = torch.stack([F.pad(row[:slots], (0, 0, slots - min(len(row), slots), 0)) for row in rows])
+    return text, torch.arange(slots) >= slots - lengths[:, None]
 
 
 # Pattern, and what it becomes. The first list is for captions as they were found, the second after mended encodings.
@@ -492,7 +489,7 @@ class LlamaGen(nn.Module):
 
     @torch.no_grad()
     def sample(self, tokenizer, cond, words=None, *, cfg=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
-               generator=None, ladder=0, run=call):
+               generator=None, ladder=0, size=None, run=call):
         """Draws pictures -> (B, 3, h, w) float32 in [0, 1]; with ladder a list of so many, of the picture in progress.
 
         tokenizer:    the VQVAE, on the same device
@@ -504,6 +501,7 @@ class LlamaGen(nn.Module):
         top_k, top_p: keep the k likeliest tokens, then the likeliest that hold a share p; 0, or for p also 1, = all
         generator:    a torch.Generator of the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, which makes every picture independent of its batch; None: torch's global one
+        size:         side of the pictures in pixels, if they are to be resized as for the authors' evaluation
         run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
                       once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
         """
@@ -512,7 +510,8 @@ class LlamaGen(nn.Module):
         tokens = torch.stack([step.tokens.clone() for step in steps], 1)    # (B, N); a replay overwrites its results
         G, quantizer = self.config.side, tokenizer.quantize
         f_hat = quantizer.embed(tokens, (G, G))                             # (B, 8, G, G)
-        decode = lambda f_hat: run(tokenizer.decode, (), f_hat).add(1).mul(0.5)
+        function, constants = (tokenizer.decode_resized, (size,)) if size else (tokenizer.decode, ())
+        decode = lambda f_hat: run(function, constants, f_hat).add(1).mul(0.5)
         if not ladder:
             return decode(f_hat)
         frames, order = [], torch.arange(G * G, device=f_hat.device).view(G, G)

@@ -8,6 +8,9 @@
     python sample.py var --bench --compile --random-weights var_d16         speed, against what this machine can do
     python sample.py infinity --prompt "grinning cat face"          text -> emoji
     python sample.py infinity --ckpt infinity_2b_reg.pth --prompt "a red fox in the snow" --aspect 1.5
+    python sample.py llamagen --classes heart cat-face --cfg 1.5 4  class -> emoji, token by token
+    python sample.py llamagen --prompt "red heart"                  text -> emoji, likewise
+    python sample.py llamagen --ckpt c2i_L_384.pt --classes 207 360
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
@@ -34,7 +37,8 @@ def parse_args(argv=None):
 
     generator = argparse.ArgumentParser(add_help=False)                     # what all that draw have in common
     add = generator.add_argument
-    add("--vae", metavar="FILE|NAME", help="the tokenizer; default: beside --ckpt, else the released one")
+    add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
+        help="the tokenizer; default: beside --ckpt, else the released one")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
     add("--compile", action="store_true",
         help="warm up longer, then draw faster: CUDA graphs; without CUDA torch.compile, which gains little")
@@ -84,6 +88,29 @@ def parse_args(argv=None):
     add("--tile", type=int, default=0, metavar="CELLS", help="decode in tiles of so many cells a side: less memory, "
         "and nearly the same picture; 0: at once")
 
+    p = models.add_parser("llamagen", help="class or text -> image", parents=[common, generator], **style)
+    add = p.add_argument
+    add("-n", type=int, help="how many pictures (default: one per class given, else 16), or of each prompt (default 1)")
+    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
+    add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more, for checkpoints that read text")
+    add("--prompts", metavar="FILE", help="one per line, or jsonl with \"prompt\" (GenEval's folders are made then); a "
+        "folder is filled, and goes on where it was interrupted")
+    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else fetched")
+    add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
+        "captions it was trained with, which needs ftfy and beautifulsoup4")
+    add("--features", metavar="FILE", help="prompts and their text features from --save-features: no T5 is needed then")
+    add("--save-features", metavar="FILE", help="write those of the prompts, and draw nothing")
+    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all, or one each; {own} 4 (text 7.5)")
+    add("--cfg-interval", type=int, help=f"guide only the first so many tokens + 2, -1: all; {own} -1")
+    add("--temperature", type=float, help=f"0: always the likeliest token; {own} 1")
+    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {own} 2000 (text 1000)")
+    add("--top-p", type=float, help=f"then keep those that hold this share, 0 or 1 = all; {own} 1")
+    add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not tell")
+    add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")
+    add("--npz", metavar="FILE",
+        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
+
     p = models.add_parser("vq", help="image -> tokens -> image", parents=[common], **style)
     p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
     p.add_argument("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
@@ -117,6 +144,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -124,6 +152,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import infinity
+import llamagen
 import var
 import vq
 from triton_ops import INTERPRET, REGISTRY, BackendError, backend, use_triton
@@ -239,6 +268,10 @@ RELEASED = {  # file -> repository on the model hub
                                                                       "d56_f8_14_patchify")},
     "infinity_125M_256x256.pth": "FoundationVision/Infinity",
     "infinity_2b_reg.pth": "FoundationVision/Infinity",
+    **{f"{name}.pt": "FoundationVision/LlamaGen" for name in (
+        "vq_ds16_c2i", "vq_ds8_c2i", "c2i_B_256", "c2i_B_384", "c2i_L_256", "c2i_L_384", "c2i_XL_384", "c2i_XXL_384",
+        "c2i_3B_384")},
+    **{f"{name}.pt": "peizesun/llamagen_t2i" for name in ("vq_ds16_t2i", "t2i_XL_stage1_256", "t2i_XL_stage2_512")},
 }
 FOLDERS = {  # folder -> repository and folder in it, files; shards come as the index names them
     "infinity_8b_weights": ("FoundationVision/Infinity", "infinity_8b_weights/", ["model.safetensors.index.json"]),
@@ -248,19 +281,29 @@ FOLDERS = {  # folder -> repository and folder in it, files; shards come as the 
 }
 
 
+def cache_folder():
+    """Where what is fetched is kept."""
+    return Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible"))
+
+
 def fetch_folder(name, folder):
     """A released folder of shards: what is there already stays."""
     repository, inside, files = FOLDERS[name]
-    hub = os.environ.get("LEGIBLE_HUB", "https://huggingface.co")
-    for file in files:
-        if not (folder / file).exists():
-            fetch(f"{hub}/{repository}/resolve/main/{inside}{file}", folder / file)
+    files = list(files)
+    for file in files:                                                      # grows by what the index names
+        fetch_once(f"{repository}/resolve/main/{inside}{file}", folder / file)
         if file.endswith(".index.json"):
-            files = files + sorted(set(json.loads((folder / file).read_text())["weight_map"].values()))
-    for file in files:
-        if not (folder / file).exists():
-            fetch(f"{hub}/{repository}/resolve/main/{inside}{file}", folder / file)
+            files += sorted(set(json.loads((folder / file).read_text())["weight_map"].values()))
     return folder
+
+
+def fetch_once(address, path):
+    """A file of the hub, unless it is there. Under torchrun the first process fetches and the others wait."""
+    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+        fetch(f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{address}", path)
+    while not path.exists():
+        time.sleep(1)
+    return path
 
 
 def find_checkpoint(name, download=True):
@@ -269,23 +312,18 @@ def find_checkpoint(name, download=True):
     if path.exists():
         return path
     if name in FOLDERS:
-        cached = Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible")) / name
+        cached = cache_folder() / name
         if not download and not cached.exists():
             raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
         return fetch_folder(name, cached) if download else cached
-    released = path.name if path.name in RELEASED else path.name + ".pth"
-    if released not in RELEASED or path.parent != Path("."):
+    released = next((path.name + end for end in ("", ".pth", ".pt") if path.name + end in RELEASED), None)
+    if released is None or path.parent != Path("."):
         raise UserError(f"{name}: no such file" + ("" if path.suffix else f", and no released model of that name "
                                                    f"({', '.join([*RELEASED, *FOLDERS])})"))
-    cached = Path(os.environ.get("LEGIBLE_CACHE", Path.home() / ".cache" / "legible")) / released
+    cached = cache_folder() / released
     if not cached.exists() and not download:
         raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
-    if not cached.exists() and int(os.environ.get("RANK", 0)) == 0:
-        hub = os.environ.get("LEGIBLE_HUB", "https://huggingface.co")
-        fetch(f"{hub}/{RELEASED[released]}/resolve/main/{released}", cached)
-    while not cached.exists():                                              # under torchrun: the first process is at it
-        time.sleep(1)
-    return cached
+    return fetch_once(f"{RELEASED[released]}/resolve/main/{released}", cached)
 
 
 def fetch(url, path):
@@ -341,7 +379,8 @@ def read_metadata(path):
     from safetensors import safe_open
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}
-    return {k: json.loads(metadata[k]) for k in ("classes", "show", "sampling", "tokenizer", "pixels") if k in metadata}
+    known = ("classes", "show", "sampling", "tokenizer", "pixels", "text_encoder")
+    return {k: json.loads(metadata[k]) for k in known if k in metadata}
 
 
 def check_pair(tokenizer, vae, config, metadata, ckpt):
@@ -357,6 +396,40 @@ def check_fingerprint(tokenizer, vae, metadata, ckpt):
     """Makes sure of the very tokenizer, where train.py wrote down which it was."""
     if metadata.get("tokenizer", vq.fingerprint(tokenizer)) != vq.fingerprint(tokenizer):
         raise UserError(f"{vae}: is not the tokenizer that {ckpt} was trained with; give that as --vae")
+
+
+def load_llamagen(path, **options):
+    """llamagen.load; a text encoder that was trained along, as in the demo, comes with it."""
+    if encoder := read_metadata(path).get("text_encoder"):
+        options["text_encoder"] = infinity.T5Encoder(infinity.T5Config(**encoder))
+    return llamagen.load(path, **options)
+
+
+def load_t5(path, width, device):
+    """Flan-T5, in half precision on a GPU. width: of the features that a model reads."""
+    t5 = infinity.load_t5(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    if t5.config.width != width:
+        raise UserError(f"--t5 {path}: has features of {t5.config.width} numbers, but the model reads {width}; all "
+                        "released ones use google/flan-t5-xl")
+    return t5
+
+
+@torch.no_grad()
+def encode_texts(t5, texts, slots, clean=False):
+    """Features of texts, a list of (n, Ct) on the host, of at most `slots` tokens each. clean: as LlamaGen does."""
+    read = texts
+    if clean:
+        try:
+            read = [llamagen.clean_caption(llamagen.clean_caption(text)) for text in texts]
+        except ImportError as e:
+            raise UserError(f"cleaning prompts as the authors did needs {e.name}: pip install ftfy beautifulsoup4, or "
+                            "leave it out with --no-clean") from None
+    lengths = t5.tokenize(read, slots + 1)[1].sum(1).tolist()
+    for text, n in zip(texts, lengths):
+        if n > slots:
+            tqdm.write(f"note: only the first {slots} tokens are read of: {text[:60]}...", file=sys.stderr)
+    features, _ = t5.encode(read, slots)
+    return [f[:n].cpu() for f, n in zip(features, lengths)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,15 +461,6 @@ def read_picture(path):
         raise UserError(f"{path}: not a readable picture ({e})") from None
 
 
-def square(picture, side):
-    """Resizes the shorter edge to `side` and cuts the centre."""
-    ratio = side / min(picture.size)
-    w, h = (max(side, round(s * ratio)) for s in picture.size)
-    picture = picture.resize((w, h), Image.LANCZOS)
-    x, y = (w - side) // 2, (h - side) // 2
-    return picture.crop((x, y, x + side, y + side))
-
-
 def cover(picture, h, w):
     """Resizes so that h x w is covered, and cuts the centre."""
     ratio = max(h / picture.height, w / picture.width)
@@ -416,9 +480,9 @@ def to_tensor(picture, device):
     return to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], device)
 
 
-def to_pixels(images):
-    """(B, 3, h, w) in [0, 1] -> uint8 array (B, h, w, 3). Truncates, as the original demo does."""
-    return images.mul(255).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+def to_pixels(images, add=0.0):
+    """(B, 3, h, w) in [0, 1] -> uint8 array (B, h, w, 3); truncates, after adding 0 (as VAR) or 0.5 (as LlamaGen)."""
+    return images.mul(255).add(add).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def psnr(a, b):
@@ -819,11 +883,19 @@ class Job:
                 twin.run = CUDAGraphs()
         return twins
 
+    def rivals(self, items):
+        """For --bench: other ways to do what this job does, as `race` gives them."""
+        return {}
+
     def generators(self, numbers):
         """One for each picture, or as the original has it one for all."""
         seeds = [self.args.seed + i for i in numbers]
         make = lambda seed: torch.Generator(self.device).manual_seed(seed)
         return make(seeds[0]) if self.args.one_generator else [make(seed) for seed in seeds]
+
+    def to_pixels(self, images):
+        """uint8 pictures, rounded as the original does."""
+        return to_pixels(images)
 
     def path(self, folder, i):
         """Where picture i goes."""
@@ -861,7 +933,7 @@ def draw_all(job, items, folder, resume=False):
         mine = numbers[start:start + args.batch_size]
         images = torch.stack(job.draw([items[i] for i in mine], mine, args.steps_grid), 1)      # (B, frames, 3, h, w)
         for i, frames in zip(mine, images):
-            frames = to_pixels(frames)
+            frames = job.to_pixels(frames)
             if folder is None:
                 pictures += list(frames)
                 continue
@@ -882,9 +954,8 @@ def is_picture_of(path, text):
 
 def draw_and_save(job, items, out, single, extra=(), titles=(), resume=False):
     """All pictures as one grid or as files in a folder, and the line of truth. extra: pictures that stand before."""
-    frames = len(job.scales) if job.args.steps_grid else 1
-    if frames > 1:
-        titles = [f"{h}x{w}" for h, w in job.scales]
+    frames = len(job.frames) if job.args.steps_grid else 1
+    titles = job.frames if frames > 1 else titles
     seconds, pictures = timed(lambda: draw_all(job, items, None if single else out, resume), job.device)
     if single:
         pictures = list(extra) * (frames == 1) + pictures
@@ -898,15 +969,15 @@ def draw_and_save(job, items, out, single, extra=(), titles=(), resume=False):
 
 def bench_job(job, items, stages):
     """--bench: the items in one batch."""
-    quantizer, numbers = job.tokenizer.quantize, range(len(items))
-    stages |= {"quantizer": [(quantizer, "contribution"), (quantizer, "next_input")],
-               "decoder": [(job.tokenizer, "decode")]}
+    numbers = range(len(items))
+    stages |= {"decoder": [(job.tokenizer, "decode")]}
     parameters = [*job.tokenizer.parameters(), *job.model.parameters()]
     result = bench(job.name, lambda: job.draw(items, numbers)[0], stages, "transformer", parameters, job.device,
                    job.dtype, len(items), job.peak)
     if job.args.compile:
         variants = {name: lambda twin=twin: twin.draw(items, numbers)[0] for name, twin in job.variants().items()}
         result["variants"] |= race(lambda: job.draw(items, numbers)[0], variants, len(items), job.device)
+    result["variants"] |= job.rivals(items)
     print_bench(result, sum(h * w for h, w in job.scales))
     if job.args.json:
         with vq.atomic(job.args.json) as temporary:
@@ -929,6 +1000,7 @@ class VARJob(Job):
         args = self.args
         self.patch_nums = self.model.config.patch_nums
         self.scales = vq.as_pairs(self.patch_nums)
+        self.frames = [f"{h}x{w}" for h, w in self.scales]                  # of a filmstrip
         self.side = self.tokenizer.config.stride * self.patch_nums[-1]      # of the pictures, in pixels
         self.names = self.metadata.get("classes", [])
         given = {k: v for k in ("cfg", "top_k", "top_p") if (v := getattr(args, k)) is not None}
@@ -988,6 +1060,12 @@ def choose_labels(job):
     return [chosen[i % len(chosen)] for i in range(n)]
 
 
+def list_classes(job):
+    """--list-classes."""
+    names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
+    print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
+
+
 def check_var_args(args):
     """What argparse does not check."""
     check_ranges(("--cfg", args.cfg, 0, None))
@@ -1013,14 +1091,15 @@ def sample_var(args):
     job = VARJob(args)
     if args.bench:
         labels = choose_labels(job)[:args.n or 1]                           # -n pictures in one batch, by default one
-        return bench_job(job, labels, {"sampling": [(job.model, "_draw"), (var, "exponential_noise")]})
+        quantizer = job.tokenizer.quantize
+        return bench_job(job, labels, {"sampling": [(job.model, "_draw"), (var, "exponential_noise")],
+                                       "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")]})
     if args.compile:
         job = next(iter(job.variants().values()))
     if args.npz:
         return write_npz(job, Path(args.npz))
     if args.list_classes:
-        names = "\n".join(f"{i:4d}  {c}" for i, c in enumerate(job.names))
-        return print(names or f"{job.name}: {job.model.config.num_classes} classes, no names in the file")
+        return list_classes(job)
     labels = choose_labels(job)
     extra, titles = [], []
     if args.edit:
@@ -1031,7 +1110,7 @@ def sample_var(args):
 def prepare_edit(job, given, labels):
     """Sets what to keep of the given PIL picture -> (labels, [the picture, and what is kept of it])."""
     args, last = job.args, job.patch_nums[-1]
-    image = to_tensor(square(given, job.side), job.device)
+    image = to_tensor(cover(given, job.side, job.side), job.device)
     keep = var.edit_mask(args.box, last, inpaint=args.edit != "out").to(job.device)
     job.options |= {"given": job.tokenizer.tokenize(image, job.patch_nums), "keep": keep}
     job.settings |= {"edit": args.edit, "box": args.box, "image": args.image}
@@ -1066,7 +1145,7 @@ def write_npz(job, path, chunk=250):
         end, pictures = min((i + 1) * chunk, len(labels)), []
         for start in range(i * chunk, end, args.batch_size):
             batch = labels[start:min(start + args.batch_size, end)]
-            pictures.append(to_pixels(job.draw(batch, range(start, start + len(batch)))[0]))
+            pictures.append(job.to_pixels(job.draw(batch, range(start, start + len(batch)))[0]))
         with vq.atomic(file) as temporary, open(temporary, "wb") as f:
             np.save(f, np.concatenate(pictures))
     while rank == 0 and not all(file.exists() for file in chunks):          # the other processes' share
@@ -1090,115 +1169,28 @@ def merge_npz(path, chunks, n):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python sample.py infinity
+# What all models that read prompts have in common
 
 
-TOKENIZERS = {16: "infinity_vae_d16.pth", 24: "infinity_vae_d24.pth", 32: "infinity_vae_d32reg.pth",   # by bits of the
-              56: "infinity_vae_d56_f8_14_patchify.pth", 64: "infinity_vae_d64.pth"}                    # transformer
-BUDGETS = {"infinity_125M": "0.06M", "infinity_2b": "1M", "infinity_8b": "1M", "infinity_8b_512": "0.25M"}
-FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
-PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
-          "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son",
-          "daughter")                                                       # anywhere in a prompt, inside of words too
+class PromptJob(Job):
+    """Items are prompts, and self.features has the text features of each. Subclasses set text_width, text_length (how
+    many tokens they read) and clean (whether prompts are cleaned first)."""
 
-
-def check_pixels(pixels):
-    """A budget that exists, or None."""
-    if pixels is not None and pixels not in vq.PIXELS:
-        raise UserError(f"--pixels {pixels}: choose one of {', '.join(vq.PIXELS)}")
-
-
-class InfinityJob(Job):
-    """`sample.py infinity`: items are prompts."""
-
-    MODULE, ITEMS = infinity, "prompts"
-
-    def random_models(self, config, g):
-        name = "emoji_bsq" if self.name == "emoji_infinity" else TOKENIZERS[config.bits].removesuffix(".pth")
-        tokenizer = vq.build(vq.VQVAE, vq.CONFIGS[name]).eval()
-        tokenizer.init_weights(g)
-        model = vq.build(infinity.Infinity, config).eval()
-        model.init_weights(generator=g)
-        self.metadata = {"pixels": BUDGETS.get(self.name)}
-        return vq.set_decoder_dtype(tokenizer, self.dtype), infinity.set_dtype(model, self.dtype)
-
-    def load_models(self):
-        """--ckpt and --vae, or the demo."""
-        args, download = self.args, not self.args.no_download
-        ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / "emoji_infinity.safetensors"
-        model = infinity.load(ckpt, dtype=self.dtype, device=self.device)
-        known = [name for name in BUDGETS if Path(ckpt).name.startswith(name)]
-        self.metadata = {"pixels": BUDGETS[known[-1]] if known else "1M"} | read_metadata(ckpt)
-        fallback = "emoji_bsq.safetensors" if model.text_encoder else TOKENIZERS.get(model.config.bits, "the tokenizer")
-        vae = find_companion(args.vae, ckpt, fallback, download, "--vae")
-        tokenizer = vq.load(vae, dtype=self.dtype)
-        try:
-            model.check_pair(tokenizer)
-        except ValueError as e:
-            raise UserError(f"{vae}: {e}; give {fallback} as --vae") from None
-        check_fingerprint(tokenizer, vae, self.metadata, ckpt)
-        self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
-        return tokenizer, model
-
-    def prepare(self):
-        args, saved = self.args, self.metadata.get("sampling", {})
-        pixels = args.pixels or self.metadata.get("pixels")
-        if pixels is None and args.aspect not in (None, 1.0):
-            raise UserError(f"--aspect {args.aspect}: {self.name} draws squares of one size only")
-        own = vq.as_pairs(self.tokenizer.config.patch_nums)                 # of one that knows no other sizes
-        self.scales = vq.schedule(args.aspect or 1.0, pixels) if pixels else tuple(own)
-        given = {k: v for k in ("cfg", "tau", "top_k", "top_p") if (v := getattr(args, k)) is not None}
-        self.options = dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97) | saved | given
-        for name in ("cfg", "tau"):                                         # one value stands for all scales
-            values = self.options[name]
-            self.options[name] = values[0] if isinstance(values, list) and len(values) == 1 else values
-            try:
-                infinity.per_scale(self.options[name], len(self.scales), f"--{name}")
-            except ValueError as e:
-                raise UserError(str(e)) from None
-        depth = self.model.config.depth
-        if args.guide_features is not None and not -depth <= args.guide_features < depth:
-            raise UserError(f"--guide-features {args.guide_features}: this model has {depth} blocks, -{depth} .. "
-                            f"{depth - 1}")
-        size = self.model.config.patchify + 1
-        height, width = (n * size * self.tokenizer.config.stride for n in self.scales[-1])
-        self.settings = {"model": "infinity", "checkpoint": self.name, "size": f"{height}x{width}"} | self.options | {
-            "guide_after": args.guide_features, "negative": args.negative, "image": args.image,
-            "keep": args.keep if args.image else 0, "tile": args.tile}
-        self.options |= {"scales": self.scales, "guide_after": args.guide_features, "tile": args.tile}
-        self.height, self.width, self.features = height, width, {}
-        self.prompts = None                                                 # GenEval's lines, if that is what they are
+    ITEMS, clean = "prompts", False
+    features, prompts = {}, None                        # prompts: GenEval's lines, if that is what they are
 
     def read_texts(self, texts):
         """Features of all prompts at once, kept on the host, so that T5 is gone before anything is drawn."""
         args, encoder = self.args, self.model.text_encoder
         if encoder is None:
             t5 = find_companion(args.t5, args.ckpt or ".", "flan-t5-xl", not args.no_download, "--t5")
-            half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            encoder = infinity.load_t5(t5, half, self.device)
-            if encoder.config.width != self.model.config.text_width:
-                raise UserError(f"--t5 {t5}: has features of {encoder.config.width} numbers, but {self.name} reads "
-                                f"{self.model.config.text_width}, those of flan-t5-xl")
-        texts = list(dict.fromkeys(texts))
+            encoder = load_t5(t5, self.text_width, self.device)
+        texts, self.features = list(dict.fromkeys(texts)), {}
         starts = range(0, len(texts), 16)
         for start in tqdm(starts, desc="reading prompts", unit="batch", disable=len(starts) < 4, leave=False):
             batch = texts[start:start + 16]
-            with torch.no_grad():
-                features, mask = encoder.encode(batch, self.model.config.text_maxlen)
-            lengths = mask.sum(1).tolist() if mask is not None else [features.shape[1]] * len(batch)
-            self.features |= {text: f[:n].cpu() for text, f, n in zip(batch, features, lengths)}
-
-    def draw(self, prompts, numbers, ladder=False):
-        """Pictures of these numbers: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
-        rows = [self.features[prompt] for prompt in prompts]
-        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        negative = None
-        if self.args.negative is not None:
-            negative = self.features[self.args.negative][None], None
-        images = self.model.sample(self.tokenizer, text, None if mask.all() else mask, negative=negative,
-                                   generator=self.generators(numbers), ladder=ladder, run=self.run, **self.options)
-        return images if ladder else [images]
+            clean = self.clean and self.model.text_encoder is None
+            self.features |= dict(zip(batch, encode_texts(encoder, batch, self.text_length, clean)))
 
     def describe(self, prompt):
         return {"prompt": prompt}
@@ -1244,11 +1236,11 @@ def read_features(path, width, longest):
     return features
 
 
-def choose_prompts(job):
-    """All prompts of a command line; job.features is filled."""
+def choose_prompts(job, suffix=lambda prompt: prompt, also=()):
+    """All prompts of a command line, each with a suffix; job.features is filled, for other texts too."""
     args, given = job.args, {}
     if args.features:
-        given = read_features(args.features, job.model.config.text_width, job.model.config.text_maxlen)
+        given = read_features(args.features, job.text_width, job.text_length)
     prompts = list(args.prompt)
     if args.prompts:
         prompts, job.prompts = read_prompts(args.prompts)
@@ -1258,16 +1250,153 @@ def choose_prompts(job):
         raise UserError("what to draw? Give --prompt TEXT, or --prompts FILE")
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("an empty prompt: say in a few words what to draw")
-    if args.face_suffix:
-        prompts = [p + FACES if any(word in p for word in PEOPLE) and FACES not in p else p for p in prompts]
-    needed = prompts + ([args.negative] if args.negative is not None else [])
+    prompts = [suffix(prompt) for prompt in prompts]
     if args.features:
-        if missing := [p for p in needed if p not in given]:
+        if missing := [p for p in [*prompts, *also] if p not in given]:
             raise UserError(f"--features {args.features}: lacks '{missing[0]}'; write it with --save-features")
         job.features = given
     else:
-        job.read_texts(needed)
+        job.read_texts([*prompts, *also])
     return prompts
+
+
+def check_prompt_args(args):
+    """What argparse does not check, of the arguments that all of them have."""
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other")
+    if args.save_features:
+        check_writable(args.save_features, "--save-features", suffix=".safetensors")
+
+
+def save_features(job, path):
+    """--save-features: those of all prompts, in half precision."""
+    from safetensors.torch import save_file
+    with vq.atomic(path) as temporary:
+        save_file({f"text.{i}": job.features[prompt].half() for i, prompt in enumerate(job.features)}, temporary,
+                  {"prompts": json.dumps(list(job.features))})
+    print(f"features of {len(job.features)} prompts -> {path}")
+
+
+def draw_prompts(job, prompts, out, single):
+    """-n pictures of each prompt, as one grid or as files in a folder; for GenEval with its line beside each."""
+    for i, line in enumerate(job.prompts or []):
+        (out / f"{i:05d}").mkdir(parents=True, exist_ok=True)
+        with vq.atomic(out / f"{i:05d}" / "metadata.jsonl") as temporary:
+            temporary.write_text(line)
+    items = [prompt for prompt in prompts for _ in range(job.args.n)]
+    draw_and_save(job, items, out, single, resume=bool(job.args.prompts))
+
+
+def prompts_out(args, default):
+    """--out of a command that may fill a folder with pictures of --prompts, as `check_out` gives it."""
+    if args.bench or args.save_features:
+        return None, True
+    out, single = check_out(args.out, default if not args.prompts else default.removesuffix(".png"))
+    if args.prompts and single:
+        raise UserError(f"--out {out}: --prompts fills a folder; give one")
+    return out, single
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py infinity
+
+
+TOKENIZERS = {16: "infinity_vae_d16.pth", 24: "infinity_vae_d24.pth", 32: "infinity_vae_d32reg.pth",   # by bits of the
+              56: "infinity_vae_d56_f8_14_patchify.pth", 64: "infinity_vae_d64.pth"}                    # transformer
+BUDGETS = {"infinity_125M": "0.06M", "infinity_2b": "1M", "infinity_8b": "1M", "infinity_8b_512": "0.25M"}
+FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
+PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
+          "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son",
+          "daughter")                                                       # anywhere in a prompt, inside of words too
+
+
+def check_pixels(pixels):
+    """A budget that exists, or None."""
+    if pixels is not None and pixels not in vq.PIXELS:
+        raise UserError(f"--pixels {pixels}: choose one of {', '.join(vq.PIXELS)}")
+
+
+class InfinityJob(PromptJob):
+    """`sample.py infinity`."""
+
+    MODULE = infinity
+
+    def random_models(self, config, g):
+        name = "emoji_bsq" if self.name == "emoji_infinity" else TOKENIZERS[config.bits].removesuffix(".pth")
+        tokenizer = vq.build(vq.VQVAE, vq.CONFIGS[name]).eval()
+        tokenizer.init_weights(g)
+        model = vq.build(infinity.Infinity, config).eval()
+        model.init_weights(generator=g)
+        self.metadata = {"pixels": BUDGETS.get(self.name)}
+        return vq.set_decoder_dtype(tokenizer, self.dtype), infinity.set_dtype(model, self.dtype)
+
+    def load_models(self):
+        """--ckpt and --vae, or the demo."""
+        args, download = self.args, not self.args.no_download
+        ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / "emoji_infinity.safetensors"
+        model = infinity.load(ckpt, dtype=self.dtype, device=self.device)
+        known = [name for name in BUDGETS if Path(ckpt).name.startswith(name)]
+        self.metadata = {"pixels": BUDGETS[known[-1]] if known else "1M"} | read_metadata(ckpt)
+        fallback = "emoji_bsq.safetensors" if model.text_encoder else TOKENIZERS.get(model.config.bits, "the tokenizer")
+        vae = find_companion(args.vae, ckpt, fallback, download, "--vae")
+        tokenizer = vq.load(vae, dtype=self.dtype)
+        try:
+            model.check_pair(tokenizer)
+        except ValueError as e:
+            raise UserError(f"{vae}: {e}; give {fallback} as --vae") from None
+        check_fingerprint(tokenizer, vae, self.metadata, ckpt)
+        self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
+        return tokenizer, model
+
+    def prepare(self):
+        args, saved = self.args, self.metadata.get("sampling", {})
+        pixels = args.pixels or self.metadata.get("pixels")
+        if pixels is None and args.aspect not in (None, 1.0):
+            raise UserError(f"--aspect {args.aspect}: {self.name} draws squares of one size only")
+        own = vq.as_pairs(self.tokenizer.config.patch_nums)                 # of one that knows no other sizes
+        self.scales = vq.schedule(args.aspect or 1.0, pixels) if pixels else tuple(own)
+        self.frames = [f"{h}x{w}" for h, w in self.scales]
+        given = {k: v for k in ("cfg", "tau", "top_k", "top_p") if (v := getattr(args, k)) is not None}
+        self.options = dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97) | saved | given
+        for name in ("cfg", "tau"):                                         # one value stands for all scales
+            values = self.options[name]
+            self.options[name] = values[0] if isinstance(values, list) and len(values) == 1 else values
+            try:
+                infinity.per_scale(self.options[name], len(self.scales), f"--{name}")
+            except ValueError as e:
+                raise UserError(str(e)) from None
+        depth = self.model.config.depth
+        if args.guide_features is not None and not -depth <= args.guide_features < depth:
+            raise UserError(f"--guide-features {args.guide_features}: this model has {depth} blocks, -{depth} .. "
+                            f"{depth - 1}")
+        size = self.model.config.patchify + 1
+        height, width = (n * size * self.tokenizer.config.stride for n in self.scales[-1])
+        self.settings = {"model": "infinity", "checkpoint": self.name, "size": f"{height}x{width}"} | self.options | {
+            "guide_after": args.guide_features, "negative": args.negative, "image": args.image,
+            "keep": args.keep if args.image else 0, "tile": args.tile}
+        self.options |= {"scales": self.scales, "guide_after": args.guide_features, "tile": args.tile}
+        self.height, self.width = height, width
+        self.text_width, self.text_length = self.model.config.text_width, self.model.config.text_maxlen
+
+    def draw(self, prompts, numbers, ladder=False):
+        """Pictures of these numbers: a list of (B, 3, h, w) in [0, 1], one per scale, or the last alone."""
+        rows = [self.features[prompt] for prompt in prompts]
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        negative = None
+        if self.args.negative is not None:
+            negative = self.features[self.args.negative][None], None
+        images = self.model.sample(self.tokenizer, text, None if mask.all() else mask, negative=negative,
+                                   generator=self.generators(numbers), ladder=ladder, run=self.run, **self.options)
+        return images if ladder else [images]
+
+
+def infinity_prompts(job):
+    """All prompts of a command line, with --face-suffix."""
+    args = job.args
+    about_people = lambda p: args.face_suffix and any(word in p for word in PEOPLE) and FACES not in p
+    return choose_prompts(job, lambda p: p + FACES if about_people(p) else p,
+                          [args.negative] if args.negative is not None else [])
 
 
 def sample_infinity(args):
@@ -1278,25 +1407,15 @@ def sample_infinity(args):
                  ("--aspect", args.aspect, 0.3, 3.4), ("--keep", args.keep, 1, None), ("--tile", args.tile, 0, None))
     if 0 < args.tile <= 8:
         raise UserError(f"--tile {args.tile}: tiles overlap by 8 cells; use 16 or more")
-    if args.prompt and args.prompts:
-        raise UserError("--prompt and --prompts exclude each other")
-    if args.save_features:
-        check_writable(args.save_features, "--save-features", suffix=".safetensors")
-    default = "out/infinity" if args.prompts else "out/infinity.png"
-    out, single = (None, True) if args.bench or args.save_features else check_out(args.out, default)
-    if args.prompts and out and single:
-        raise UserError(f"--out {out}: --prompts fills a folder; give one")
+    check_prompt_args(args)
+    out, single = prompts_out(args, "out/infinity.png")
     given = read_picture(args.image) if args.image else None
     job = InfinityJob(args)
     if args.bench:
         return bench_infinity(job)
-    prompts = choose_prompts(job)
+    prompts = infinity_prompts(job)
     if args.save_features:
-        state = {f"text.{i}": job.features[prompt].half() for i, prompt in enumerate(job.features)}
-        from safetensors.torch import save_file
-        with vq.atomic(args.save_features) as temporary:
-            save_file(state, temporary, {"prompts": json.dumps(list(job.features))})
-        return print(f"features of {len(state)} prompts -> {args.save_features}")
+        return save_features(job, args.save_features)
     if args.compile:
         job = next(iter(job.variants().values()))
     if given is not None:
@@ -1305,13 +1424,7 @@ def sample_infinity(args):
         if args.keep > len(sizes):
             raise UserError(f"--keep {args.keep}: there are {len(sizes)} scales")
         job.options |= {"given": job.tokenizer.tokenize(image, sizes), "keep": args.keep}
-    if job.prompts:
-        for i, line in enumerate(job.prompts):
-            (out / f"{i:05d}").mkdir(parents=True, exist_ok=True)
-            with vq.atomic(out / f"{i:05d}" / "metadata.jsonl") as temporary:
-                temporary.write_text(line)
-    items = [prompt for prompt in prompts for _ in range(args.n)]
-    draw_and_save(job, items, out, single, resume=bool(args.prompts))
+    draw_prompts(job, prompts, out, single)
 
 
 def bench_infinity(job):
@@ -1320,8 +1433,206 @@ def bench_infinity(job):
         features = torch.randn(24, job.model.config.text_width, generator=torch.Generator().manual_seed(0))
         prompts, job.features = ["random"], {"random": features}
     else:
-        prompts = choose_prompts(job)[:1]
-    bench_job(job, prompts * job.args.n, {"sampling": [(infinity, "draw_bits"), (infinity, "exponential_noise")]})
+        prompts = infinity_prompts(job)[:1]
+    quantizer = job.tokenizer.quantize
+    bench_job(job, prompts * job.args.n, {"sampling": [(infinity, "draw_bits"), (infinity, "exponential_noise")],
+                                          "quantizer": [(quantizer, "contribution"), (quantizer, "next_input")]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py llamagen
+
+
+class LlamaGenJob(PromptJob):
+    """`sample.py llamagen`: items are class ids, or prompts for models that read text."""
+
+    MODULE = llamagen
+
+    def random_models(self, config, g):
+        released = "vq_ds16_t2i" if config.text_width else "vq_ds16_c2i"
+        name = "emoji_vq_single" if self.name.startswith("emoji") else released
+        tokenizer = vq.build(vq.VQVAE, replace(vq.CONFIGS[name], patch_nums=(config.side,))).eval()
+        tokenizer.init_weights(g)
+        model = vq.build(llamagen.LlamaGen, config).eval()
+        model.init_weights(g)
+        torch.nn.init.normal_(model.head.weight, 0, 0.02, generator=g)      # zero at the start of training: all ties
+        return vq.set_decoder_dtype(tokenizer, self.dtype), llamagen.set_dtype(model, self.dtype)
+
+    def load_models(self):
+        """--ckpt and --vq, or the demo."""
+        args, download = self.args, not self.args.no_download
+        demo = "emoji_llamagen_t2i" if args.prompt or args.prompts or args.features else "emoji_llamagen"
+        ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / f"{demo}.safetensors"
+        self.metadata = read_metadata(ckpt)
+        model = load_llamagen(ckpt, side=args.size and args.size // 16, dtype=self.dtype, device=self.device)
+        released = "vq_ds16_t2i.pt" if model.config.text_width else "vq_ds16_c2i.pt"
+        fallback = released if model.config.vocab_size == 16384 else "emoji_vq_single.safetensors"
+        vae = find_companion(args.vae, ckpt, fallback, download, "--vq")
+        tokenizer = vq.load(vae, dtype=self.dtype)
+        try:
+            model.check_pair(tokenizer)
+        except ValueError as e:
+            raise UserError(f"{vae}: {e}; give {fallback} as --vq") from None
+        check_fingerprint(tokenizer, vae, self.metadata, ckpt)
+        if args.size:
+            model.config = replace(model.config, side=args.size // tokenizer.config.stride)
+        self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
+        return tokenizer, model
+
+    def prepare(self):
+        args, config = self.args, self.model.config
+        self.reads, self.names = config.text_width > 0, self.metadata.get("classes", [])
+        self.ITEMS, self.clean = "prompts" if self.reads else "classes", not args.no_clean
+        self.text_width, self.text_length = config.text_width, config.text_slots
+        self.scales, self.frames = [(config.side, config.side)], [f"{k}/8" for k in range(1, 9)]
+        if self.reads and (args.classes or args.list_classes):
+            raise UserError(f"{self.name}: draws what a text says and knows no classes; give --prompt, not --classes")
+        if not self.reads and (args.prompt or args.prompts or args.features):
+            raise UserError(f"{self.name}: draws classes and reads no text; give --classes, or as --ckpt a t2i_* model")
+        if self.reads and args.npz:
+            raise UserError("--npz is for classes; for prompts fill a folder with --prompts FILE --out DIR")
+        known = ("cfg", "cfg_interval", "temperature", "top_k", "top_p")
+        given = {k: v for k in known if (v := getattr(args, k)) is not None}
+        self.options = dict(cfg=7.5 if self.reads else 4.0, cfg_interval=-1, temperature=1.0,
+                            top_k=1000 if self.reads else 2000, top_p=1.0) | self.metadata.get("sampling", {}) | given
+        cfg = self.options.pop("cfg")
+        self.cfg = cfg if isinstance(cfg, list) else [cfg]                  # one for all pictures, or one for each
+        self.settings = {"model": "llamagen", "checkpoint": self.name, "seed": args.seed, "cfg": cfg} | self.options | {
+            "side": config.side * self.tokenizer.config.stride, "eval_size": args.eval_size}
+
+    def condition(self, items):
+        """Class ids or prompts -> what the model takes, and the mask of texts or None."""
+        if not self.reads:
+            return torch.tensor(items), None
+        return llamagen.left_pad([self.features[prompt] for prompt in items], self.text_length)
+
+    def draw(self, items, numbers, ladder=False):
+        """Pictures of these numbers: a list of (B, 3, h, w) in [0, 1], of the picture in progress, or the last one."""
+        cond, words = self.condition(items)
+        images = self.model.sample(
+            self.tokenizer, cond, words, cfg=torch.tensor([self.cfg[i % len(self.cfg)] for i in numbers]),
+            generator=self.generators(numbers), ladder=len(self.frames) if ladder else 0, size=self.args.eval_size,
+            run=self.run, **self.options)
+        return images if ladder else [images]
+
+    def to_pixels(self, images):
+        return to_pixels(images, 0.5)
+
+    def describe(self, item):
+        return {"prompt": item} if self.reads else VARJob.describe(self, item)
+
+    def text(self, i, item):
+        return super().text(i, item) | {"cfg": self.cfg[i % len(self.cfg)]}
+
+    def path(self, folder, i):
+        return super().path(folder, i) if self.reads else Job.path(self, folder, i)
+
+    def rivals(self, items):
+        """The loop as it is usually written, without decoder. Its speed-up is below 1 by what this one gains."""
+        numbers, cfg = range(len(items)), self.cfg[0]
+        cond, words = self.condition(items)
+        if words is not None or len(self.cfg) > 1 or self.options["cfg_interval"] != -1:
+            return {}
+        def mine():
+            steps = self.model.steps(cond, cfg=cfg, generator=self.generators(numbers), run=self.run, **self.options)
+            return torch.stack([step.tokens.clone() for step in steps], 1)
+        options = {k: self.options[k] for k in ("temperature", "top_k", "top_p")}
+        theirs = lambda: textbook_loop(self.model, cond.to(self.device), cfg, generator=self.generators(numbers),
+                                       **options)
+        return race(mine, {"textbook loop": theirs}, len(items), self.device)
+
+
+@torch.no_grad()
+def textbook_loop(model, labels, cfg, temperature, top_k, top_p, generator):
+    """LlamaGen's decode loop as it is usually written, with the same draws: caches looked at in full under a mask, keys
+    and values repeated for each head, w1 and w3 apart, norm and rotation step by step, two sorts for the filters."""
+    c, device = model.config, labels.device
+    B, N, V, D, R = len(labels), c.side ** 2, c.vocab_size, c.width // c.heads, 2 * len(labels)
+    cos, sin = llamagen.rope_table(c, device)
+    mask = torch.tril(torch.ones(N + 8, N + 8, dtype=torch.bool, device=device))
+    caches = [[torch.zeros(R, c.heads, N + 8, D, device=device, dtype=model.head.weight.dtype) for _ in range(2)]
+              for _ in model.blocks]
+    noises = llamagen.draws((B, V), N, generator, device)
+
+    def norm(x, layer):
+        wide = x.float()
+        return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + layer.eps)).type_as(x) * layer.weight
+
+    def rotate(x, pos):
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([a * cos[pos] - b * sin[pos], b * cos[pos] + a * sin[pos]], -1)
+        return turned.flatten(-2).type_as(x)
+    x, tokens = torch.cat([labels, torch.full_like(labels, c.num_classes)]), []
+    for pos in range(N):
+        h = (model.class_embed if pos == 0 else model.token_embed)(x)[:, None]
+        for block, (keys, values) in zip(model.blocks, caches):
+            qkv = F.linear(norm(h, block.norm1), block.attn.qkv.weight)
+            q, k, v = qkv.view(R, 1, 3, c.heads, D).unbind(2)
+            keys[:, :, pos], values[:, :, pos] = rotate(k, pos)[:, 0], v[:, 0]
+            q, k, v = rotate(q, pos).transpose(1, 2), keys.repeat_interleave(1, 1), values.repeat_interleave(1, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[pos:pos + 1])
+            h = h + F.linear(out.transpose(1, 2).reshape(R, 1, -1), block.attn.proj.weight)
+            y, (w1, w3) = norm(h, block.norm2), block.ffn.fc1.weight.chunk(2)
+            gated = F.silu(F.linear(y, w1)) * F.linear(y, w3)
+            h = h + F.linear(gated, block.ffn.fc2.weight)
+        cond, uncond = F.linear(norm(h, model.norm), model.head.weight)[:, 0].float().chunk(2)
+        logits = (uncond + (cond - uncond) * cfg) / max(temperature, 1e-5)
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, V)).values[:, -1:], -math.inf)
+        if 0 < top_p < 1:
+            ordered, index = logits.sort(descending=True)
+            p = ordered.softmax(-1)
+            ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)
+            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+        tokens.append((logits.softmax(-1) / next(noises)).argmax(-1))
+        x = tokens[-1].repeat(2)
+    return torch.stack(tokens, 1)
+
+
+def sample_llamagen(args):
+    """Pictures as a grid, one by one, or a folder of them; or --bench, --npz, --list-classes, --save-features."""
+    check_generator_args(args)
+    check_prompt_args(args)
+    check_ranges(*(("--cfg", c, 0, None) for c in args.cfg or []), ("--temperature", args.temperature, 0, None),
+                 ("--cfg-interval", args.cfg_interval, -1, None), ("--size", args.size, 1, None),
+                 ("--eval-size", args.eval_size, 1, None))
+    if args.npz:
+        check_writable(args.npz, "--npz", suffix=".npz")
+        if args.steps_grid:
+            raise UserError("--npz is for whole sets of pictures: leave out --steps-grid")
+    out, single = (None, True) if args.npz or args.list_classes else prompts_out(args, "out/llamagen.png")
+    job = LlamaGenJob(args)
+    if args.bench:
+        return bench_llamagen(job)
+    if args.list_classes:
+        return list_classes(job)
+    if job.reads:
+        args.n = args.n or 1
+        prompts = choose_prompts(job)
+        if args.save_features:
+            return save_features(job, args.save_features)
+    elif args.save_features:
+        raise UserError(f"{job.name}: reads no text, so there are no features to save")
+    if args.compile:
+        job = next(iter(job.variants().values()))
+    if args.npz:
+        return write_npz(job, Path(args.npz))
+    if job.reads:
+        return draw_prompts(job, prompts, out, single)
+    draw_and_save(job, choose_labels(job), out, single)
+
+
+def bench_llamagen(job):
+    """--bench: -n pictures in one batch, by default one; of random text features where there is no T5."""
+    n = job.args.n or 1
+    if not job.reads:
+        items = choose_labels(job)[:n]
+    elif job.args.random_weights:
+        features = torch.randn(24, job.text_width, generator=torch.Generator().manual_seed(0))
+        items, job.features = ["random"] * n, {"random": features}
+    else:
+        items = choose_prompts(job)[:1] * n
+    bench_job(job, items, {"sampling": [(job.model, "_draw"), (llamagen, "exponential_noise")]})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1388,7 +1699,7 @@ def fit(picture, config, keep_size):
         patch_nums = [(doubled * h, doubled * w) for h, w in vq.schedule(aspect, fits[-1])]
         return cover(picture, *(n * stride for n in patch_nums[-1])), patch_nums
     if not keep_size:
-        return square(picture, stride * last), config.patch_nums
+        return cover(picture, stride * last, stride * last), config.patch_nums
     w, h = picture.width // stride, picture.height // stride                # in cells
     if min(w, h) < 1:
         raise UserError(
@@ -1557,7 +1868,8 @@ def sample_ops(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS = {"var": sample_var, "infinity": sample_infinity, "vq": sample_vq, "ops": sample_ops}
+MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
+          "ops": sample_ops}
 
 
 def guarded(run, args):

@@ -20,7 +20,8 @@ import sys
 # papers' base lr * batch / 256); warmup is a share of the steps; final_lr is relative to lr; wd_end 0 means like wd.
 COMMON = dict(
     epochs=0, steps=0, accum=1, lr=1e-4, schedule="lin0", warmup=0.02, warmup_from=0.005, final_lr=0.1,
-    wd=0.05, wd_end=0.0, betas=(0.9, 0.95), clip=2.0, ema=0.0, dtype="fp32",
+    wd=0.05, wd_end=0.0, betas=(0.9, 0.95), clip=2.0, ema=0.0, dtype="fp32", captions=False, zoom=(1.125, 1.125),
+    flip=False,
 )
 # VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's: its batch, rate and discriminator.
 VQ = COMMON | dict(
@@ -35,17 +36,17 @@ VQ_EMOJI = dict(
 )
 VQ_BITS = VQ | dict(warm_steps=0, restart_after=0)                          # bits need no care of a codebook
 # LlamaGen's. Its optimizer is Adam, whose weight decay is ignored; its codes on the unit sphere need no restarts
-VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0)
+VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0, zoom=(1.0, 1.25), flip=True)
 # init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
 # settings and its classes (none: spread over all)
 VAR = COMMON | dict(
-    size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops=0,
+    size=256, batch_size=768, lr=3e-4, init_gamma=1e-3, dtype="fp16", cache_crops="0",
     sampling=dict(cfg=4.0, top_k=900, top_p=0.95), show=(),
 )
 LARGE = dict(epochs=350, lr=2.4e-4, final_lr=0.01)
 VAR_EMOJI = dict(
     model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32",
-    cache_crops=1, sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
+    cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
     show=("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person", "place-map",
           "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses", "money"),
 )
@@ -54,13 +55,27 @@ VAR_EMOJI = dict(
 INFINITY = COMMON | dict(
     pixels="0.06M", steps=190000, batch_size=4096, lr=2e-4, schedule="lin0", warmup=0.0, final_lr=1.0, wd=0.005,
     betas=(0.9, 0.97), clip=5.0, dtype="bf16", strength=0.3, reweight=False, init_gamma=5e-6, short_captions=0.5,
-    checkpointing=True, sampling=dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97), show=(),
+    checkpointing=True, sampling=dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97), show=(), captions=True,
 )
 INFINITY_EMOJI = dict(
     model="emoji_infinity", size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02,
     clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
     show=("grinning cat face", "red apple", "green heart", "french fries", "smiling face with sunglasses",
           "pouting cat face", "blue heart", "broken heart"),
+)
+# cache_crops: how pictures are tokenized before training: "ten" crops of each of two sizes as by the authors, a number
+# of random ones (1: the centre), or 0: anew in every step
+LLAMAGEN = COMMON | dict(
+    size=256, epochs=300, batch_size=256, lr=1e-4, schedule="const", warmup=0.0, clip=1.0, dtype="bf16",
+    cache_crops="ten", dropout=0.1, short_captions=0.3, pixels=None, text_width=2048, captions=False,
+    sampling=dict(cfg=4.0, top_k=2000, top_p=1.0, temperature=1.0), show=(),
+)
+LLAMAGEN_TEXT = LLAMAGEN | dict(cache_crops="1", epochs=0, steps=200000, captions=True,     # no length is published
+                                sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
+LLAMAGEN_EMOJI = dict(
+    size=32, epochs=0, steps=5000, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
+    ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
+    sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
 RECIPES = {
     "vq": {
@@ -90,6 +105,14 @@ RECIPES = {
         "2B_1024": INFINITY | dict(model="infinity_2b", pixels="1M", steps=60000, lr=2e-5),
         "8B_512": INFINITY | dict(model="infinity_8b", pixels="0.25M", steps=110000),
         "8B_1024": INFINITY | dict(model="infinity_8b", pixels="1M", steps=60000, lr=2e-5),
+    },
+    "llamagen": {
+        "emoji": LLAMAGEN | LLAMAGEN_EMOJI | dict(model="emoji_llamagen", show=VAR_EMOJI["show"]),
+        "emoji_text": LLAMAGEN_TEXT | LLAMAGEN_EMOJI | dict(model="emoji_llamagen_t2i"),
+        **{f"{size}_{pixels}": LLAMAGEN | dict(model=f"c2i_{size}_{pixels}", size=pixels) for size, pixels in (
+            ("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))},
+        "t2i_stage1": LLAMAGEN_TEXT | dict(model="t2i_XL_stage1_256"),      # the second starts with --init from it
+        "t2i_stage2": LLAMAGEN_TEXT | dict(model="t2i_XL_stage2_512", size=512, steps=50000),
     },
 }
 
@@ -138,12 +161,26 @@ def parse_args(argv=None):
             for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
                 add(f"--{flag}", type=float, help="weight of that loss")
             add("--disc-start", type=int, help="first step of the discriminator")
+            add("--disc", choices=["patch", "style"], help="PatchGAN, or StyleGAN2's")
+            add("--gan", choices=["hinge", "vanilla", "non-saturating", "non-saturating-swapped"],
+                help="its loss; the last is LlamaGen's, whose arguments are exchanged")
+            add("--init", metavar="FILE", help="start from this tokenizer")
             add("--warm-steps", type=int, help="steps without quantization before the codebook is initialised")
             add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
             continue
-        add("--vae", required=True, metavar="FILE", help="the trained tokenizer")
+        add("--vae", "--vq", dest="vae", required=True, metavar="FILE", help="the trained tokenizer")
         add("--init", metavar="FILE", help="start from these weights" + (
             "; another number of classes is fine" if name == "var" else ", such as those of the last stage"))
+        if name == "llamagen":
+            add("--t5", metavar="DIR", help="with captions: the frozen text encoder; else one on bytes is trained")
+            add("--clean", action=argparse.BooleanOptionalAction, default=True,
+                help="clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)")
+            add("--init-text", metavar="FILE", help="start the text encoder on bytes from that in this Infinity file")
+            add("--cache-crops", metavar="N|ten|flip", help="tokenize N crops of each picture before training (1: its "
+                "centre), ten crops of two sizes, or the centre and its mirror image; 0: do it on the fly")
+            add("--dropout", type=float, help="of embeddings and branches")
+            add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
+            continue
         add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
         if name == "infinity":
             add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
@@ -155,7 +192,7 @@ def parse_args(argv=None):
             add("--checkpointing", action=argparse.BooleanOptionalAction,
                 help="compute activations twice instead of keeping them: slower, for less memory")
         else:
-            add("--cache-crops", type=int,
+            add("--cache-crops", metavar="N",
                 help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly")
     args = parser.parse_args(argv)
     if args.epochs and not args.steps:
@@ -178,14 +215,14 @@ import os
 import pickle
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from safetensors import SafetensorError
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -221,7 +258,15 @@ class EmojiSheet:
 
 
 class EmojiCaptions(EmojiSheet):
-    """The demo set with its captions in place of the classes."""
+    """The demo set with its captions in place of the classes. One of them misleads: "black" was Unicode's word for
+    filled, and the picture of this heart is red."""
+
+    def __init__(self, size, train=True):
+        super().__init__(size, train)
+        self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
+
+    def captions(self, index):
+        return [self.names[index]]
 
     def __getitems__(self, items):
         pixels, _, broken = super().__getitems__(items)
@@ -229,15 +274,17 @@ class EmojiCaptions(EmojiSheet):
 
 
 class PictureFolder:
-    """DIR/class/picture.*; every item is (index, crop seed), crop seed None for the centre crop.
+    """DIR/class/picture.*; every item is (index, crop): a seed of a random crop, None for the centre, or ("ten", n) and
+    ("flip", n) for number n of the VIEWS.
 
-    The shorter edge is resized to 1.125 * size with Lanczos, then a square is cut. In place of an unreadable file comes
-    the next readable one, and its path is handed on.
+    The shorter edge is resized to zoom * size with Lanczos, then a square is cut; zoom is drawn between the two given.
+    In place of an unreadable file comes the next readable one, and its path is handed on.
     """
 
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    VIEWS = {"ten": 20, "flip": 2}      # corners, centre and these flipped, of 1.1 and of 1.05 * size; centre, flipped
 
-    def __init__(self, root, size, train=True, split=True):
+    def __init__(self, root, size, train=True, split=True, zoom=(1.125, 1.125), flip=False):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
@@ -251,7 +298,7 @@ class PictureFolder:
             files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files    # under 20: no hold-out
         self.files = [str(p) for p, _ in files]
         self.labels = torch.tensor([c for _, c in files])
-        self.size = size
+        self.size, self.zoom, self.flip = size, zoom, flip
         listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
 
@@ -261,17 +308,21 @@ class PictureFolder:
     def __len__(self):
         return len(self.files)
 
-    def read(self, index, crop_seed):
+    def read(self, index, crop):
         """uint8 (3, size, size)."""
         picture = sample.open_picture(self.files[index])
-        ratio = round(1.125 * self.size) / min(picture.size)
-        picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
-        room = [s - self.size for s in picture.size]
-        if crop_seed is None:
-            x, y = (r // 2 for r in room)
+        if crop is not None and crop[0] in self.VIEWS:
+            picture = view(picture, self.size, *crop)
         else:
-            x, y = np.random.default_rng(crop_seed).integers(0, [r + 1 for r in room])
-        picture = picture.crop((x, y, x + self.size, y + self.size))
+            rng = np.random.default_rng(crop)
+            zoom = np.mean(self.zoom) if crop is None else rng.uniform(*self.zoom)
+            ratio = round(zoom * self.size) / min(picture.size)
+            picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
+            room = [s - self.size for s in picture.size]
+            x, y = (r // 2 for r in room) if crop is None else rng.integers(0, [r + 1 for r in room])
+            picture = picture.crop((x, y, x + self.size, y + self.size))
+            if self.flip and crop is not None and rng.random() < 0.5:
+                picture = ImageOps.mirror(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def __getitems__(self, items):
@@ -290,17 +341,35 @@ class PictureFolder:
         return torch.stack(pixels), self.labels[indices], broken
 
 
+def view(picture, size, kind, number):
+    """One of PictureFolder.VIEWS of a picture, as LlamaGen's authors cut them: a centred square of 1.1 or 1.05 * size
+    (or just size), and of that the top left, top right, bottom left or bottom right corner, or the centre."""
+    flipped, place = (number == 1, 4) if kind == "flip" else (number % 10 >= 5, number % 5)
+    side = size if kind == "flip" else int(size * (1.1 if number < 10 else 1.05))
+    while min(picture.size) >= 2 * side:                                    # halves by means, so that nothing aliases
+        picture = picture.resize([s // 2 for s in picture.size], Image.BOX)
+    ratio = side / min(picture.size)
+    picture = picture.resize([round(s * ratio) for s in picture.size], Image.BICUBIC)
+    x, y = ((s - side) // 2 for s in picture.size)
+    room = side - size
+    dx, dy = [(0, 0), (room, 0), (0, room), (room, room), (round(room / 2), round(room / 2))][place]
+    picture = picture.crop((x, y, x + side, y + side))
+    picture = ImageOps.mirror(picture) if flipped else picture              # the flipped ones are crops of the mirror
+    return picture.crop((dx, dy, dx + size, dy + size))
+
+
 class CaptionedPictures:
     """Pictures with captions, in buckets of equal aspect ratio: `groups`, from each of which a batch may be drawn.
 
     root: a .tsv or .jsonl file, or a folder of them. A line of the first: picture path, tab, caption; of the second, as
     in the original: {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}. Paths are
     relative to the file. Broken lines are skipped and counted. A picture is resized to cover the size that its aspect
-    ratio has in `vq.schedule`, then its centre is cut. Items are (index, seed), seed None for the whole caption.
+    ratio has in `vq.schedule`, then its centre is cut; or with `size`, instead of pixels, a square of that side. Items
+    are (index, seed), seed None for the whole caption.
     """
 
-    def __init__(self, root, pixels, short_captions=0.5, train=True, split=True):
-        self.pixels, self.short_captions, self.root = pixels, short_captions, Path(root)
+    def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None):
+        self.pixels, self.short_captions, self.root, self.size = pixels, short_captions, Path(root), size
         files = [self.root] if self.root.is_file() else sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
         if not files:
             raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption) or .jsonl files")
@@ -322,7 +391,7 @@ class CaptionedPictures:
         self.aspects = sorted(set(ratios.tolist()))
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
         listing = hashlib.sha256("\n".join(str(row) for row in self.rows).encode()).hexdigest()
-        self.fingerprint = f"{listing} {pixels}"
+        self.fingerprint = f"{listing} {size or pixels}"
 
     def _parse(self, file, line):
         """(path, aspect ratio, captions, the long one first)."""
@@ -338,16 +407,24 @@ class CaptionedPictures:
         if not (ratio := float(row.get("h_div_w") or 0)):
             with Image.open(path) as picture:                               # reads the header only
                 ratio = picture.height / picture.width
-        return str(path), vq.nearest_aspect(ratio), [c for c in captions if c]
+        return str(path), 1.0 if self.size else vq.nearest_aspect(ratio), [c for c in captions if c]
 
     def __len__(self):
         return len(self.rows)
 
+    def captions(self, index):
+        """The long and the short caption of a picture, the latter by default the first sentence of the former."""
+        long, *short = self.rows[index][2]
+        return [long, short[0] if short else long.split(".")[0]]
+
     def caption(self, index, seed):
-        """Of a picture's captions the short one, or the first sentences of the long one, as many as chance says."""
+        """Of a picture's captions the short one, or the first sentences of the long one, as many as chance says; of
+        squares one of these two, whose features can be computed once."""
         long, *short = self.rows[index][2]
         if seed is None:
             return long
+        if self.size:
+            return self.captions(index)[np.random.default_rng(seed).random() < self.short_captions]
         rng, sentences = np.random.default_rng(seed), [s for s in long.split(". ") if s]
         if rng.random() < self.short_captions:
             return short[0] if short else ". ".join(sentences[:rng.integers(1, 3)])
@@ -356,7 +433,7 @@ class CaptionedPictures:
     def read(self, index):
         """uint8 (3, h, w)."""
         path, ratio, _ = self.rows[index]
-        h, w = (16 * n for n in vq.schedule(ratio, self.pixels)[-1])
+        h, w = [self.size] * 2 if self.size else (16 * n for n in vq.schedule(ratio, self.pixels)[-1])
         picture = sample.cover(sample.open_picture(path), h, w)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -380,35 +457,37 @@ class CaptionedPictures:
 
 def open_pictures(args):
     """(training set, validation set) of --data and --val-data."""
-    captions = args.model_name == "infinity"
     if args.data == "demo":
-        if captions and args.pixels:
+        if args.captions and (args.pixels or args.size > 64):
             raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
-        sheet = EmojiCaptions if captions else EmojiSheet
+        sheet = EmojiCaptions if args.captions else EmojiSheet
         return sheet(args.size), sheet(args.size, train=False)
-    if captions:
-        if not args.pixels:
+    if args.captions:
+        squares = args.model_name == "llamagen"
+        if not args.pixels and not squares:
             raise UserError(f"--data {args.data}: give the size of pictures as --pixels, one of {', '.join(vq.PIXELS)}")
-        options = dict(pixels=args.pixels, short_captions=args.short_captions, split=not args.val_data)
+        options = dict(pixels=args.pixels, short_captions=args.short_captions, split=not args.val_data,
+                       size=args.size if squares else None)
         train = CaptionedPictures(args.data, **options)
         return train, CaptionedPictures(args.val_data or args.data, **options | dict(train=False))
+    options = dict(zoom=args.zoom, flip=args.flip)
     if args.val_data:
-        train, val = (PictureFolder(folder, args.size, split=False) for folder in (args.data, args.val_data))
+        train, val = (PictureFolder(folder, args.size, split=False, **options) for folder in (args.data, args.val_data))
         if train.classes != val.classes:
             raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
         return train, val
-    return PictureFolder(args.data, args.size), PictureFolder(args.data, args.size, train=False)
+    return PictureFolder(args.data, args.size, **options), PictureFolder(args.data, args.size, train=False, **options)
 
 
 class TokenCache:
     """The pictures of a set as token indices, computed once by the frozen tokenizer and kept beside the run.
 
-    crops: how many versions of each picture; 1 is the centre crop. Same items and results as a picture set, with
-    tokens (B, L) instead of pixels.
+    crops: how many versions of each picture, as text; 1 is the centre crop, and a name of PictureFolder.VIEWS all of
+    these. Same items and results as a picture set, with tokens (B, L) instead of pixels.
     """
 
     def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
-        self.classes, self.crops = pictures.classes, crops
+        self.pictures, self.classes, self.crops = pictures, getattr(pictures, "classes", []), crops
         weights = hashlib.sha256()
         for module in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
             for p in module.parameters():
@@ -421,30 +500,67 @@ class TokenCache:
         while not path.exists():                                            # the first process is at it
             time.sleep(1)
         cached = load_file(path)
-        self.tokens, self.labels = cached["tokens"], cached["labels"]       # (n * crops, L) int32, (n * crops,)
+        self.tokens, self.index = cached["tokens"], cached["index"]         # (n * crops, L) int32, whose they are
+        self.labels = pictures.labels[self.index] if self.classes else None
 
     def _fill(self, pictures, tokenizer, patch_nums, device, path):
-        items = [(i, (i, c) if self.crops > 1 else None) for i in range(len(pictures)) for c in range(self.crops)]
-        tokens, labels, broken = [], [], set()
+        named = self.crops if self.crops in PictureFolder.VIEWS else None
+        crops = PictureFolder.VIEWS[named] if named else int(self.crops)
+        crop = lambda i, c: (named, c) if named else (i, c) if crops > 1 else None
+        items = [(i, crop(i, c)) for i in range(len(pictures)) for c in range(crops)]
+        tokens, indices, broken = [], [], set()
         starts = range(0, len(items), 64)
         for start in tqdm(starts, desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
-            read = [pictures.__getitems__([item]) for item in items[start:start + 64]]
+            read = [(item[0], *pictures.__getitems__([item])) for item in items[start:start + 64]]
             broken.update(path for *_, paths in read for path in paths)
-            read = [(pixels, label) for pixels, label, paths in read if not paths]
+            read = [(i, pixels) for i, pixels, _, paths in read if not paths]
             if read:
-                pixels, label = (torch.cat(column) for column in zip(*read))
+                pixels = torch.cat([pixels for _, pixels in read])
                 tokens.append(torch.cat(tokenizer.tokenize(sample.to_input(pixels, device), patch_nums), 1).int().cpu())
-                labels.append(label)
+                indices += [i for i, _ in read]
         report_broken(broken, len(pictures))
+        if not tokens:
+            raise UserError(f"--data: of {len(pictures)} pictures not one can be read")
         with vq.atomic(path) as temporary:
-            save_file({"tokens": torch.cat(tokens), "labels": torch.cat(labels)}, temporary)
+            save_file({"tokens": torch.cat(tokens), "index": torch.tensor(indices)}, temporary)
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.index)
+
+    def captions(self, i):
+        return self.pictures.captions(int(self.index[i]))
 
     def __getitems__(self, items):
         index = torch.tensor([i for i, _ in items])
-        return self.tokens[index].long(), self.labels[index], []
+        if self.labels is not None and not hasattr(self.pictures, "captions"):
+            return self.tokens[index].long(), self.labels[index], []
+        pick = getattr(self.pictures, "caption", lambda i, seed: self.pictures.captions(i)[0])
+        return self.tokens[index].long(), [pick(int(self.index[i]), seed) for i, seed in items], []
+
+
+class FeatureCache:
+    """Text features of captions, computed once by the frozen encoder and kept beside the run, in half precision:
+    cache[caption] is (n, Ct). The file is mapped, not read: only what is asked for comes into memory."""
+
+    def __init__(self, captions, t5, slots, clean, folder):
+        key = hashlib.sha256(f"{slots} {clean} {t5.config} {captions}".encode()).hexdigest()[:12]
+        path = Path(folder) / f"text_{key}.safetensors"
+        if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+            rows = []
+            for start in tqdm(range(0, len(captions), 16), desc=f"reading {len(captions)} captions", leave=False):
+                rows += [row.half() for row in sample.encode_texts(t5, captions[start:start + 16], slots, clean)]
+            starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+            with vq.atomic(path) as temporary:
+                save_file({"features": torch.cat(rows), "starts": starts}, temporary)
+        while not path.exists():                                            # the first process is at it
+            time.sleep(1)
+        self.file = safe_open(path, "pt")
+        starts = self.file.get_tensor("starts").tolist()
+        self.places = dict(zip(captions, zip(starts, starts[1:])))
+
+    def __getitem__(self, caption):
+        start, end = self.places[caption]
+        return self.file.get_slice("features")[start:end].float()
 
 
 def report_broken(paths, total):
@@ -492,7 +608,32 @@ def spread(n, most):
 # What is particular to each model: a task has a model, a loss, a validation, a picture and a file to write
 
 
-class TokenizerTask:
+class Task:
+    """What most of them have in common. Subclasses have loss, validate, picture and save."""
+
+    metrics, val_metrics = [], ["loss"]
+
+    @staticmethod
+    def score(scores):
+        """What the best checkpoint has most of."""
+        return -scores["loss"]
+
+    def after_step(self, step, lr, g):
+        """What else happens in a training step -> what there is to log of it."""
+        return {}
+
+    def sync_average(self, average):
+        """What the weight average has to take over at once."""
+
+    def state_dict(self):
+        """What a resumed run needs besides model and optimizer."""
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class TokenizerTask(Task):
     """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses; codes start from features and are restarted."""
 
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
@@ -500,7 +641,6 @@ class TokenizerTask:
 
     @staticmethod
     def score(scores):
-        """What the best checkpoint has most of."""
         return scores["psnr"]
 
     def __init__(self, args, train_set, val_set, device, g):
@@ -512,19 +652,22 @@ class TokenizerTask:
                             f"{cells}x{cells} map; use --size {config.stride * cells}")
         self.model = vq.build(vq.VQVAE, config).to(device)
         self.model.init_weights(g)
+        if args.init:
+            warm_start(self.model, vq.load(args.init), args.init)
         lpips = discriminator = self.disc_optimizer = None
         if bool(args.lpips) != bool(args.lpips_weight):
             raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
                             "and a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
         if args.disc_weight:
-            discriminator = vq.PatchDiscriminator().to(device)
-            discriminator.init_weights(g)
+            discriminator = vq.PatchDiscriminator() if args.disc == "patch" else vq.StyleDiscriminator(args.size)
+            discriminator.to(device).init_weights(g)
             self.disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
         if args.lpips:
             lpips = vq.load_lpips(*args.lpips).to(device)
         self.pairs, self.moved = [], None                                   # pictures of this step; codes it restarted
         self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
-                                          disc_weight=args.disc_weight, disc_start=args.disc_start)
+                                          disc_weight=args.disc_weight, disc_start=args.disc_start,
+                                          adaptive=args.adaptive, gan=args.gan)
 
     def loss(self, batch, step, g):
         image = sample.to_input(batch[0], self.device)
@@ -562,6 +705,7 @@ class TokenizerTask:
             losses.append(self.criterion.discriminator_loss(image, rec))
             (losses[-1] / len(self.pairs)).backward()
         average_gradients(self.criterion.discriminator.parameters())
+        torch.nn.utils.clip_grad_norm_(self.criterion.discriminator.parameters(), self.args.clip)
         for group in self.disc_optimizer.param_groups:
             group["lr"] = lr
         self.disc_optimizer.step()
@@ -607,7 +751,7 @@ class TokenizerTask:
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
 
 
-class VARTask:
+class VARTask(Task):
     """`train.py var`: cross entropy of every token given all coarser scales and the class; the tokenizer is frozen."""
 
     metrics = ["accuracy", "tail_loss", "tail_accuracy"]
@@ -615,8 +759,7 @@ class VARTask:
 
     @staticmethod
     def score(scores):
-        """What the best checkpoint has most of: the authors go by the loss of the last scale."""
-        return -scores["tail_loss"]
+        return -scores["tail_loss"]                                         # the authors go by the last scale's
 
     def __init__(self, args, train_set, val_set, device, g):
         import var
@@ -637,11 +780,11 @@ class VARTask:
         if args.size != side:
             raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
         self.train_set, self.val_set = train_set, val_set
-        if args.cache_crops:
+        if args.cache_crops != "0":
             cache = lambda pictures, crops, tag: TokenCache(
                 pictures, self.tokenizer, self.patch_nums, crops, device, args.out, tag
             )
-            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, 1, "val")
+            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, "1", "val")
         self.splits = [p * p for p in self.patch_nums]
 
     def _tokens(self, batch):
@@ -655,12 +798,6 @@ class VARTask:
         indices = self._tokens(batch)
         features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
         return self.model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, generator=g)
-
-    def after_step(self, step, lr, g):
-        return {}
-
-    def sync_average(self, average):
-        pass
 
     @torch.no_grad()
     def validate(self, model):
@@ -692,24 +829,13 @@ class VARTask:
         var.save(model, path, dtype, classes=self.classes, show=show, sampling=self.args.sampling,
                  tokenizer=vq.fingerprint(self.tokenizer))
 
-    def state_dict(self):
-        return {}
 
-    def load_state_dict(self, state):
-        pass
-
-
-class InfinityTask:
+class InfinityTask(Task):
     """`train.py infinity`: cross entropy of every bit given the text and all coarser scales, some of their bits flipped
     (bitwise self-correction). The tokenizer is frozen; so is T5, unless a small one on bytes is trained along."""
 
     metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
     val_metrics = ["loss", "bit_accuracy", "token_accuracy"]
-
-    @staticmethod
-    def score(scores):
-        """What the best checkpoint has most of."""
-        return -scores["loss"]
 
     def __init__(self, args, train_set, val_set, device, g):
         import infinity
@@ -733,39 +859,35 @@ class InfinityTask:
         if self.t5 is None:
             if not args.t5:
                 raise UserError(f"--init {args.init}: has no text encoder of its own: give one as --t5 DIR")
-            half = torch.bfloat16 if device.type == "cuda" else torch.float32
-            self.t5 = infinity.load_t5(args.t5, half, device).requires_grad_(False)
-            if self.t5.config.width != self.model.config.text_width:
-                raise UserError(f"--t5 {args.t5}: has features of {self.t5.config.width} numbers, but the model reads "
-                                f"{self.model.config.text_width}; all released ones use google/flan-t5-xl")
+            self.t5 = sample.load_t5(args.t5, self.model.config.text_width, device).requires_grad_(False)
+
+    def _encode(self, model, captions):
+        """Features and mask of captions; with gradients if the text encoder is trained along."""
+        own = model.text_encoder is not None
+        with torch.set_grad_enabled(own and torch.is_grad_enabled()):
+            return (model.text_encoder if own else self.t5).encode(captions, model.config.text_maxlen)
+
+    def _scales(self, aspect=1.0):
+        """The schedule of pictures of that aspect ratio."""
+        own = vq.as_pairs(self.tokenizer.config.patch_nums)
+        return vq.schedule(aspect, self.args.pixels) if self.args.pixels else own
 
     def _prepare(self, batch, g, model):
         """Text features, mask, inputs, labels, schedule of a batch."""
         with torch.autocast(self.device.type, enabled=False):               # half precision would change bits
             image = sample.to_input(batch[0], self.device)
-            scales = vq.as_pairs(self.tokenizer.config.patch_nums)
-            if self.args.pixels:
-                scales = vq.schedule(image.shape[2] / image.shape[3], self.args.pixels)
+            scales = self._scales(image.shape[2] / image.shape[3])
             with torch.no_grad():
                 f = self.tokenizer.encode(image)
             inputs, labels = self.infinity.self_correct(self.tokenizer.quantize, f, scales, self.args.strength,
                                                         patchify=model.config.patchify, generator=g)
         if self.args.scales:
             inputs = inputs[:, :sum(h * w for h, w in scales[:self.args.scales]) - 1]
-        with torch.set_grad_enabled(self.model.text_encoder is not None and torch.is_grad_enabled()):
-            t5 = self.t5 if model.text_encoder is None else model.text_encoder
-            text, mask = t5.encode(batch[1], model.config.text_maxlen)
-        return text, mask, inputs, labels, scales
+        return *self._encode(model, batch[1]), inputs, labels, scales
 
     def loss(self, batch, step, g):
         prepared = self._prepare(batch, g, self.model)
         return self.model.loss(*prepared, reweight=self.args.reweight, generator=g)
-
-    def after_step(self, step, lr, g):
-        return {}
-
-    def sync_average(self, average):
-        pass
 
     @torch.no_grad()
     def validate(self, model):
@@ -784,17 +906,12 @@ class InfinityTask:
     def picture(self, model):
         """Samples for captions of training (upper half) and validation pictures."""
         rows = [(data, i) for data in (self.train_set, self.val_set) for i, _ in spread(len(data), 16)]
-        captions = [data.__getitems__([(i, None)])[1][0] for data, i in rows]
-        scales = vq.as_pairs(self.tokenizer.config.patch_nums)
-        if self.args.pixels:
-            scales = vq.schedule(1.0, self.args.pixels)
-        images = []
+        captions, images = [data.__getitems__([(i, None)])[1][0] for data, i in rows], []
         for i in range(0, len(captions), 4):                                # few at a time: large models need memory
-            t5 = self.t5 if model.text_encoder is None else model.text_encoder
             with torch.no_grad():
-                text, mask = t5.encode(captions[i:i + 4], model.config.text_maxlen)
+                text, mask = self._encode(model, captions[i:i + 4])
             generators = [torch.Generator(self.device).manual_seed(j) for j in range(i, i + len(text))]
-            images.append(model.sample(self.tokenizer, text, mask, scales=scales, generator=generators,
+            images.append(model.sample(self.tokenizer, text, mask, scales=self._scales(), generator=generators,
                                        **self.args.sampling))
         return sample.grid(sample.to_pixels(torch.cat(images)), 8)
 
@@ -802,14 +919,127 @@ class InfinityTask:
         self.infinity.save(model, path, dtype, show=self.args.show, sampling=self.args.sampling,
                            tokenizer=vq.fingerprint(self.tokenizer), pixels=self.args.pixels)
 
-    def state_dict(self):
-        return {}
 
-    def load_state_dict(self, state):
-        pass
+class LlamaGenTask(Task):
+    """`train.py llamagen`: cross entropy of every token given the class or text and all tokens before it. The tokenizer
+    is frozen; so is T5, whose features are computed once, unless a small one on bytes is trained along."""
+
+    metrics = ["accuracy"]
+    val_metrics = ["loss", "accuracy"]
+
+    def __init__(self, args, train_set, val_set, device, g):
+        import infinity
+        import llamagen
+        self.args, self.device, self.llamagen = args, device, llamagen
+        self.tokenizer, config = vq.load(args.vae).to(device), llamagen.CONFIGS[args.model]
+        side, left = divmod(args.size, self.tokenizer.config.stride)
+        if left:
+            raise UserError(f"--size {args.size}: expected a multiple of {self.tokenizer.config.stride}, the stride")
+        text, classes = config.text_width > 0, getattr(train_set, "classes", [])
+        encoder = infinity.T5Encoder(infinity.BYTE_T5) if text and not args.t5 else None
+        self.classes = [] if text else classes
+        self.t5 = sample.load_t5(args.t5, args.text_width, device) if args.t5 else None
+        width = (encoder or self.t5).config.width if text else 0
+        config = replace(config, side=side, num_classes=len(self.classes), text_width=width, dropout=args.dropout,
+                         vocab_size=self.tokenizer.config.vocab_size)
+        self.model = vq.build(llamagen.LlamaGen, config, encoder).to(device)
+        self.model.init_weights(g)
+        if args.init:
+            warm_start(self.model, sample.load_llamagen(args.init, side=side), args.init)
+        if args.init_text and encoder is not None:
+            warm_start(encoder, infinity.load(args.init_text).text_encoder or encoder, args.init_text)
+        try:
+            self.model.check_pair(self.tokenizer)
+        except ValueError as e:
+            raise UserError(f"--vae {args.vae}: {e}; train one with train.py vq --recipe llamagen_emoji") from None
+        self.train_set, self.val_set = train_set, val_set
+        self.shape = ((side, side),)
+        if args.cache_crops != "0":
+            cache = lambda pictures, crops, tag: TokenCache(
+                pictures, self.tokenizer, self.shape, crops, device, args.out, tag
+            )
+            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, "1", "val")
+        self.features = None
+        if self.t5 is not None:
+            captions = sorted({c for data in (train_set, val_set) for i in range(len(data)) for c in data.captions(i)})
+            self.features = FeatureCache(captions, self.t5, config.text_slots, args.clean, args.out)
+
+    def _prepare(self, batch, model):
+        """Conditions, tokens and mask of a batch."""
+        tokens = batch[0]
+        if tokens.dim() == 2:
+            tokens = tokens.to(self.device)
+        else:
+            with torch.autocast(self.device.type, enabled=False):           # half precision would change tokens
+                tokens, = self.tokenizer.tokenize(sample.to_input(tokens, self.device), self.shape)
+        return *self._condition(model, batch[1]), tokens
+
+    def _condition(self, model, what):
+        """Labels (B,) or captions -> conditions, mask or None."""
+        if not model.config.text_width:
+            return what.to(self.device), None
+        if self.features is not None:
+            rows = [self.features[caption].to(self.device) for caption in what]
+        else:
+            features, mask = model.text_encoder.encode(what, model.config.text_slots)
+            lengths = mask.sum(1) if mask is not None else [features.shape[1]] * len(what)
+            rows = [f[:n] for f, n in zip(features, lengths)]
+        text, mask = self.llamagen.left_pad(rows, model.config.text_slots)
+        return text, mask.to(self.device)
+
+    def loss(self, batch, step, g):
+        cond, words, tokens = self._prepare(batch, self.model)
+        return self.model.loss(cond, tokens, words, generator=g)
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean loss and accuracy over the validation pictures, without dropping anything."""
+        sums, items = {}, spread(len(self.val_set), 1024)
+        for start in range(0, len(items), 32):
+            cond, words, tokens = self._prepare(self.val_set.__getitems__(items[start:start + 32]), model)
+            loss, metrics = model.loss(cond, tokens, words, cond_drop=0.0)
+            for key, value in (metrics | {"loss": loss}).items():
+                sums[key] = sums.get(key, 0.0) + value.item() * len(tokens)
+        return {key: value / len(items) for key, value in sums.items()}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """One sample of each of 32 classes, or of captions of training (upper half) and validation pictures."""
+        if model.config.text_width:
+            rows = [(data, i) for data in (self.train_set, self.val_set) for i, _ in spread(len(data), 16)]
+            what = [data.__getitems__([(i, None)])[1][0] for data, i in rows]
+        else:
+            what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
+        images = []
+        for i in range(0, len(what), 4):                                    # few at a time: large models need memory
+            cond, words = self._condition(model, what[i:i + 4])
+            generators = [torch.Generator(self.device).manual_seed(j) for j in range(i, i + len(cond))]
+            images.append(model.sample(self.tokenizer, cond, words, generator=generators, **self.args.sampling))
+        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
+
+    def save(self, model, path, dtype):
+        show = [c for c in self.args.show if c in self.classes or not self.classes]
+        extra = {"text_encoder": asdict(model.text_encoder.config)} if model.text_encoder is not None else {}
+        self.llamagen.save(model, path, dtype, classes=self.classes, show=show, sampling=self.args.sampling,
+                           tokenizer=vq.fingerprint(self.tokenizer), **extra)
 
 
-TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask}
+TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask}
+
+
+@torch.no_grad()
+def warm_start(model, other, path):
+    """Starts from the weights of another model: all that exist there with the same shape. Says what does not."""
+    state, fresh = other.state_dict(), []
+    for name, p in model.state_dict().items():
+        if name in state and state[name].shape == p.shape:
+            p.copy_(state[name])
+        else:
+            fresh.append(name)
+    if len(fresh) == len(model.state_dict()):
+        raise UserError(f"--init {path}: none of its weights fits this model; choose the recipe that goes with it")
+    if fresh:
+        tqdm.write(f"--init {path}: {len(fresh)} weights start anew: {', '.join(fresh[:4])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -955,7 +1185,11 @@ def check_args(args):
               "save_every", "stop_after", "lr", "wd", "wd_end", "clip")
     sample.check_ranges(*((f"--{k.replace('_', '-')}", getattr(args, k), at_least.get(k, 0), None) for k in counts),
                         ("--warmup", args.warmup, 0, 1), ("--final-lr", args.final_lr, 0, 1), ("--ema", args.ema, 0, 1),
-                        ("--cache-crops", getattr(args, "cache_crops", None), 0, None))
+                        ("--dropout", getattr(args, "dropout", None), 0, 0.9))
+    crops = getattr(args, "cache_crops", "0")
+    views = PictureFolder.VIEWS if args.model_name == "llamagen" and not args.captions and args.data != "demo" else {}
+    if not crops.isdigit() and crops not in views:
+        raise UserError(f"--cache-crops {crops}: expected a number" + "".join(f" or {name}" for name in views))
     learning_rate(args.schedule, 1, 2, 0, 0, 1)                             # does that schedule exist?
     if args.model_name == "infinity":
         sample.check_pixels(args.pixels)
@@ -1008,7 +1242,7 @@ class Run:
         if self.rank == 0:
             parameters = sum(p.numel() for p in self.model.parameters())
             kinds = (f"{len(train_set.aspects)} aspect ratios" if isinstance(train_set, CaptionedPictures) else
-                     f"{len(train_set.classes)} classes")
+                     "captions" if args.captions else f"{len(train_set.classes)} classes")
             print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {len(self.task.train_set):,} "
                   f"pictures, {kinds}, steps {self.first} to {args.steps}")
 

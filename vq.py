@@ -670,6 +670,12 @@ class VQVAE(nn.Module):
         """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
         return self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
 
+    def decode_resized(self, size, f_hat):
+        """decode, resized to size x size pixels before it is clamped: bicubic, not anti-aliased, as LlamaGen's authors
+        measure pictures of 384 pixels at 256."""
+        image = self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float()
+        return F.interpolate(image, (size, size), mode="bicubic").clamp(-1, 1)
+
     @torch.no_grad()
     def decode_tiled(self, tile, f_hat, overlap=8):
         """decode, in overlapping tiles of `tile` cells, cross-faded: less memory for large pictures.
