@@ -433,11 +433,11 @@ def decode_attention(q, k, v, pos, *, visible=None, scale=None):
     fits = (q.shape[2] == 1 and D <= 256 and H % heads == 0 and H // heads <= 8
             and k.shape == v.shape == (B, heads, room, D) and k.stride() == v.stride() and k.stride(-1) == 1
             and (visible is None or (visible.shape == (B, room) and visible.stride(1) == 1)))
-    if use_triton(q) and fits and not torch.is_grad_enabled():
+    if use_triton(q) and fits and not (q.requires_grad or k.requires_grad or v.requires_grad):
         return _decode(q, k, v, pos, visible, scale)
     mask = None if visible is None else visible[:, None, None]              # (B, 1, 1, Lmax)
     if on_device:
-        filled = torch.arange(room, device=k.device) <= pos
+        filled = (torch.arange(room, device=k.device) <= pos)[None, None, None]         # (1, 1, 1, Lmax)
         mask = filled if mask is None else mask & filled
     else:
         k, v, mask = k[:, :, :pos + 1], v[:, :, :pos + 1], None if mask is None else mask[..., :pos + 1]
@@ -445,30 +445,33 @@ def decode_attention(q, k, v, pos, *, visible=None, scale=None):
 
 
 def _decode(q, k, v, pos, visible, scale):
-    """Two launches: few rows and heads would leave most of a GPU idle, so the rows of each are cut into `parts`."""
+    """Two launches: few pictures and heads would leave most of a GPU idle, so the cache of each is cut into `parts`, of
+    fixed places; those beyond the position read nothing."""
     (B, H, _, D), (_, heads, room, _) = q.shape, k.shape
     q, group = q.contiguous(), H // heads
-    parts = max(1, min(-(-256 // (B * heads)), -(-room // 64)))
+    rows = max(16, 2048 // _block(D) // _block(group))                      # at a time: a tile of 2048 numbers
+    steps = -(-room // (rows * max(1, min(256 // (B * heads), room // 64))))
+    parts = -(-room // (steps * rows))
     sums = torch.empty(B * H, parts, D, dtype=torch.float32, device=q.device)
     tops, totals = torch.empty(2, B * H, parts, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
     seen_b = 0 if visible is None else visible.stride(0)
     _decode_part[(B * heads, parts)](q, k, v, visible, sums, tops, totals, pos, float(scale), heads, group, D, room,
                                      parts, *k.stride()[:3], seen_b, POS_TENSOR=isinstance(pos, torch.Tensor),
-                                     GROUP=_block(group), ROWS=32, BLOCK=_block(D))
+                                     STEPS=steps, GROUP=_block(group), ROWS=rows, BLOCK=_block(D))
     _decode_merge[(B * H,)](sums, tops, totals, out, D, parts, PARTS=_block(parts), BLOCK=_block(D))
     return out
 
 
 @jit
 def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l, seen_b,
-                 POS_TENSOR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per key head and part of the filled rows, ROWS at a time: the largest score so far, and relative to
-    it the sum of the exponentials and of the values they weigh."""
+                 POS_TENSOR: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    """One program per key head and part of its cache, ROWS at a time: the largest score so far, and relative to it the
+    sum of the exponentials and of the values they weigh."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, head = row // heads, row % heads
     filled = tl.minimum((tl.load(pos) if POS_TENSOR else pos) + 1, room)
-    share = tl.cdiv(tl.cdiv(filled, parts), ROWS) * ROWS
     g, d = tl.arange(0, GROUP), tl.arange(0, BLOCK)
     mine = row * group + g                                                  # heads of q over all pictures
     ok_q = (g < group)[:, None] & (d < D)[None, :]
@@ -476,9 +479,9 @@ def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group,
     top = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, BLOCK), tl.float32)
-    for i in range(tl.cdiv(share, ROWS)):
-        at = part * share + i * ROWS + tl.arange(0, ROWS)
-        ok = (at < filled) & (i * ROWS + tl.arange(0, ROWS) < share)
+    for i in range(STEPS):
+        at = (part * STEPS + i) * ROWS + tl.arange(0, ROWS)
+        ok = at < filled
         if visible is not None:
             ok = ok & (tl.load(visible + b * seen_b + at, mask=ok, other=0) != 0)
         to = b * x_b + head * x_h + at[:, None] * x_l + d[None, :]

@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import triton_ops
-from triton_ops import REGISTRY, adaln_modulate, group_norm_silu, qk_norm_rope, sample_logits, vq_nearest
+from triton_ops import (REGISTRY, adaln_modulate, decode_attention, group_norm_silu, qk_norm_rope, sample_logits,
+                        vq_nearest)
 
 CAPABILITY = int(sys.argv[1])
 BF16, F32 = torch.bfloat16, torch.float32
@@ -100,6 +101,11 @@ def calls():
     qk(30, 64, BF16, rope=False, norm=True)
     qk(16, 128, BF16, rope=True, norm=True)
     qk(32, 100, F32, rope=True, norm=False)
+    with torch.no_grad():
+        for heads, kv_heads, D, dtype in ((16, 16, 64, BF16), (32, 32, 100, BF16), (8, 2, 64, F32)):
+            cache, seen = empty(2, 2, kv_heads, 577, D, dtype=dtype), empty(2, 577, dtype=torch.bool)
+            for pos, visible in ((3, None), (torch.zeros(1, dtype=torch.int64), seen)):
+                decode_attention(empty(2, heads, 1, D, dtype=dtype), *cache, pos, visible=visible)
     for R, V, dtype in ((16, 4096, F32), (1, 16384, BF16), (2, 32768, F32)):
         sample_logits(empty(R, V, dtype=dtype), empty(R, V, dtype=dtype), cfg=1.5, temperature=0.9, top_k=900, top_p=0.95,
                       noise=empty(R, V))

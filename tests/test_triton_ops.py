@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import triton_ops
 from conftest import ROOT, randn
 from sample import TEXTBOOK
-from triton_ops import (REGISTRY, BackendError, adaln_modulate, backend, exponential_noise, filter_logits,
-                        group_norm_silu, qk_norm_rope, sample_logits, vq_nearest)
+from triton_ops import (REGISTRY, BackendError, adaln_modulate, backend, decode_attention, exponential_noise,
+                        filter_logits, group_norm_silu, qk_norm_rope, sample_logits, vq_nearest)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -250,6 +250,8 @@ UNFITTING = {
     "odd head dimension": lambda: qk_norm_rope(*R(3, 1, 2, 3, 7), cos=R(2, 3), sin=R(2, 3)),
     "cache of fewer heads": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), k_cache=R(1, 2, 4, 8), v_cache=R(1, 2, 4, 8)),
     "cache too short for v": lambda: qk_norm_rope(*R(3, 1, 2, 3, 8), k_cache=R(1, 3, 4, 8), v_cache=R(1, 3, 4, 8)[:, :, :1]),
+    "visible rows of another cache": lambda: decode_attention(R(1, 2, 1, 8), *R(2, 1, 2, 5, 8), 3, visible=R(1, 4) > 0),
+    "two tokens at once": lambda: decode_attention(R(1, 2, 2, 8), *R(2, 1, 2, 5, 8), 3),
     "noise for one row": lambda: sample_logits(R(4, 8), noise=R(8).abs()),
     "uncond for one row": lambda: sample_logits(R(4, 8), R(1, 8, seed=1), cfg=2.0, noise=R(4, 8).abs()),
     "codes of another width": lambda: vq_nearest(R(4, 8), R(4, 9)),
@@ -364,6 +366,30 @@ def test_cache_is_filled_in_place(on_device):
         with torch.no_grad(), backend("triton"):
             qk_norm_rope(q, k, v, k_cache=cache[0, :, :, :4], v_cache=cache[1, :, :, :4], pos=pos)
         assert cache[:, :, :, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("which", ["torch", pytest.param("triton", marks=pytest.mark.kernel)])
+@pytest.mark.parametrize("heads, D, dtype", [((2, 2), 64, torch.float32), ((6, 2), 20, torch.float32),
+                                             ((3, 3), 100, torch.float16), ((4, 1), 8, torch.bfloat16)], ids=str)
+def test_decode_attention_sees_the_filled_rows_only(which, heads, D, dtype):
+    """Position as a number or on the device, rows hidden, heads in groups: as softmax by hand. What lies beyond the
+    position, here inf, must not be touched, but for the device position in torch, which multiplies it by zero."""
+    (H, Hkv), room = heads, 70
+    q, cache = R(2, H, 1, D).to(dtype), R(2, 2, Hkv, room, D, seed=1).to(dtype)
+    visible = torch.ones(2, room, dtype=torch.bool, device=DEVICE)
+    visible[0, :9] = visible[1, 2] = False
+    with torch.no_grad(), backend(which):
+        for pos, seen in ((0, None), (33, None), (33, visible), (69, visible)):
+            k, v = (t[:, :, :pos + 1].double().repeat_interleave(H // Hkv, 1) for t in cache)
+            score = q.double() @ k.transpose(2, 3) / D ** 0.5
+            if seen is not None:
+                score = score.masked_fill(~seen[:, None, None, :pos + 1], -torch.inf)
+            k, v, expected = *cache.clone(), score.softmax(-1) @ v
+            k[:, :, pos + 1:], v[:, :, pos + 1:] = torch.inf, torch.inf
+            check(decode_attention(q, k, v, pos, visible=seen), expected, dtype, what=f"position {pos}")
+            k, v = cache if which == "torch" else (k, v)
+            on_device = torch.tensor([pos], device=DEVICE)
+            check(decode_attention(q, k, v, on_device, visible=seen), expected, dtype, what=f"position {pos} on the device")
 
 
 @pytest.mark.kernel
