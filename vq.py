@@ -33,6 +33,7 @@ stride 16, and infinity_vae_d56_f8_14_patchify.pth, 82 M, stride 8, FoundationVi
 
 At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
 """
+import argparse
 import hashlib
 import itertools
 import json
@@ -1115,7 +1116,8 @@ def read_checkpoint(path, nested=()):
         with open(path, "rb") as f:
             if f.read(2)[:1] not in (b"P", b"\x80"):                        # a zip archive, or a bare pickle
                 raise EOFError("its first bytes are not those of one")
-        obj = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):        # a dictionary that trainers like to add
+            obj = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
         raise CheckpointError(f"{path}: refused: loading it would run code" + (f" ({reason[1]})" if reason else "") +

@@ -1,6 +1,6 @@
 """Shared by all tests: the project on the path, and a tiny random model that samples in milliseconds."""
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import infinity
+import llamagen
 import triton_ops
 import var
 import vq
@@ -22,6 +23,9 @@ BITS_CONFIG = replace(vq.CONFIGS["emoji_bsq"], z_channels=6, patch_nums=(1, 2, 4
 INFINITY_CONFIG = infinity.Config(depth=2, width=64, heads=2, bits=6, text_width=128, text_maxlen=32, levels=5, chunks=1)
 T5_CONFIG = infinity.T5Config(vocab_size=259, width=128, layers=2, heads=2, head_dim=16, hidden=32)
 SCALES = ((1, 1), (2, 2), (4, 4))
+SINGLE_CONFIG = replace(vq.CONFIGS["emoji_vq_single"], vocab_size=32, patch_nums=(4,))
+CLASS_CONFIG = llamagen.Config(depth=2, width=32, heads=2, hidden=48, side=4, vocab_size=32, num_classes=5)
+TEXT_CONFIG = replace(CLASS_CONFIG, num_classes=0, text_width=128, text_slots=6)
 
 
 def pytest_collection_modifyitems(items):
@@ -72,6 +76,25 @@ def tiny_infinity(t5=T5_CONFIG, **changes):
     return model
 
 
+def tiny_single(**changes):
+    """16 x 16 pixels, 16 tokens."""
+    model = vq.VQVAE(replace(SINGLE_CONFIG, **changes)).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model
+
+
+def tiny_llamagen(text=False, t5=None, **changes):
+    """Weights large enough for logits that differ, and an output that is not zero."""
+    model = llamagen.LlamaGen(replace(TEXT_CONFIG if text else CLASS_CONFIG, **changes), t5).eval()
+    g = torch.Generator().manual_seed(1)
+    model.init_weights(g)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 and not name.startswith("text_encoder."):
+                p.normal_(0, 0.4, generator=g)
+    return model
+
+
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
@@ -100,6 +123,19 @@ def text_files(tmp_path_factory):
     infinity.save(tiny_infinity(), folder / "model.safetensors", show=["a cat", "a red dog"], sampling={"tau": 1.0},
                   tokenizer=vq.fingerprint(tokenizer), pixels=None)
     return folder, folder / "emoji_bsq.safetensors", folder / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def token_files(tmp_path_factory):
+    """(folder, single-scale tokenizer, LlamaGen of classes, LlamaGen of text with its own text encoder)."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny_tokens"), tiny_single()
+    vq.save(tokenizer, folder / "emoji_vq_single.safetensors")
+    extra = dict(tokenizer=vq.fingerprint(tokenizer), sampling={"top_k": 0, "cfg": 2.0})
+    llamagen.save(tiny_llamagen(), folder / "classes.safetensors", classes=["cat", "dog", "owl", "fox", "bee"], **extra)
+    t5 = infinity.T5Encoder(T5_CONFIG)
+    llamagen.save(tiny_llamagen(text=True, t5=t5), folder / "text.safetensors", show=["a cat", "a red dog"],
+                  text_encoder=asdict(T5_CONFIG), **extra)
+    return folder, folder / "emoji_vq_single.safetensors", folder / "classes.safetensors", folder / "text.safetensors"
 
 
 def randn(*shape, seed=0):
