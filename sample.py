@@ -766,6 +766,7 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, ro
     and so as long as in a run, and the best run is compared with the best replay.
     """
     weights = sum({p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
+    bandwidth = copy_bandwidth(device)
     warmup, images = timed(run, device)
     heavy = Heavy(parameters)
     with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy:
@@ -802,11 +803,18 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, ro
         "share": whole["share"],
         "flops": whole["flops"],
         "bytes": whole["bytes"],
+        "copy_bytes_per_second": bandwidth,
         "stages": totals,
         "variants": {"plain": {"seconds": whole["seconds"], "equal": True}},
         "peak_memory_bytes": peak_bytes,
         "weight_bytes": weights,
     }
+
+
+def copy_bandwidth(device):
+    """Bytes per second, read and written, of a large copy."""
+    a, b = torch.randn(2, 2**26, device=device)
+    return 8 * a.numel() / op_seconds(lambda: b.copy_(a), device)
 
 
 def race(run, variants, pictures, device, rounds=3):
@@ -831,19 +839,21 @@ def race(run, variants, pictures, device, rounds=3):
 def print_bench(b, tokens):
     """The table of a bench."""
     print(f"{b['model']}  {b['device']}, {b['dtype']}, torch {b['torch']}, batch {b['pictures']}")
-    print(f"{'stage':<14}{'s/picture':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'GB':>7}{'share of the limit':>21}")
+    print(f"{'stage':<14}{'s/picture':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'GB':>7}{'GB/s':>7}{'share of the limit':>21}")
     for stage, s in [*b["stages"].items(), ("total", b | {"seconds": b["seconds_per_image"]})]:
         print(f"{stage:<14}{s['seconds']:>10.3f}{s['flops'] / 1e9:>9.1f}{s['flops'] / s['seconds'] / 1e9:>9.0f}"
-              f"{s['bytes'] / 1e9:>7.1f}{s['share']:>21.2f}")
+              f"{s['bytes'] / 1e9:>7.1f}{s['bytes'] / s['seconds'] / 1e9:>7.1f}{s['share']:>21.2f}")
     warmup = b["warmup_seconds"] / b["pictures"]
     speed = tokens / b["seconds_per_image"]
-    print(f"{speed:.1f} tokens/s; first run {warmup:.2f} s/picture; the share is the time of the "
-          "bare\nmatrix products, convolutions and attention calls / the time of the run")
+    print(f"{speed:.1f} tokens/s; first run {warmup:.2f} s/picture; the share is the time of the bare\n"
+          "matrix products, convolutions and attention calls / the time of the run; a large copy\nreads and writes "
+          f"{b['copy_bytes_per_second'] / 1e9:.1f} GB/s")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
     for name, v in b["variants"].items():
         if name == "plain":
             continue
-        found = f"pictures {v['max_difference']:.0e} apart at most" if v["max_difference"] else "pictures bit-identical"
+        what = v.get("what", "pictures")
+        found = f"{what} {v['max_difference']:.0e} apart at most" if v["max_difference"] else f"{what} bit-identical"
         speed = f"{v['seconds']:.3f} s/picture, {v['speedup']:.2f}x" if v["equal"] else "NOT EQUAL, so not timed"
         print(f"{name:<14}{speed}; {found}; first run {v['first_seconds']:.1f} s")
 
@@ -1539,7 +1549,8 @@ class LlamaGenJob(PromptJob):
         options = {k: self.options[k] for k in ("temperature", "top_k", "top_p")}
         theirs = lambda: textbook_loop(self.model, cond.to(self.device), cfg, generator=self.generators(numbers),
                                        **options)
-        return race(mine, {"textbook loop": theirs}, len(items), self.device)
+        result = race(mine, {"textbook loop": theirs}, len(items), self.device)
+        return {name: v | {"what": "tokens"} for name, v in result.items()}
 
 
 @torch.no_grad()
@@ -1804,8 +1815,7 @@ def bench_ops(names, device, dtype):
     """Prints a line per op, real shape and direction -> the rows as dicts."""
     from torch._functorch import config
     config.donated_buffer = False                                           # a compiled backward has to run many times
-    (a, b), square = torch.randn(2, 2**26, device=device), torch.randn(2048, 2048, device=device)
-    bandwidth = 8 * a.numel() / op_seconds(lambda: b.copy_(a), device)
+    square, bandwidth = torch.randn(2048, 2048, device=device), copy_bandwidth(device)
     rate = 2 * 2048**3 / op_seconds(lambda: square @ square, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     info = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 import infinity
+import llamagen
 import sample
 import train
 import triton_ops
 import var
 import vq
-from conftest import ROOT, tiny_bits, tiny_infinity, tiny_tokenizer, tiny_var
+from conftest import ROOT, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_tokenizer, tiny_var
 
 
 def script(*argv, cwd=ROOT, **kwargs):
@@ -48,6 +49,13 @@ def complaint(capsys, module, *argv):
 def tiny(files, tmp_path):
     """The arguments that name the tiny model, and an empty folder to write to."""
     return ("--ckpt", files[2], "--device", "cpu"), tmp_path
+
+
+@pytest.fixture
+def tokens(token_files, tmp_path):
+    """The arguments that name the tiny LlamaGens of classes and of text, and an empty folder to write to."""
+    arguments = lambda file: ("llamagen", "--ckpt", file, "--device", "cpu")
+    return arguments(token_files[2]), arguments(token_files[3]), tmp_path
 
 
 @pytest.fixture
@@ -154,6 +162,50 @@ def test_geneval_folders_features_and_other_ways_to_draw(prompts, capsys):
     strip = {name: np.array(Image.open(out / f"{name}.png")) for name in ("steps", "negative", "tiles", "fox", "given")}
     assert strip["steps"].shape[1] == 3 * 128 + 2 * 2 and np.array_equal(strip["tiles"], strip["fox"])
     assert not np.array_equal(strip["negative"], strip["fox"]) and not np.array_equal(strip["given"], strip["fox"])
+
+
+def test_llamagen_draws_classes_and_prompts_whatever_the_batch(tokens, capsys, monkeypatch):
+    """Another guidance for each picture; what it was made from stands in the file."""
+    classes, text, out = tokens
+    options = (*classes, "--classes", "owl", 1, "--cfg", 1, 5, "-n", 4)
+    run(sample, *options, "--out", out / "a", "--batch-size", 3)
+    run(sample, *options, "--out", out / "b", "--batch-size", 1)
+    pixels = lambda name: np.array(Image.open(out / name)).astype(int)
+    for i in range(4):
+        assert abs(pixels(f"a/{i:05d}.png") - pixels(f"b/{i:05d}.png")).max() <= 1
+    size, said = info(out / "a" / "00003.png")
+    assert size == (16, 16) and (said["class"], said["seed"], said["cfg"]) == ("dog", "3", "5.0")
+    run(sample, *classes, "--classes", 1, "--cfg", 5, "--seed", 3, "--out", out / "c")
+    assert abs(pixels("a/00003.png") - pixels("c/00000.png")).max() <= 1
+    run(sample, *classes, "--steps-grid", "-n", 2, "--out", out / "steps.png")
+    assert pixels("steps.png").shape[1] == 8 * 128 + 7 * 2
+    run(sample, *classes, "-n", 5, "--eval-size", 8, "--npz", out / "a.npz", "--cfg-interval", 3, "--temperature", 0)
+    assert np.load(out / "a.npz")["arr_0"].shape == (5, 8, 8, 3)
+    run(sample, *classes, "--list-classes")
+    assert "   2  owl" in capsys.readouterr().out
+    (out / "prompts.txt").write_text("a cat\na dog with a long name that goes on\n")
+    run(sample, *text, "--prompts", out / "prompts.txt", "--out", out / "p", "-n", 2)
+    assert sorted(p.name for p in (out / "p").iterdir()) == [f"0000{i}_0{n}.png" for i in (0, 1) for n in (0, 1)]
+    assert "only the first 6 tokens are read of: a dog with a long" in capsys.readouterr().err
+    run(sample, *text, "--save-features", out / "f.safetensors", "--prompt", "a cat")
+    run(sample, *text, "--features", out / "f.safetensors", "--out", out / "f", "--seed", 1)
+    assert abs(pixels("f/00000.png") - pixels("p/00000_01.png")).max() <= 40    # features were rounded to halves
+    run(sample, *text, "--out", out / "show.png")
+    assert info(out / "show.png")[1]["prompts"] == "a cat, a red dog"
+
+
+def test_bench_of_tokens_races_the_textbook_loop(tokens, capsys):
+    classes, _, out = tokens
+    run(sample, *classes, "--bench", "--json", out / "b.json")
+    result = json.loads((out / "b.json").read_text())
+    assert result["stages"]["transformer"]["flops"] > 0 and result["copy_bytes_per_second"] > 0
+    assert result["variants"]["textbook loop"]["equal"] and result["variants"]["textbook loop"]["seconds"] > 0
+    assert "GB/s" in capsys.readouterr().out
+    model, labels = tiny_llamagen(), torch.tensor([1, 2])
+    settings = dict(temperature=0.7, top_k=20, top_p=0.8)
+    seeds = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
+    mine = torch.stack([step.tokens for step in model.steps(labels, cfg=2.0, generator=seeds(), **settings)], 1)
+    assert torch.equal(mine, sample.textbook_loop(model, labels, 2.0, generator=seeds(), **settings))
 
 
 def test_the_demo_draws_what_it_is_told(tmp_path):
@@ -429,6 +481,48 @@ def test_bad_arguments_for_prompts(prompts, capsys, argv, message):
     assert message in complaint(capsys, sample, *prompts[0], *argv)
 
 
+@pytest.mark.parametrize("kind, argv, message", [
+    (0, ["--prompt", "a"], "classes.safetensors: draws classes and reads no text; give --classes, or as --ckpt a t2i_"),
+    (1, ["--classes", "1"], "text.safetensors: draws what a text says and knows no classes; give --prompt, not --classes"),
+    (1, ["--npz", "a.npz"], "--npz is for classes"),
+    (0, ["--save-features", "a.safetensors"], "reads no text, so there are no features to save"),
+    (0, ["--classes", "9"], "--classes 9: expected an id 0 .. 4"),
+    (0, ["--cfg", "-1"], "--cfg -1.0: expected at least 0"),
+    (0, ["--temperature", "-1"], "--temperature -1.0: expected at least 0"),
+    (0, ["--cfg-interval", "-2"], "--cfg-interval -2: expected at least -1"),
+    (0, ["--eval-size", "0"], "--eval-size 0: expected at least 1"),
+    (0, ["--npz", "a.npz", "--steps-grid"], "leave out --steps-grid"),
+    (1, ["--features", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (1, ["--prompt", " "], "an empty prompt"),
+    (0, ["--random-weights", "llamagen_9B"], "exclude each other"),
+])
+def test_bad_arguments_for_tokens(tokens, capsys, kind, argv, message):
+    assert message in complaint(capsys, sample, *tokens[kind], *argv)
+
+
+def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, capsys, tmp_path, monkeypatch):
+    classes, text, out = tokens
+    say = lambda *argv: complaint(capsys, sample, *argv)
+    vq.save(tiny_single(vocab_size=64), out / "v64.safetensors")
+    assert "v64.safetensors: has 64 codes, but the model draws maps of 32" in say(*classes, "--vq", out / "v64.safetensors")
+    assert "has tokens of several scales" in say(*classes, "--vq", files[1])
+    assert "not a LlamaGen transformer" in say("llamagen", "--ckpt", token_files[1])
+    other = tiny_single()
+    torch.nn.init.normal_(other.quantize.codebook)
+    vq.save(other, out / "other.safetensors")
+    assert "is not the tokenizer that" in say(*classes, "--vq", out / "other.safetensors")
+    llamagen.save(tiny_llamagen(text=True), out / "t2i.safetensors")        # without a text encoder of its own
+    vq.save(tiny_single(), out / "emoji_vq_single.safetensors")
+    mine = ("llamagen", "--ckpt", out / "t2i.safetensors", "--device", "cpu", "--prompt", "a", "--no-download")
+    assert "flan-t5-xl: not here" in say(*mine)
+    (out / "t5").mkdir()
+    assert "no weights in it" in say(*mine, "--t5", out / "t5")
+    assert "c2i_B_256: not here" in say("llamagen", "--ckpt", "c2i_B_256", "--no-download")
+    torch.save({"model": llamagen.export(tiny_llamagen())}, out / "mine.pt")
+    assert "the size of its pictures is in no tensor" in say("llamagen", "--ckpt", out / "mine.pt")
+    run(sample, "llamagen", "--ckpt", out / "mine.pt", "--size", 16, "--device", "cpu", "--out", out / "mine.png")
+
+
 def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
     arguments, out = prompts
     vq.save(tiny_bits(z_channels=8), out / "d8.safetensors")
@@ -453,7 +547,7 @@ def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
 
 def test_model_files_can_be_lifted(tmp_path):
     """Models, vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
-    for name in ("var.py", "infinity.py", "vq.py", "triton_ops.py"):
+    for name in ("var.py", "infinity.py", "llamagen.py", "vq.py", "triton_ops.py"):
         shutil.copy(ROOT / name, tmp_path)
     code = """
 import sys
@@ -465,7 +559,7 @@ import torch                                # which looks for triton itself
 for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "tqdm")]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocker())
-import infinity, var, vq
+import infinity, llamagen, var, vq
 g = torch.Generator().manual_seed(0)
 tokenizer, model = vq.VQVAE(vq.CONFIGS["emoji_vq"]).eval(), var.VAR(var.CONFIGS["emoji_var"]).eval()
 tokenizer.init_weights(g), model.init_weights(generator=g)
@@ -475,6 +569,10 @@ model = infinity.Infinity(infinity.CONFIGS["emoji_infinity"], infinity.BYTE_T5).
 tokenizer.init_weights(g), model.init_weights(generator=g)
 scales = vq.as_pairs(tokenizer.config.patch_nums)
 print(tuple(model.sample(tokenizer, *model.text_encoder.encode(["a fox"]), scales=scales, generator=g).shape))
+tokenizer = vq.VQVAE(vq.CONFIGS["emoji_vq_single"]).eval()
+model = llamagen.LlamaGen(llamagen.CONFIGS["emoji_llamagen"]).eval()
+tokenizer.init_weights(g), model.init_weights(g)
+print(tuple(model.sample(tokenizer, torch.tensor([3]), generator=g).shape))
 """
     result = script("-c", code, cwd=tmp_path)
-    assert result.stdout.strip() == "(1, 3, 32, 32) False\n(1, 3, 32, 32)", result.stderr
+    assert result.stdout.split("\n")[:3] == ["(1, 3, 32, 32) False"] + 2 * ["(1, 3, 32, 32)"], result.stderr
