@@ -578,7 +578,9 @@ def infer_config(state, path, side=None, heads=None):
     if side is None and len(sides) != 1:
         raise vq.CheckpointError(f"{path}: the size of its pictures is in no tensor: pass side=, tokens per side "
                                  f"({', '.join(str(s) for s in sorted(sides)) or 'pixels / 16'})")
-    heads = heads or (released[0].heads if released else width // 64)
+    heads = heads or (released[0].heads if released else width // 64)       # heads of 64, in all but 3B
+    if not heads or width % (4 * heads):
+        raise vq.CheckpointError(f"{path}: how many heads it has is in no tensor: pass heads=")
     kv_heads = (len(state["layers.0.attention.wqkv.weight"]) - width) // 2 // (width // heads)
     classes = 0 if text else len(state["cls_embedding.embedding_table.weight"]) - 1
     return Config(depth=depth, width=width, heads=heads, kv_heads=0 if kv_heads == heads else kv_heads,

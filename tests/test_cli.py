@@ -518,7 +518,9 @@ def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, 
     (out / "t5").mkdir()
     assert "no weights in it" in say(*mine, "--t5", out / "t5")
     assert "c2i_B_256: not here" in say("llamagen", "--ckpt", "c2i_B_256", "--no-download")
-    torch.save({"model": llamagen.export(tiny_llamagen())}, out / "mine.pt")
+    torch.save({"model": llamagen.export(tiny_llamagen())}, out / "narrow.pt")
+    assert "how many heads it has is in no tensor" in say("llamagen", "--ckpt", out / "narrow.pt", "--size", 16)
+    torch.save({"model": llamagen.export(tiny_llamagen(width=64, heads=1))}, out / "mine.pt")
     assert "the size of its pictures is in no tensor" in say("llamagen", "--ckpt", out / "mine.pt")
     run(sample, "llamagen", "--ckpt", out / "mine.pt", "--size", 16, "--device", "cpu", "--out", out / "mine.png")
 
