@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infinity
+import llamagen
 import sample
 import train
 import var
 import vq
-from conftest import BITS_CONFIG, INFINITY_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, VQ_CONFIG
+from conftest import (BITS_CONFIG, CLASS_CONFIG, INFINITY_CONFIG, ROOT, SINGLE_CONFIG, T5_CONFIG, TEXT_CONFIG, VAR_CONFIG,
+                      VQ_CONFIG, tiny_infinity)
 from test_cli import complaint, run
 
 
@@ -29,6 +31,9 @@ def tiny_configs(monkeypatch):
     monkeypatch.setitem(vq.CONFIGS, "emoji_bsq", BITS_CONFIG)
     monkeypatch.setitem(infinity.CONFIGS, "emoji_infinity", INFINITY_CONFIG)
     monkeypatch.setattr(infinity, "BYTE_T5", T5_CONFIG)
+    monkeypatch.setitem(vq.CONFIGS, "emoji_vq_single", SINGLE_CONFIG)
+    monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen", CLASS_CONFIG)
+    monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen_t2i", TEXT_CONFIG)
     monkeypatch.setattr(vq, "PatchDiscriminator", partial(vq.PatchDiscriminator, width=8, num_layers=1))
 
 
@@ -228,6 +233,112 @@ def vae_of_codes(folder):
     from conftest import tiny_tokenizer
     vq.save(tiny_tokenizer(), folder / "codes.safetensors")
     return folder / "codes.safetensors"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LlamaGen
+
+SINGLE = ("vq", "--recipe", "llamagen_emoji", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
+TOKENS = ("llamagen", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
+
+
+def test_single_scale_tokenizer_runs_resume(pictures, tmp_path):
+    argv = (*SINGLE, "--data", pictures, "--workers", 0, "--steps", 5, "--warm-steps", 2, "--restart-after", 1,
+            "--disc-weight", 0.5, "--disc-start", 3, "--disc", "style", "--gan", "non-saturating")
+    run(train, *argv, "--out", tmp_path / "whole")
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 3)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    row = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))[-1]
+    assert float(row["disc"]) > 0 and 0 < float(row["usage"]) <= 100
+    run(train, *SINGLE, "--data", pictures, "--workers", 0, "--steps", 1, "--lr", 0, "--warm-steps", 0, "--init",
+        tmp_path / "whole" / "model.safetensors", "--out", tmp_path / "tuned")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "tuned"))
+
+
+def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
+    argv = (*TOKENS, "--data", pictures, "--vq", token_files[1], "--steps", 4, "--cache-crops", "ten", "--ema", 0.5)
+    run(train, *argv, "--out", tmp_path / "whole")
+    assert "740 pictures, 2 classes" in capsys.readouterr().out             # 37 readable ones, twenty crops each
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    run(sample, "llamagen", "--ckpt", tmp_path / "parts" / "model.safetensors", "--vq", token_files[1], "--classes",
+        "square", "--out", tmp_path / "a.png", "--device", "cpu")
+    run(train, *TOKENS, "--vq", token_files[1], "--init", token_files[2], "--steps", 1, "--lr", 0, "--out", tmp_path / "b")
+    tuned, start = weights(tmp_path / "b"), load_file(token_files[2])
+    assert torch.equal(tuned["output.weight"], start["output.weight"])
+    assert len(tuned["cls_embedding.embedding_table.weight"]) == 99
+    assert "1 weights start anew: class_embed.weight" in capsys.readouterr().out
+
+
+def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
+    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--steps", 4, "--init", token_files[2])
+    run(train, *argv, "--out", tmp_path / "whole")
+    assert "weights start anew" in capsys.readouterr().out                  # what concerns the text
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    once, more = (sample.load_llamagen(tmp_path / name).text_encoder for name in ("whole/model.safetensors",) * 2)
+    assert once.config == T5_CONFIG and torch.equal(once.embed.weight, more.embed.weight)
+    infinity.save(tiny_infinity(), tmp_path / "i.safetensors")
+    run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "i.safetensors", "--out", tmp_path / "c")
+    taken = sample.load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict()
+    assert same(taken, tiny_infinity().text_encoder.state_dict())
+    run(sample, "llamagen", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vq", token_files[1], "--prompt", "red heart",
+        "--out", tmp_path / "a.png", "--device", "cpu")
+
+
+def tiny_t5(folder):
+    """A T5 on bytes with the names of transformers, as --t5 takes it."""
+    t5 = infinity.T5Encoder(T5_CONFIG)
+    t5.init_weights(torch.Generator().manual_seed(0))
+    folder.mkdir()
+    torch.save(vq.rename_keys(t5.state_dict(), infinity.T5_RENAMES, inverse=True), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_features_of_a_frozen_encoder_are_computed_once(token_files, tmp_path, capsys, monkeypatch):
+    t5, folder = tiny_t5(tmp_path / "t5"), captioned(tmp_path / "data")
+    monkeypatch.setitem(train.RECIPES["llamagen"]["emoji_text"], "text_width", 128)
+    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--steps", 3, "--t5", t5, "--data", folder,
+            "--no-clean")
+    run(train, *argv, "--out", tmp_path / "a", "--stop-after", 1)
+    caches = sorted((tmp_path / "a").glob("text_*.safetensors"))
+    assert len(caches) == 1 and "text_encoder.embed.weight" not in weights(tmp_path / "a")
+    monkeypatch.setattr(sample, "encode_texts", None)                       # it is not asked again
+    run(train, *argv, "--out", tmp_path / "a", "--resume", "auto")
+    cached = train.FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise.")}),
+                                infinity.load_t5(t5), 6, False, tmp_path / "a")
+    expected = infinity.load_t5(t5).encode(["picture 3"], 6)[0][0]
+    torch.testing.assert_close(cached["picture 3"], expected, atol=2e-3, rtol=2e-3)
+    assert "done at step 3" in capsys.readouterr().out
+
+
+def test_crops_are_those_of_torchvision(tmp_path):
+    from torchvision.transforms import TenCrop
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    for start, factor in ((0, 1.1), (10, 1.05)):
+        side = int(32 * factor)
+        halved = picture.resize((45, 35), Image.BOX) if 70 >= 2 * side else picture
+        ratio = side / min(halved.size)
+        large = halved.resize([round(s * ratio) for s in halved.size], Image.BICUBIC)
+        x, y = ((s - side) // 2 for s in large.size)
+        for i, expected in enumerate(TenCrop(32)(large.crop((x, y, x + side, y + side)))):
+            assert train.view(picture, 32, "ten", start + i).tobytes() == expected.tobytes(), (start, i)
+    straight, flipped = (np.asarray(train.view(picture, 32, "flip", i)) for i in (0, 1))
+    assert np.array_equal(straight, flipped[:, ::-1])
+
+
+def test_llamagen_mistakes(token_files, files, tmp_path, capsys):
+    say = lambda *argv: complaint(capsys, train, *TOKENS, "--out", tmp_path / "a", *argv)
+    assert "has tokens of several scales" in say("--vq", files[1])
+    assert "--size 18: expected a multiple of 4, the stride" in say("--vq", token_files[1], "--size", 18)
+    assert "--cache-crops many: expected a number" in say("--vq", token_files[1], "--cache-crops", "many")
+    assert "--cache-crops ten: expected a number" in say("--vq", token_files[1], "--cache-crops", "ten")     # of emoji
+    assert "--dropout 1.0: expected 0 .. 0.9" in say("--vq", token_files[1], "--dropout", 1)
+    assert "not a LlamaGen transformer" in say("--vq", token_files[1], "--init", token_files[1])
 
 
 def test_mistakes(pictures, files, tmp_path, capsys):
