@@ -1,8 +1,9 @@
 """LlamaGen: class or text -> image by next-token prediction. Full definition of the model, all of it in this file.
 
 The claim of the paper is that a picture needs no model of its own: a plain Llama, trained as on text, draws as well as
-diffusion models do, if the tokenizer is good. The tokenizer (vq.py, single scale) turns a picture of 16 G pixels a side
-into G x G indices, one per patch; read row by row they are a sentence of N = G * G words, and drawing is writing it:
+diffusion models do, if the tokenizer is good. The tokenizer (vq.py, single scale) turns a picture of G x G patches, of
+16 x 16 pixels each, into as many indices; read row by row they are a sentence of N = G * G words, and drawing is
+writing it:
 
     class c --> a row of a table --> 1 slot          text features (B, 120, Ct) --> two-layer MLP --> 120 slots
                       |                                                                 |
@@ -16,13 +17,14 @@ into G x G indices, one per patch; read row by row they are a sentence of N = G 
 
 How it differs from the Llama of text:
 - positions are rotated in two dimensions: of a head's pairs the first half turns with the row of a token, the second
-  with its column (RoPE, one table per picture size, so a model draws one size only);
+  with its column (RoPE). Rows and columns beyond those of its training mean nothing to a model: it draws one size;
 - the condition stands in front as T slots, 1 for a class, 120 for a text, padded on the left so that its last word is
-  next to the picture. Their rotation table is zero, not the identity: q and k vanish there, so that every picture token
-  gives all slots the same score, 0, and the condition enters through v alone. It was trained so, and must stay so;
-- padding is hidden from all others, but sees itself, or its softmax would have nothing to sum over;
+  next to the picture. Their rotation table is zero, not the identity: q and k vanish there. So a picture token gives
+  all slots the same score, 0, and a slot those before it; the condition enters as a mean of v alone. Hardly meant, but
+  trained so, and so it must stay;
+- padding is hidden from all others, in training and sampling, but sees itself, or its softmax would sum nothing;
 - classifier-free guidance: a second row per picture, with the null class, or the null text in every slot (and the
-  padding of its prompt), and logits u + cfg (c - u). `cfg_interval` ends it early: then only the first tokens have it.
+  padding of its prompt), and logits u + cfg (c - u). `cfg_interval` ends it after so many tokens + 2.
 Otherwise it is Llama: RMSNorm before each branch, SwiGLU, no biases, untied output. Generation is one prefill of the
 slots and N - 1 steps of one token, whose keys and values are appended to a cache; the step is all that speed depends
 on, and reads every weight once: for a picture or two at a time it can be no faster than memory.
@@ -100,6 +102,7 @@ CONFIGS = {
     "emoji_llamagen_t2i": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=0,
                                  text_width=128, text_slots=48),            # 32 x 32 pixels, both trained in demo/
 }
+# For --random-weights: the sizes by their own names, at 384 pixels but for the smallest
 ALIASES = {"llamagen_B": "c2i_B_256"} | {f"llamagen_{size}": f"c2i_{size}_384" for size in ("L", "XL", "XXL", "3B")}
 CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
 
@@ -113,7 +116,7 @@ def left_pad(rows, slots=120):
     text has no word. Texts stand at the right, next to the picture; of too long ones the first `slots` rows remain."""
     lengths = torch.tensor([min(len(row), slots) for row in rows])
     text = torch.stack([F.pad(row[:slots], (0, 0, slots - min(len(row), slots), 0)) for row in rows])
-    return text, torch.arange(slots) >= slots - lengths[:, None]
+    return text, (torch.arange(slots) >= slots - lengths[:, None]).to(text.device)
 
 
 # Pattern, and what it becomes. The first list is for captions as they were found, the second after mended encodings.
@@ -218,16 +221,20 @@ class Attention(nn.Module):
         self.qkv = Linear(C, (self.heads + 2 * self.kv_heads) * (C // self.heads))      # rows: q, k, v; head-major
         self.proj = Linear(C, C)
 
-    def forward(self, x, rope, mask=None, cache=None, pos=0):
-        """x (B, l, C); rope: cos and sin (l, D / 2); cache (k, v), each (B, Hkv, L, D), filled up to pos, an int or a
-        tensor on the device. mask: of the whole (B, 1, l, l) bool, True = may look, None: causal; but of a single token
-        that goes on after a cache, the cache's rows (B, L) that may be looked at."""
+    def forward(self, x, rope, mask=None, cache=None, pos=None):
+        """x (B, l, C) -> the same. rope: cos and sin (l, D / 2).
+
+        pos None: a whole sequence. mask (B, 1, l, l) bool, True = may look, or None: causal; cache (k, v), each
+        (B, Hkv, L, D), if there is one, gets its keys and values.
+        pos an int, or a tensor of one on the device: a single token, l = 1, of that position, which is added to the
+        cache and looks at all up to itself. mask (B, L) bool: of the cache's rows those that exist, None: all.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).split(
             [self.heads, self.kv_heads, self.kv_heads], 2)                  # (B, l, H or Hkv, D)
         k_cache, v_cache = cache if cache is not None else (None, None)
         q, k, v = qk_norm_rope(q, k, v, l2norm=False, cos=rope[0], sin=rope[1], k_cache=k_cache, v_cache=v_cache,
-                               pos=pos)
-        if cache is not None and x.shape[1] == 1 and not (isinstance(pos, int) and pos == 0):
+                               pos=0 if pos is None else pos)               # (B, H or Hkv, l, D)
+        if pos is not None:
             out = decode_attention(q, k_cache, v_cache, pos, visible=mask)  # (B, H, 1, D)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -259,7 +266,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.RMSNorm(config.width, config.norm_eps) for _ in range(2))
         self.drop_path, self.dropout = drop_path, 0.0 if config.drop_path else config.dropout
 
-    def forward(self, x, branch, rope, mask=None, cache=None, pos=0, generator=None):
+    def forward(self, x, branch, rope, mask=None, cache=None, pos=None, generator=None):
         """Stream and branch (B, l, C), the latter None at first -> the same."""
         h, x = add_and_norm(x, branch, self.norm1)
         h = self._drop(self.attn(h, rope, mask, cache, pos), generator)
@@ -274,7 +281,8 @@ class Block(nn.Module):
 
 
 def add_and_norm(x, branch, norm):
-    """Stream x (B, l, C) and a branch or None -> norm(x + branch), x + branch. The norm is rounded, then weighted."""
+    """Stream x (B, l, C) and a branch or None -> norm(x + branch), x + branch. The norm is taken in float32, rounded to
+    the dtype of its weight, and then multiplied by it: in half precision the order shows."""
     if branch is None:
         return adaln_modulate(x, None, None, norm.eps, kind="rms", weight=norm.weight), x
     return adaln_modulate(branch, None, None, norm.eps, kind="rms", weight=norm.weight, residual=x)
@@ -297,7 +305,9 @@ Step = namedtuple("Step", "i tokens logits")
 
 
 def call(function, constants, *tensors):
-    """How `LlamaGen.sample` has device work done. Anything else of this signature may capture it once and replay it."""
+    """How `LlamaGen.sample` has device work done. Anything else of this signature may capture it once per function,
+    constants and shapes, and replay it on new numbers. Tensors may be None, or stand in lists; the caches among them
+    are written in place."""
     return function(*constants, *tensors)
 
 
@@ -354,7 +364,7 @@ class LlamaGen(nn.Module):
 
     # training
 
-    def hidden(self, cond, tokens, words=None, cond_drop=0.0, generator=None):
+    def stream(self, cond, tokens, words=None, cond_drop=0.0, generator=None):
         """As forward, but the stream and last branch (B, T + n, C) of all positions, those of the slots included."""
         self.check(cond, words)
         if cond_drop:
@@ -376,7 +386,7 @@ class LlamaGen(nn.Module):
         cond_drop: share of conditions replaced by the null one: one uniform number per picture from generator
         returns    (B, n + 1, V) float32; row i predicts token i
         """
-        x, branch = self.hidden(cond, tokens, words, cond_drop, generator)
+        x, branch = self.stream(cond, tokens, words, cond_drop, generator)
         start = self.config.slots - 1                                       # the last slot predicts token 0
         return self.logits(x[:, start:], branch[:, start:])
 
@@ -390,11 +400,12 @@ class LlamaGen(nn.Module):
             cond_drop = self.config.cond_drop if self.training else 0.0
         logits = self(cond, tokens[:, :-1], words, cond_drop, generator)
         losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")      # (B, N)
-        correct = (logits.detach().argmax(-1) == tokens).float().mean()
+        correct = (logits.detach().argmax(-1) == tokens).float()
         if valid is None:
-            return losses.mean(), {"accuracy": correct}
+            return losses.mean(), {"accuracy": correct.mean()}
         weight = valid.to(losses.dtype)[:, None].expand_as(losses)
-        return (losses * weight).sum() / weight.sum().clamp(min=1), {"accuracy": correct}
+        mean = lambda x: (x * weight).sum() / weight.sum().clamp(min=1)
+        return mean(losses), {"accuracy": mean(correct)}
 
     @torch.no_grad()
     def surprise(self, cond, tokens, words=None):
@@ -444,17 +455,17 @@ class LlamaGen(nn.Module):
         noise = draws((B, config.vocab_size), N if temperature else 0, generator, device)
         filters = (temperature, top_k, top_p)
         places = range(T + N) if run is call else torch.arange(T + N, device=device).split(1)
-        tokens, logits, *state = run(self._begin, (guided, *filters), cond.to(device), words, cfg, next(noise, None))
+        tokens, logits, *state = run(self._begin, (guided, filters), cond.to(device), words, cfg, next(noise, None))
         yield Step(0, tokens, logits)
         for i in range(1, N):
             if guided and -1 < cfg_interval < i - 1:                        # the rest goes without: B rows will do
                 guided, (cache, rope, seen) = False, state
                 state = cache[:, :, :B], rope, None if seen is None else seen[:B]
-            tokens, logits = run(self._advance, (guided, *filters), tokens, places[T + i - 1], state, cfg,
-                                 next(noise, None))
+            pos = places[T + i - 1]                                         # of the last token, which goes in now
+            tokens, logits = run(self._advance, (guided, filters), tokens, pos, state, cfg, next(noise, None))
             yield Step(i, tokens, logits)
 
-    def _begin(self, guided, temperature, top_k, top_p, cond, words, cfg, noise):
+    def _begin(self, guided, filters, cond, words, cfg, noise):
         """Condition -> first tokens (B,), their logits (R, V), and what later steps need: cache (depth, 2, R, Hkv, L,
         D), rotation table, and the rows of the cache that may be looked at, (R, L) bool or None for all."""
         config, B = self.config, len(cond)
@@ -468,9 +479,9 @@ class LlamaGen(nn.Module):
             x, branch = block(x, branch, rope[:, :T], mask, cache=kv)
         logits = self.logits(x[:, -1:], branch[:, -1:])[:, 0]
         seen = None if words is None else F.pad(words, (0, L - T), value=True)
-        return self._draw(logits, B if guided else 0, temperature, top_k, top_p, cfg, noise), logits, cache, rope, seen
+        return self._draw(logits, B if guided else 0, filters, cfg, noise), logits, cache, rope, seen
 
-    def _advance(self, guided, temperature, top_k, top_p, tokens, pos, state, cfg, noise):
+    def _advance(self, guided, filters, tokens, pos, state, cfg, noise):
         """Tokens (B,), written at pos -> the next tokens (B,), their logits (R, V)."""
         (cache, rope, seen), branch = state, None
         x = self.token_embed(tokens)[:, None].repeat(cache.shape[2] // len(tokens), 1, 1)      # (R, 1, C)
@@ -478,11 +489,13 @@ class LlamaGen(nn.Module):
         for block, kv in zip(self.blocks, cache):
             x, branch = block(x, branch, rope, seen, cache=kv, pos=pos)
         logits = self.logits(x, branch)[:, 0]
-        return self._draw(logits, len(tokens) if guided else 0, temperature, top_k, top_p, cfg, noise), logits
+        return self._draw(logits, len(tokens) if guided else 0, filters, cfg, noise), logits
 
     @staticmethod
-    def _draw(logits, guided, temperature, top_k, top_p, cfg, noise):
-        """Logits (R, V) -> tokens (B,). guided: B if the second half of the rows are those without a condition."""
+    def _draw(logits, guided, filters, cfg, noise):
+        """Logits (R, V), guidance (B, 1), Exp(1) noise (B, V) -> tokens (B,). guided: B if the second half of the rows
+        are those without a condition, else 0."""
+        temperature, top_k, top_p = filters
         if guided:
             logits = torch.lerp(logits[guided:], logits[:guided], cfg)      # u + cfg (c - u), exactly c where cfg is 1
         return sample_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, noise=noise)
@@ -505,6 +518,7 @@ class LlamaGen(nn.Module):
         run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
                       once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
         """
+        self.check_pair(tokenizer)
         steps = self.steps(cond, words, cfg=cfg, cfg_interval=cfg_interval, temperature=temperature, top_k=top_k,
                            top_p=top_p, generator=generator, run=run)
         tokens = torch.stack([step.tokens.clone() for step in steps], 1)    # (B, N); a replay overwrites its results
@@ -538,8 +552,9 @@ class LlamaGen(nn.Module):
 
 
 def draws(shape, n, generator, device, chunk=32):
-    """Exp(1) noise (B, V) for each of n draws. From one generator as the original consumes it, a draw after the other;
-    from one per picture in chunks, since B of them would otherwise be launched for every token."""
+    """Exp(1) noise (B, V) for each of n draws: argmax of p / noise is a draw from p (`sample_logits`), and making it is
+    no part of a captured step. From one generator as the original consumes it, a draw after the other; from one per
+    picture in chunks, since B of them would otherwise be launched for every token."""
     if not isinstance(generator, (list, tuple)):
         for _ in range(n):
             yield exponential_noise(shape, generator, device)
@@ -564,8 +579,9 @@ NESTED = (("model",), ("module",), ("state_dict",))                         # DD
 
 
 def infer_config(state, path, side=None, heads=None):
-    """The Config of an official state dict, read from its keys and shapes. Heads and side are in none: they are those
-    of the released file of that name, or of the only one of these sizes, else must be given."""
+    """The Config of an official state dict, read from its keys and shapes. Heads and side are in none. The side is that
+    of the released file of this name, or of all that have this depth and width if it is one, else it must be given; so
+    are the heads, but that in a model of another size they are taken to be 64 wide unless given."""
     (vocab_size, width), depth = state["tok_embeddings.weight"].shape, 1 + max(
         int(k.split(".")[1]) for k in state if k.startswith("layers."))
     text = "cls_embedding.uncond_embedding" in state
@@ -591,7 +607,8 @@ def infer_config(state, path, side=None, heads=None):
 def load(path, config=None, side=None, heads=None, dtype=torch.float32, device="cpu", text_encoder=None):
     """A LlamaGen in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
-    config: instead of the inferred one; side, heads: what no shape tells, see infer_config. Weights go from the mapped
+    config: instead of the inferred one; side: tokens per side, if another; heads: of official files, see infer_config,
+    which tells both if it can. Weights go from the mapped
     file straight to `device` in `dtype`. text_encoder: an uninitialised module for the one that a file of ours may
     hold, in float32; None: it is left out. Raises vq.CheckpointError.
     """
@@ -602,15 +619,16 @@ def load(path, config=None, side=None, heads=None, dtype=torch.float32, device="
         config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path, side, heads)
     if side is not None and side != config.side:
         config = replace(config, side=side)
-    skip = ("freqs_cis",) if text_encoder is not None else ("freqs_cis", "text_encoder.")
-    state = vq.rename_keys({k: v for k, v in state.items() if not k.startswith(skip)}, RENAMES)
+    own = {k: v for k, v in state.items() if k.startswith("text_encoder.") and text_encoder is not None}
+    state = {k: v for k, v in state.items() if not k.startswith(("freqs_cis", "text_encoder."))}
     model = vq.build_on(device, LlamaGen, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
-    vq.load_strict(model, vq.join_rows(state, *GATED), path)
+    vq.load_strict(model, vq.join_rows(vq.rename_keys(state, RENAMES), *GATED) | own, path)
     return model.eval()
 
 
 def set_dtype(model, dtype):
-    """Casts all weights but those of a text encoder. Norms, rotation and logits compute in float32 all the same."""
+    """Casts all weights but those of a text encoder, and the stream with them, as the original does. Norms and rotation
+    compute in float32 all the same, and so does what follows the logits."""
     for name, child in model.named_children():
         if name != "text_encoder":
             child.to(dtype)

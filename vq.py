@@ -1,8 +1,10 @@
 """Image tokenizers: pictures to discrete codes and back. The networks, the quantizers, the training losses, all of it.
 
-One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. That of VAR and Infinity is
-*multi-scale and residual*: the feature map f becomes not one grid of tokens but a ladder of token maps, 1x1, 2x2, ...
-16x16. Each map encodes what the coarser ones left over. VAR's tokens are rows of a codebook that all maps share:
+One convolutional encoder / decoder (the taming-transformers layout) around a quantizer. LlamaGen's is the plain one:
+each of the 16x16 cells of the feature map f is replaced by the nearest row of a codebook, and its index is the token.
+That of VAR and Infinity is *multi-scale and residual*: f becomes not one grid of tokens but a ladder of token maps,
+1x1, 2x2, ... 16x16. Each map encodes what the coarser ones left over. VAR's tokens are rows of a codebook that all maps
+share:
 
     image (B, 3, 256, 256) --Encoder--> f (B, 32, 16, 16)
                                         |  rest = f, f_hat = 0
@@ -21,9 +23,11 @@ no search and nothing to collapse. Its maps need not be square, and grow by bili
 
 Letters: B batch, C channels, d bits (channels), H W feature-map size, h w (or p) token-map size, K scales, V codebook
 size. Papers: VAR, arXiv 2404.02905, section 3.2 and algorithms 1 and 2; Infinity, arXiv 2412.04431, section 3.2; BSQ,
-arXiv 2406.07548; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924. Released weights: vae_ch160v4096z32.pth, 109 M
-parameters, stride 16, for 256 and 512 pixels, FoundationVision/var; infinity_vae_d16.pth, d24, d32, d32reg, d64, 110 M,
-stride 16, and infinity_vae_d56_f8_14_patchify.pth, 82 M, stride 8, FoundationVision/Infinity.
+arXiv 2406.07548; LlamaGen, arXiv 2406.06525, section 3.1; VQGAN, arXiv 2012.09841; LPIPS, arXiv 1801.03924. Released
+weights: vae_ch160v4096z32.pth, 109 M parameters, stride 16, for 256 and 512 pixels, FoundationVision/var;
+infinity_vae_d16.pth, d24, d32, d32reg, d64, 110 M, stride 16, and infinity_vae_d56_f8_14_patchify.pth, 82 M, stride 8,
+FoundationVision/Infinity; vq_ds16_c2i.pt, 72 M, stride 16, and vq_ds8_c2i.pt, 70 M, stride 8,
+FoundationVision/LlamaGen; vq_ds16_t2i.pt, 72 M, stride 16, peizesun/llamagen_t2i.
 
     tokenizer = vq.load("vae_ch160v4096z32.pth")
     indices = tokenizer.tokenize(image)         # image (B, 3, 256, 256) in [-1, 1] -> list of K (B, p * p) int64
@@ -456,9 +460,10 @@ class SingleScaleVQ(CodebookQuantizer):
     """The ladder of one step, the quantizer of VQGAN and LlamaGen: every cell of f is a token, nothing is left over.
 
     Features and codes are compared as unit vectors, and what is decoded is a unit vector (LlamaGen, section 3.1): with
-    8 channels instead of 256 that makes use of nearly all of 16,384 codes, where without it most die. The stored
-    codebook need not be of length 1. Any size of f will do. Official key besides the codebook:
-    `quantize.codebook_used`, the last 65,536 indices of training, is our `recent`.
+    8 channels instead of 256 that makes use of nearly all of 16,384 codes, where without it most die: in many channels
+    a few codes are nearest to everything. The stored codebook need not be of length 1. Any size of f will do; without a
+    schedule tokens are taken for a square map. Official key besides the codebook: `quantize.codebook_used`, the last
+    65,536 indices of training, is our `recent`.
     """
 
     SHARPNESS = 100.0                           # inverse temperature of the entropy loss
@@ -471,8 +476,14 @@ class SingleScaleVQ(CodebookQuantizer):
         """As in ResidualQuantizer, of the one scale that there is: that of f."""
         return super().walk(F.normalize(f.float(), dim=1), [tuple(f.shape[-2:])])
 
+    def ladder(self, tokens, patch_nums=None, step_by_step=False):
+        """As in ResidualQuantizer: a list of one (B, C, h, w)."""
+        return super().ladder(tokens, patch_nums or (math.isqrt(tokens[0].shape[1]),))
+
     def embed(self, index, size):
         """Indices (B, h * w) -> their codes, of length 1, as a map (B, C, h, w)."""
+        if index.shape[1] != size[0] * size[1]:
+            raise ValueError(f"{index.shape[1]} tokens are no map of {size[0]}x{size[1]}: pass patch_nums=[(h, w)]")
         return F.normalize(super().embed(index, size), dim=1)
 
     def contribution(self, h, k, num_scales, size):
@@ -482,7 +493,10 @@ class SingleScaleVQ(CodebookQuantizer):
     # training
 
     def forward(self, f):
-        """f (B, C, H, W) -> (codes with a straight-through gradient, loss, (1,) percent of codes in `recent`)."""
+        """f (B, C, H, W) -> (codes with a straight-through gradient, loss, (1,) percent of codes in `recent`).
+
+        What the decoder wants goes past the codes to the encoder; the codes learn from the loss alone.
+        """
         z = F.normalize(f.float(), dim=1)
         index, codes = self.quantize(z)
         if self.training:
@@ -946,7 +960,7 @@ class TokenizerLoss(nn.Module):
         return (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
 
     def discriminator_loss(self, image, rec):
-        """Loss of the discriminator. Two passes, so that BatchNorm sees real and fake pictures apart."""
+        """disc_weight / 2 * the discriminator's loss. Two passes: BatchNorm is to see real and fake pictures apart."""
         real, fake = self.discriminator(image.detach()), self.discriminator(rec.detach())
         return self.disc_weight * 0.5 * self.gan[0](real, fake)
 

@@ -271,6 +271,9 @@ def test_codes_are_unit_vectors_and_any_size_will_do():
     best = torch.einsum("bchw,vc->bvhw", z, F.normalize(tokenizer.quantize.codebook, dim=1)).argmax(1)
     assert torch.equal(tokens, best.flatten(1))
     torch.testing.assert_close(tokenizer.reconstruct(image), tokenizer.detokenize([tokens], [(6, 10)]))
+    assert tokenizer.detokenize(tokenizer.tokenize(randn(1, 3, 24, 24))).shape == (1, 3, 24, 24)    # squares of any size
+    with pytest.raises(ValueError, match="60 tokens are no map of 7x7: pass patch_nums"):
+        tokenizer.detokenize([tokens])
 
 
 def test_usage_counts_the_last_65536_indices():

@@ -330,7 +330,7 @@ def llamagen_logits(meta, t, tmp_path):
     model, (cond, mask) = load_llamagen(meta, t, tmp_path), condition(meta, t)
     close(model(cond, t["in.tokens"].long(), mask), t["out.logits"], what="logits")
     if "out.text_logits_mean" in t:
-        everywhere = model.logits(*model.hidden(cond, t["in.tokens"].long(), mask))
+        everywhere = model.logits(*model.stream(cond, t["in.tokens"].long(), mask))
         close(everywhere[:, :model.config.slots - 1].mean(-1), t["out.text_logits_mean"], what="logits of the text")
 
 
