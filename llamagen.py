@@ -2,7 +2,7 @@
 
 The claim of the paper is that a picture needs no model of its own: a plain Llama, trained as on text, draws as well as
 diffusion models do, if the tokenizer is good. The tokenizer (vq.py, single scale) turns a picture of G x G patches, of
-16 x 16 pixels each, into as many indices; read row by row they are a sentence of N = G * G words, and drawing is
+16 x 16 pixels each, into an index per patch; read row by row they are a sentence of N = G * G words, and drawing is
 writing it:
 
     class c --> a row of a table --> 1 slot          text features (B, 120, Ct) --> two-layer MLP --> 120 slots

@@ -264,7 +264,7 @@ def rotate_pairs(x, cos, sin):
 def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_cache=None, v_cache=None, pos=0):
     """Everything between the qkv projection and the attention kernel.
 
-    q, k, v:          (B, L, H, D), may be views of a packed projection
+    q, k, v:          (B, L, H, D), may be views of a packed projection; k and v with fewer heads than q go to torch
     q_scale:          (H,) float32, multiplies q after its normalisation
     l2norm:           divide q and k by max(norm, 1e-12) over D
     cos, sin:         (L, D / 2) float32, rotation of the pairs (2i, 2i + 1) of q and k; None for no rotation
@@ -533,9 +533,11 @@ def filter_logits(logits, top_k=0, top_p=0.0):
     nucleus = 0 < top_p < 1
     if top_k == V and not nucleus:
         return logits
-    best = logits.topk(top_k).values                                        # (..., k), descending
-    least = best[..., -1:]                                                  # smallest value kept
-    if nucleus:
+    if not nucleus:                                                         # the k-th largest needs no sort at all
+        least = logits.kthvalue(V - top_k + 1, keepdim=True).values
+    else:
+        best = logits.topk(top_k).values                                    # (..., k), descending
+        least = best[..., -1:]                                              # smallest value kept
         kept = logits.masked_fill(logits < least, float("-inf")) if top_k < V else logits
         p = (_wide(best) - _wide(kept).logsumexp(-1, keepdim=True)).exp()   # exact even if more than k survive
         mass_above = p.cumsum(-1) - p

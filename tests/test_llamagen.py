@@ -335,7 +335,7 @@ def test_kernels_draw_and_learn_what_torch_does(text):
     tokens = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
 
     def numbers(run):
-        logits = [s.logits.clone() for s, _ in zip(model.steps(cond, words, cfg=2.0, top_k=1, run=run), range(6))]
+        logits = [s.logits.clone() for s, _ in zip(model.steps(cond, words, cfg=2.0, top_k=1, run=run), range(4))]
         model.zero_grad()
         model.loss(cond, tokens, words)[0].backward()
         return [*logits, *(p.grad for p in model.parameters() if p.grad is not None)]

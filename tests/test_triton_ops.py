@@ -531,8 +531,8 @@ once = pytest.mark.skipif(triton_ops.INTERPRET, reason="this is the second proce
 def test_kernels_in_the_interpreter():
     """All tests marked `kernel`, and one parity case that goes through every op: editing a picture with VAR. (Those of
     Infinity pass too, but take minutes: the interpreter runs each of its rows for itself.)"""
-    subprocess_pytest("tests/test_triton_ops.py", "tests/test_infinity.py", "-m", "kernel", TRITON_INTERPRET="1",
-                      CUDA_VISIBLE_DEVICES="")
+    subprocess_pytest("tests/test_triton_ops.py", "tests/test_infinity.py", "tests/test_llamagen.py", "-m", "kernel",
+                      TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     subprocess_pytest("tests/test_parity.py", "-k", "var_edit_inpaint", OPS_BACKEND="triton", TRITON_INTERPRET="1",
                       CUDA_VISIBLE_DEVICES="", PARITY_DIR=str(ROOT / "tests" / "parity"))
 
