@@ -102,10 +102,11 @@ def calls():
     qk(16, 128, BF16, rope=True, norm=True)
     qk(32, 100, F32, rope=True, norm=False)
     with torch.no_grad():
-        for heads, kv_heads, D, dtype in ((16, 16, 64, BF16), (32, 32, 100, BF16), (8, 2, 64, F32)):
-            cache, seen = empty(2, 2, kv_heads, 577, D, dtype=dtype), empty(2, 577, dtype=torch.bool)
-            for pos, visible in ((3, None), (torch.zeros(1, dtype=torch.int64), seen)):
-                decode_attention(empty(2, heads, 1, D, dtype=dtype), *cache, pos, visible=visible)
+        place, seen = torch.zeros(1, dtype=torch.int64), empty(2, 577, dtype=torch.bool)
+        for heads, kv_heads, D, dtype, pos, visible in ((16, 16, 64, BF16, 3, None), (32, 32, 100, BF16, place, None),
+                                                        (8, 2, 64, F32, place, seen)):
+            cache = empty(2, 2, kv_heads, 577, D, dtype=dtype)
+            decode_attention(empty(2, heads, 1, D, dtype=dtype), *cache, pos, visible=visible)
     for R, V, dtype in ((16, 4096, F32), (1, 16384, BF16), (2, 32768, F32)):
         sample_logits(empty(R, V, dtype=dtype), empty(R, V, dtype=dtype), cfg=1.5, temperature=0.9, top_k=900, top_p=0.95,
                       noise=empty(R, V))

@@ -244,7 +244,7 @@ TOKENS = ("llamagen", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log
 
 def test_single_scale_tokenizer_runs_resume(pictures, tmp_path):
     argv = (*SINGLE, "--data", pictures, "--workers", 0, "--steps", 5, "--warm-steps", 2, "--restart-after", 1,
-            "--disc-weight", 0.5, "--disc-start", 3, "--disc", "style", "--gan", "non-saturating")
+            "--disc-weight", 0.5, "--disc-start", 3, "--gan", "non-saturating")
     run(train, *argv, "--out", tmp_path / "whole")
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 3)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
@@ -273,7 +273,9 @@ def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
 
 
 def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
-    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--steps", 4, "--init", token_files[2])
+    assert "red heart" in train.EmojiCaptions(16).names                     # which Unicode calls heavy black heart
+    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--data", captioned(tmp_path / "data"), "--steps", 4,
+            "--init", token_files[2])
     run(train, *argv, "--out", tmp_path / "whole")
     assert "weights start anew" in capsys.readouterr().out                  # what concerns the text
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
