@@ -293,7 +293,7 @@ def dropout(x, share, generator, per_picture=False):
     if share == 0:
         return x
     kept = x.new_empty((len(x), 1, 1) if per_picture else x.shape).bernoulli_(1 - share, generator=generator)
-    return x * kept.div_(1 - share)
+    return x * kept / (1 - share)                                           # in this order: 1 / 0.9 is no bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ class LlamaGen(nn.Module):
         for i in range(1, N):
             if guided and -1 < cfg_interval < i - 1:                        # the rest goes without: B rows will do
                 guided, (cache, rope, seen) = False, state
-                state = cache[:, :, :B], rope, None if seen is None else seen[:B]
+                state = [cache[:, :, :B], rope, None if seen is None else seen[:B]]
             pos = places[T + i - 1]                                         # of the last token, which goes in now
             tokens, logits = run(self._advance, (guided, filters), tokens, pos, state, cfg, next(noise, None))
             yield Step(i, tokens, logits)
@@ -593,14 +593,15 @@ def infer_config(state, path, side=None, heads=None):
         sides = {math.isqrt(len(state["freqs_cis"]) - (slots if text else 1))}
     if side is None and len(sides) != 1:
         raise vq.CheckpointError(f"{path}: the size of its pictures is in no tensor: pass side=, tokens per side "
-                                 f"({', '.join(str(s) for s in sorted(sides)) or 'pixels / 16'})")
+                                 f"({', '.join(str(s) for s in sorted(sides)) or 'pixels / 16'}), or --size, in pixels")
+    side = sides.pop() if side is None else side
     heads = heads or (released[0].heads if released else width // 64)       # heads of 64, in all but 3B
     if not heads or width % (4 * heads):
         raise vq.CheckpointError(f"{path}: how many heads it has is in no tensor: pass heads=")
     kv_heads = (len(state["layers.0.attention.wqkv.weight"]) - width) // 2 // (width // heads)
     classes = 0 if text else len(state["cls_embedding.embedding_table.weight"]) - 1
     return Config(depth=depth, width=width, heads=heads, kv_heads=0 if kv_heads == heads else kv_heads,
-                  hidden=len(state["layers.0.feed_forward.w1.weight"]), side=side or sides.pop(),
+                  hidden=len(state["layers.0.feed_forward.w1.weight"]), side=side,
                   vocab_size=vocab_size, num_classes=classes, text_width=text_width, text_slots=slots)
 
 

@@ -583,7 +583,10 @@ class CUDAGraphs:
     def __call__(self, function, constants, *tensors):
         given, structure = tree_flatten(tensors)
         is_tensor = lambda t: isinstance(t, torch.Tensor)
-        key = (function, constants, str(structure), *((t.shape, t.dtype) if is_tensor(t) else t for t in given))
+        # what is read in place may be a part of a larger tensor, with strides of its own; others are copied
+        strides = lambda t: t.stride() if t.data_ptr() in self.own else None
+        layout = lambda t: (t.shape, t.dtype, strides(t)) if is_tensor(t) else t
+        key = (function, constants, str(structure), *map(layout, given))
         if key not in self.graphs:
             inputs = [t.clone() if is_tensor(t) and t.data_ptr() not in self.own else t for t in given]
             replay, results = self.record(lambda: function(*constants, *tree_unflatten(inputs, structure)))
@@ -769,7 +772,7 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak, ro
     bandwidth = copy_bandwidth(device)
     warmup, images = timed(run, device)
     heavy = Heavy(parameters)
-    with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy:
+    with staged(stages, lambda stage: setattr(heavy, "stage", stage)), heavy, backend("torch"):     # it sees no kernels
         run()
     calls, runs, splits, peak_bytes = list(heavy.calls.values()), [], [], 0
     replays = []                                                            # per round: seconds of every kind of call
@@ -1202,6 +1205,12 @@ class PromptJob(Job):
             clean = self.clean and self.model.text_encoder is None
             self.features |= dict(zip(batch, encode_texts(encoder, batch, self.text_length, clean)))
 
+    def origin(self):
+        """What else a picture depends on: a folder is not to be completed with pictures of other making."""
+        args = self.args
+        return {"dtype": str(self.dtype).removeprefix("torch."), "tokenizer": vq.fingerprint(self.tokenizer),
+                "features": args.features, "t5": args.t5}
+
     def describe(self, prompt):
         return {"prompt": prompt}
 
@@ -1294,7 +1303,8 @@ def draw_prompts(job, prompts, out, single):
         with vq.atomic(out / f"{i:05d}" / "metadata.jsonl") as temporary:
             temporary.write_text(line)
     items = [prompt for prompt in prompts for _ in range(job.args.n)]
-    draw_and_save(job, items, out, single, resume=bool(job.args.prompts))
+    # pictures from one generator depend on each other, so that none can be added
+    draw_and_save(job, items, out, single, resume=bool(job.args.prompts) and not job.args.one_generator)
 
 
 def prompts_out(args, default):
@@ -1383,7 +1393,7 @@ class InfinityJob(PromptJob):
         height, width = (n * size * self.tokenizer.config.stride for n in self.scales[-1])
         self.settings = {"model": "infinity", "checkpoint": self.name, "size": f"{height}x{width}"} | self.options | {
             "guide_after": args.guide_features, "negative": args.negative, "image": args.image,
-            "keep": args.keep if args.image else 0, "tile": args.tile}
+            "keep": args.keep if args.image else 0, "tile": args.tile} | self.origin()
         self.options |= {"scales": self.scales, "guide_after": args.guide_features, "tile": args.tile}
         self.height, self.width = height, width
         self.text_width, self.text_length = self.model.config.text_width, self.model.config.text_maxlen
@@ -1463,10 +1473,10 @@ class LlamaGenJob(PromptJob):
         name = "emoji_vq_single" if self.name.startswith("emoji") else released
         tokenizer = vq.build(vq.VQVAE, replace(vq.CONFIGS[name], patch_nums=(config.side,))).eval()
         tokenizer.init_weights(g)
-        model = vq.build(llamagen.LlamaGen, config).eval()
+        model = vq.build(llamagen.LlamaGen, self.sized(config, tokenizer)).eval()
         model.init_weights(g)
         torch.nn.init.normal_(model.head.weight, 0, 0.02, generator=g)      # zero at the start of training: all ties
-        return vq.set_decoder_dtype(tokenizer, self.dtype), llamagen.set_dtype(model, self.dtype)
+        return tokenizer, llamagen.set_dtype(model, self.dtype)             # which decodes in float32, as the original
 
     def load_models(self):
         """--ckpt and --vq, or the demo."""
@@ -1474,20 +1484,26 @@ class LlamaGenJob(PromptJob):
         demo = "emoji_llamagen_t2i" if args.prompt or args.prompts or args.features else "emoji_llamagen"
         ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / f"{demo}.safetensors"
         self.metadata = read_metadata(ckpt)
-        model = load_llamagen(ckpt, side=args.size and args.size // 16, dtype=self.dtype, device=self.device)
+        model = load_llamagen(ckpt, side=args.size and 1, dtype=self.dtype, device=self.device)
         released = "vq_ds16_t2i.pt" if model.config.text_width else "vq_ds16_c2i.pt"
         fallback = released if model.config.vocab_size == 16384 else "emoji_vq_single.safetensors"
         vae = find_companion(args.vae, ckpt, fallback, download, "--vq")
-        tokenizer = vq.load(vae, dtype=self.dtype)
+        tokenizer = vq.load(vae)
         try:
             model.check_pair(tokenizer)
         except ValueError as e:
             raise UserError(f"{vae}: {e}; give {fallback} as --vq") from None
         check_fingerprint(tokenizer, vae, self.metadata, ckpt)
-        if args.size:
-            model.config = replace(model.config, side=args.size // tokenizer.config.stride)
+        model.config = self.sized(model.config, tokenizer)
         self.name, self.files = Path(ckpt).name, [Path(ckpt), Path(vae)]
         return tokenizer, model
+
+    def sized(self, config, tokenizer):
+        """A Config for pictures of --size."""
+        size, stride = self.args.size, tokenizer.config.stride
+        if size and size % stride:
+            raise UserError(f"--size {size}: expected a multiple of {stride}, the tokenizer's stride")
+        return replace(config, side=size // stride) if size else config
 
     def prepare(self):
         args, config = self.args, self.model.config
@@ -1508,7 +1524,7 @@ class LlamaGenJob(PromptJob):
         cfg = self.options.pop("cfg")
         self.cfg = cfg if isinstance(cfg, list) else [cfg]                  # one for all pictures, or one for each
         self.settings = {"model": "llamagen", "checkpoint": self.name, "seed": args.seed, "cfg": cfg} | self.options | {
-            "side": config.side * self.tokenizer.config.stride, "eval_size": args.eval_size}
+            "side": config.side * self.tokenizer.config.stride, "eval_size": args.eval_size} | self.origin()
 
     def condition(self, items):
         """Class ids or prompts -> what the model takes, and the mask of texts or None."""

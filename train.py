@@ -36,7 +36,7 @@ VQ_EMOJI = dict(
 )
 VQ_BITS = VQ | dict(warm_steps=0, restart_after=0)                          # bits need no care of a codebook
 # LlamaGen's. Its optimizer is Adam, whose weight decay is ignored; its codes on the unit sphere need no restarts
-VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0, zoom=(1.0, 1.25), flip=True)
+VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0, warmup=0.0, zoom=(1.0, 1.25), flip=True)
 # init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
 # settings and its classes (none: spread over all)
 VAR = COMMON | dict(
@@ -127,7 +127,8 @@ def parse_args(argv=None):
         p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style)
         add = p.add_argument
         add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
-        holds = "one folder per class" if name != "infinity" else "*.tsv or *.jsonl with captions"
+        classes, captions = "one folder per class", "*.tsv or *.jsonl with captions"
+        holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}"}.get(name, classes)
         add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
         add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
         add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
@@ -391,7 +392,8 @@ class CaptionedPictures:
         ratios = np.array([row[1] for row in self.rows])
         self.aspects = sorted(set(ratios.tolist()))
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
-        listing = hashlib.sha256("\n".join(str(row) for row in self.rows).encode()).hexdigest()
+        size_of = lambda path: f" {os.path.getsize(path)}" if size and os.path.exists(path) else ""
+        listing = hashlib.sha256("\n".join(f"{row}{size_of(row[0])}" for row in self.rows).encode()).hexdigest()
         self.fingerprint = f"{listing} {size or pixels}"
 
     def _parse(self, file, line):
@@ -435,8 +437,10 @@ class CaptionedPictures:
         """uint8 (3, h, w)."""
         path, ratio, _ = self.rows[index]
         h, w = [self.size] * 2 if self.size else (16 * n for n in vq.schedule(ratio, self.pixels)[-1])
-        picture = sample.cover(sample.open_picture(path), h, w)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        picture = sample.open_picture(path)
+        if self.size and min(picture.size) < self.size:
+            raise OSError(f"smaller than {self.size} pixels")               # the authors leave such pictures out, too
+        return torch.from_numpy(np.array(sample.cover(picture, h, w))).permute(2, 0, 1)
 
     def __getitems__(self, items):
         pixels, captions, broken = [], [], []
@@ -495,7 +499,7 @@ class TokenCache:
                 weights.update(p.detach().cpu().numpy().tobytes())
         key = f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}"
         self.fingerprint = key = hashlib.sha256(key.encode()).hexdigest()[:12]
-        path = Path(folder) / f"tokens_{tag}_{key}.safetensors"
+        path = Path(folder) / f"codes_{tag}_{key}.safetensors"
         if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
             self._fill(pictures, tokenizer, patch_nums, device, path)
         while not path.exists():                                            # the first process is at it
@@ -544,7 +548,8 @@ class FeatureCache:
     cache[caption] is (n, Ct). The file is mapped, not read: only what is asked for comes into memory."""
 
     def __init__(self, captions, t5, slots, clean, folder):
-        key = hashlib.sha256(f"{slots} {clean} {t5.config} {captions}".encode()).hexdigest()[:12]
+        weights = [p.float().sum().item() for p in (t5.embed.weight, *t5.blocks[-1].parameters())]
+        key = hashlib.sha256(f"{slots} {clean} {t5.config} {weights} {captions}".encode()).hexdigest()[:12]
         path = Path(folder) / f"text_{key}.safetensors"
         if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
             rows = []
@@ -633,6 +638,37 @@ class Task:
     def load_state_dict(self, state):
         pass
 
+    def cached(self, train_set, val_set, patch_nums):
+        """The sets, or with --cache-crops their tokens."""
+        if self.args.cache_crops == "0":
+            return train_set, val_set
+        cache = lambda pictures, crops, tag: TokenCache(
+            pictures, self.tokenizer, patch_nums, crops, self.device, self.args.out, tag)
+        return cache(train_set, self.args.cache_crops, "train"), cache(val_set, "1", "val")
+
+    def tokens(self, batch, patch_nums):
+        """Indices per scale, from cached tokens or from pictures."""
+        if batch[0].dim() == 2:
+            return batch[0].to(self.device).split([h * w for h, w in vq.as_pairs(patch_nums)], 1)
+        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
+            return self.tokenizer.tokenize(sample.to_input(batch[0], self.device), patch_nums)
+
+    def mean_scores(self, scores, groups):
+        """Means over validation pictures of what scores(batch) says; groups: lists of items, none of which mix."""
+        sums = {}
+        for items, start in ((items, start) for items in groups for start in range(0, len(items), 32)):
+            batch = self.val_set.__getitems__(items[start:start + 32])
+            for key, value in scores(batch).items():
+                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
+        return {key: value / sum(map(len, groups)) for key, value in sums.items()}
+
+    @torch.no_grad()
+    def drawn(self, n, draw):
+        """A grid of n samples, draw(part, generators) -> (B, 3, h, w), few at a time: large models need memory."""
+        parts = [slice(i, min(i + 4, n)) for i in range(0, n, 4)]
+        seeds = lambda part: [torch.Generator(self.device).manual_seed(i) for i in range(part.start, part.stop)]
+        return sample.grid(sample.to_pixels(torch.cat([draw(part, seeds(part)) for part in parts])), 8)
+
 
 class TokenizerTask(Task):
     """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses; codes start from features and are restarted."""
@@ -654,7 +690,8 @@ class TokenizerTask(Task):
         self.model = vq.build(vq.VQVAE, config).to(device)
         self.model.init_weights(g)
         if args.init:
-            warm_start(self.model, vq.load(args.init), args.init)
+            warm_start(self.model, vq.load(args.init), f"--init {args.init}")
+            args.warm_steps = 0                                             # its codes are not to be drawn anew
         lpips = discriminator = self.disc_optimizer = None
         if bool(args.lpips) != bool(args.lpips_weight):
             raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
@@ -780,49 +817,28 @@ class VARTask(Task):
         side = self.tokenizer.config.stride * self.patch_nums[-1]
         if args.size != side:
             raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
-        self.train_set, self.val_set = train_set, val_set
-        if args.cache_crops != "0":
-            cache = lambda pictures, crops, tag: TokenCache(
-                pictures, self.tokenizer, self.patch_nums, crops, device, args.out, tag
-            )
-            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, "1", "val")
-        self.splits = [p * p for p in self.patch_nums]
-
-    def _tokens(self, batch):
-        """Indices per scale, from cached tokens or from pictures."""
-        if batch[0].dim() == 2:
-            return batch[0].to(self.device).split(self.splits, 1)
-        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
-            return self.tokenizer.tokenize(sample.to_input(batch[0], self.device), self.patch_nums)
+        self.train_set, self.val_set = self.cached(train_set, val_set, self.patch_nums)
 
     def loss(self, batch, step, g):
-        indices = self._tokens(batch)
+        indices = self.tokens(batch, self.patch_nums)
         features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
         return self.model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, generator=g)
 
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over the validation pictures, without class dropping."""
-        sums, items = {}, spread(len(self.val_set), 1024)
-        for start in range(0, len(items), 32):
-            batch = self.val_set.__getitems__(items[start:start + 32])
-            indices = self._tokens(batch)
+        def scores(batch):
+            indices = self.tokens(batch, self.patch_nums)
             features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
             loss, metrics = model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, class_drop=0.0)
-            for key, value in (metrics | {"loss": loss}).items():
-                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
-        return {key: value / len(items) for key, value in sums.items()}
+            return metrics | {"loss": loss}
+        return self.mean_scores(scores, [spread(len(self.val_set), 1024)])
 
     def picture(self, model):
         """One sample of each of 32 classes, spread over the list."""
-        count = len(self.classes)
-        n = min(32, count)
-        labels = torch.tensor([i * count // n for i in range(n)], device=self.device)
-        images = []
-        for i in range(0, n, 4):                                            # few at a time: large models need memory
-            generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(i, min(i + 4, n))]
-            images.append(model.sample(self.tokenizer, labels[i:i + 4], generator=generators, **self.args.sampling))
-        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
+        labels = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
+        return self.drawn(len(labels), lambda part, generators: model.sample(
+            self.tokenizer, labels[part], generator=generators, **self.args.sampling))
 
     def save(self, model, path, dtype):
         import var
@@ -893,28 +909,21 @@ class InfinityTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Means over the validation pictures, bits flipped as in training, no prompt dropped."""
-        sums, g = {}, torch.Generator(self.device).manual_seed(0)
+        g = torch.Generator(self.device).manual_seed(0)
         groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])
-        items = [[(int(i), None) for i in group[:1024 // len(groups)]] for group in groups]
-        for start, group in ((s, group) for group in items for s in range(0, len(group), 32)):
-            batch = self.val_set.__getitems__(group[start:start + 32])
+
+        def scores(batch):
             loss, metrics = model.loss(*self._prepare(batch, g, model), text_drop=0.0)
-            for key in self.val_metrics:
-                value = loss if key == "loss" else metrics[key]
-                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
-        return {key: value / sum(map(len, items)) for key, value in sums.items()}
+            return {key: loss if key == "loss" else metrics[key] for key in self.val_metrics}
+        return self.mean_scores(scores, [[(int(i), None) for i in g[:1024 // len(groups)]] for g in groups])
 
     def picture(self, model):
         """Samples for captions of training (upper half) and validation pictures."""
         rows = [(data, i) for data in (self.train_set, self.val_set) for i, _ in spread(len(data), 16)]
-        captions, images = [data.__getitems__([(i, None)])[1][0] for data, i in rows], []
-        for i in range(0, len(captions), 4):                                # few at a time: large models need memory
-            with torch.no_grad():
-                text, mask = self._encode(model, captions[i:i + 4])
-            generators = [torch.Generator(self.device).manual_seed(j) for j in range(i, i + len(text))]
-            images.append(model.sample(self.tokenizer, text, mask, scales=self._scales(), generator=generators,
-                                       **self.args.sampling))
-        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
+        captions = [data.__getitems__([(i, None)])[1][0] for data, i in rows]
+        return self.drawn(len(captions), lambda part, generators: model.sample(
+            self.tokenizer, *self._encode(model, captions[part]), scales=self._scales(), generator=generators,
+            **self.args.sampling))
 
     def save(self, model, path, dtype):
         self.infinity.save(model, path, dtype, show=self.args.show, sampling=self.args.sampling,
@@ -939,40 +948,34 @@ class LlamaGenTask(Task):
         text, classes = config.text_width > 0, getattr(train_set, "classes", [])
         encoder = infinity.T5Encoder(infinity.BYTE_T5) if text and not args.t5 else None
         self.classes = [] if text else classes
-        self.t5 = sample.load_t5(args.t5, args.text_width, device) if args.t5 else None
-        width = (encoder or self.t5).config.width if text else 0
+        t5 = sample.load_t5(args.t5, args.text_width, device) if text and args.t5 else None
+        width = (encoder or t5).config.width if text else 0
         config = replace(config, side=side, num_classes=len(self.classes), text_width=width, dropout=args.dropout,
                          vocab_size=self.tokenizer.config.vocab_size)
         self.model = vq.build(llamagen.LlamaGen, config, encoder).to(device)
         self.model.init_weights(g)
         if args.init:
-            warm_start(self.model, sample.load_llamagen(args.init, side=side), args.init)
-        if args.init_text and encoder is not None:
-            warm_start(encoder, infinity.load(args.init_text).text_encoder or encoder, args.init_text)
+            warm_start(self.model, sample.load_llamagen(args.init, side=side), f"--init {args.init}")
+            sample.check_fingerprint(self.tokenizer, args.vae, sample.read_metadata(args.init), args.init)
+        if args.init_text:
+            other = infinity.load(args.init_text).text_encoder
+            if other is None or encoder is None:
+                raise UserError(f"--init-text {args.init_text}: " + ("has no text encoder" if encoder else "this run "
+                                "trains no text encoder; it takes recipe emoji_text without --t5"))
+            warm_start(encoder, other, f"--init-text {args.init_text}")
         try:
             self.model.check_pair(self.tokenizer)
         except ValueError as e:
             raise UserError(f"--vae {args.vae}: {e}; train one with train.py vq --recipe llamagen_emoji") from None
-        self.train_set, self.val_set = train_set, val_set
-        self.shape = ((side, side),)
-        if args.cache_crops != "0":
-            cache = lambda pictures, crops, tag: TokenCache(
-                pictures, self.tokenizer, self.shape, crops, device, args.out, tag
-            )
-            self.train_set, self.val_set = cache(train_set, args.cache_crops, "train"), cache(val_set, "1", "val")
-        self.features = None
-        if self.t5 is not None:
+        self.features, self.shape = None, ((side, side),)
+        self.train_set, self.val_set = self.cached(train_set, val_set, self.shape)
+        if t5 is not None:
             captions = sorted({c for data in (train_set, val_set) for i in range(len(data)) for c in data.captions(i)})
-            self.features = FeatureCache(captions, self.t5, config.text_slots, args.clean, args.out)
+            self.features = FeatureCache(captions, t5, config.text_slots, args.clean, args.out)
 
     def _prepare(self, batch, model):
-        """Conditions, tokens and mask of a batch."""
-        tokens = batch[0]
-        if tokens.dim() == 2:
-            tokens = tokens.to(self.device)
-        else:
-            with torch.autocast(self.device.type, enabled=False):           # half precision would change tokens
-                tokens, = self.tokenizer.tokenize(sample.to_input(tokens, self.device), self.shape)
+        """Conditions, mask and tokens of a batch."""
+        tokens, = self.tokens(batch, self.shape)
         return *self._condition(model, batch[1]), tokens
 
     def _condition(self, model, what):
@@ -983,7 +986,7 @@ class LlamaGenTask(Task):
             rows = [self.features[caption].to(self.device) for caption in what]
         else:
             features, mask = model.text_encoder.encode(what, model.config.text_slots)
-            lengths = mask.sum(1) if mask is not None else [features.shape[1]] * len(what)
+            lengths = mask.sum(1).tolist() if mask is not None else [features.shape[1]] * len(what)
             rows = [f[:n] for f, n in zip(features, lengths)]
         text, mask = self.llamagen.left_pad(rows, model.config.text_slots)
         return text, mask.to(self.device)
@@ -995,13 +998,11 @@ class LlamaGenTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over the validation pictures, without dropping anything."""
-        sums, items = {}, spread(len(self.val_set), 1024)
-        for start in range(0, len(items), 32):
-            cond, words, tokens = self._prepare(self.val_set.__getitems__(items[start:start + 32]), model)
+        def scores(batch):
+            cond, words, tokens = self._prepare(batch, model)
             loss, metrics = model.loss(cond, tokens, words, cond_drop=0.0)
-            for key, value in (metrics | {"loss": loss}).items():
-                sums[key] = sums.get(key, 0.0) + value.item() * len(tokens)
-        return {key: value / len(items) for key, value in sums.items()}
+            return metrics | {"loss": loss}
+        return self.mean_scores(scores, [spread(len(self.val_set), 1024)])
 
     @torch.no_grad()
     def picture(self, model):
@@ -1011,12 +1012,8 @@ class LlamaGenTask(Task):
             what = [data.__getitems__([(i, None)])[1][0] for data, i in rows]
         else:
             what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
-        images = []
-        for i in range(0, len(what), 4):                                    # few at a time: large models need memory
-            cond, words = self._condition(model, what[i:i + 4])
-            generators = [torch.Generator(self.device).manual_seed(j) for j in range(i, i + len(cond))]
-            images.append(model.sample(self.tokenizer, cond, words, generator=generators, **self.args.sampling))
-        return sample.grid(sample.to_pixels(torch.cat(images)), 8)
+        return self.drawn(len(what), lambda part, generators: model.sample(
+            self.tokenizer, *self._condition(model, what[part]), generator=generators, **self.args.sampling))
 
     def save(self, model, path, dtype):
         show = [c for c in self.args.show if c in self.classes or not self.classes]
@@ -1029,8 +1026,9 @@ TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamage
 
 
 @torch.no_grad()
-def warm_start(model, other, path):
-    """Starts from the weights of another model: all that exist there with the same shape. Says what does not."""
+def warm_start(model, other, what):
+    """Starts from the weights of another model: all that exist there with the same shape. Says which do not; `what` is
+    the flag that asked for it."""
     state, fresh = other.state_dict(), []
     for name, p in model.state_dict().items():
         if name in state and state[name].shape == p.shape:
@@ -1038,9 +1036,9 @@ def warm_start(model, other, path):
         else:
             fresh.append(name)
     if len(fresh) == len(model.state_dict()):
-        raise UserError(f"--init {path}: none of its weights fits this model; choose the recipe that goes with it")
+        raise UserError(f"{what}: none of its weights fits this model; choose the recipe that goes with it")
     if fresh:
-        tqdm.write(f"--init {path}: {len(fresh)} weights start anew: {', '.join(fresh[:4])}")
+        tqdm.write(f"{what}: {len(fresh)} weights start anew: {', '.join(fresh[:4])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

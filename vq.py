@@ -746,7 +746,8 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """Random weights: PyTorch's default for convolutions, drawn from `generator`; codes from a small normal."""
+        """Random weights: PyTorch's default for convolutions, drawn from `generator`; codes from a small normal, or
+        those of a single scale of length 1."""
         init_default(self, generator)
         if self.config.single_scale:
             codebook = self.quantize.codebook.uniform_(-1, 1, generator=generator)
