@@ -491,6 +491,8 @@ def test_bad_arguments_for_prompts(prompts, capsys, argv, message):
     (0, ["--temperature", "-1"], "--temperature -1.0: expected at least 0"),
     (0, ["--cfg-interval", "-2"], "--cfg-interval -2: expected at least -1"),
     (0, ["--eval-size", "0"], "--eval-size 0: expected at least 1"),
+    (0, ["--size", "18"], "--size 18: expected a multiple of 4, the tokenizer's stride"),
+    (0, ["--size", "3"], "--size 3: expected a multiple of 4, the tokenizer's stride"),
     (0, ["--npz", "a.npz", "--steps-grid"], "leave out --steps-grid"),
     (1, ["--features", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (1, ["--prompt", " "], "an empty prompt"),

@@ -20,7 +20,7 @@ import train
 import var
 import vq
 from conftest import (BITS_CONFIG, CLASS_CONFIG, INFINITY_CONFIG, ROOT, SINGLE_CONFIG, T5_CONFIG, TEXT_CONFIG, VAR_CONFIG,
-                      VQ_CONFIG, tiny_infinity)
+                      VQ_CONFIG, tiny_infinity, tiny_single)
 from test_cli import complaint, run
 
 
@@ -341,6 +341,14 @@ def test_llamagen_mistakes(token_files, files, tmp_path, capsys):
     assert "--cache-crops ten: expected a number" in say("--vq", token_files[1], "--cache-crops", "ten")     # of emoji
     assert "--dropout 1.0: expected 0 .. 0.9" in say("--vq", token_files[1], "--dropout", 1)
     assert "not a LlamaGen transformer" in say("--vq", token_files[1], "--init", token_files[1])
+    infinity.save(tiny_infinity(t5=None), tmp_path / "i.safetensors")
+    text = ("--vq", token_files[1], "--recipe", "emoji_text", "--init-text", tmp_path / "i.safetensors")
+    assert "--init-text" in (line := say(*text)) and "has no text encoder" in line
+    assert "this run trains no text encoder" in say(*text[:2], *text[4:])
+    other = tiny_single()
+    torch.nn.init.normal_(other.quantize.codebook)
+    vq.save(other, tmp_path / "other.safetensors")
+    assert "is not the tokenizer that" in say("--vq", tmp_path / "other.safetensors", "--init", token_files[2])
 
 
 def test_mistakes(pictures, files, tmp_path, capsys):
