@@ -7,10 +7,11 @@
     python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
     torchrun --nproc-per-node 8 train.py var ...    data parallel
 
+    python train.py llamagen --vae demo/emoji_vq_single.safetensors         class -> emoji, token by token
     python train.py infinity --recipe 2B_256 --data DIR --vae infinity_vae_d32reg.pth --t5 flan-t5-xl
 
-DIR holds one folder of pictures per class; for infinity *.tsv files (picture path, caption) or the original's *.jsonl,
-and pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes),
+DIR holds one folder of pictures per class; for text *.tsv files (picture path, caption) or the originals' *.jsonl, and
+pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes),
 state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv and samples/. Every write is atomic.
 """
 import argparse
@@ -73,7 +74,7 @@ LLAMAGEN = COMMON | dict(
 LLAMAGEN_TEXT = LLAMAGEN | dict(cache_crops="1", epochs=0, steps=200000, captions=True,     # no length is published
                                 sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
-    size=32, epochs=0, steps=5000, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
+    size=32, epochs=0, steps=2600, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
     ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
@@ -84,7 +85,7 @@ RECIPES = {
         "infinity_emoji": VQ_BITS | VQ_EMOJI | dict(model="emoji_bsq", warm_steps=0, restart_after=0),
         **{f"infinity_d{d}": VQ_BITS | dict(model=f"infinity_vae_d{d}") for d in ("16", "24", "32", "64")},
         "infinity_d56": VQ_BITS | dict(model="infinity_vae_d56_f8_14_patchify"),
-        "llamagen_emoji": VQ | VQ_EMOJI | dict(model="emoji_vq_single"),
+        "llamagen_emoji": VQ | VQ_EMOJI | dict(model="emoji_vq_single", steps=3600),
         "llamagen_ds16": VQ_SINGLE | dict(model="vq_ds16_c2i"),
         "llamagen_ds8": VQ_SINGLE | dict(model="vq_ds8_c2i"),
         "llamagen_ds16_t2i": VQ_SINGLE | dict(model="vq_ds16_t2i", disc_start=0),       # from the first, with --init
@@ -109,7 +110,7 @@ RECIPES = {
     "llamagen": {
         "emoji": LLAMAGEN | LLAMAGEN_EMOJI | dict(model="emoji_llamagen", show=VAR_EMOJI["show"]),
         "emoji_text": LLAMAGEN_TEXT | LLAMAGEN_EMOJI | dict(
-            model="emoji_llamagen_t2i", show=("red heart", *INFINITY_EMOJI["show"][:-1])),
+            model="emoji_llamagen_t2i", steps=2800, show=("red heart", *INFINITY_EMOJI["show"][:-1])),
         **{f"{size}_{pixels}": LLAMAGEN | dict(model=f"c2i_{size}_{pixels}", size=pixels) for size, pixels in (
             ("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))},
         "t2i_stage1": LLAMAGEN_TEXT | dict(model="t2i_XL_stage1_256"),      # the second starts with --init from it
