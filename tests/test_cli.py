@@ -216,6 +216,17 @@ def test_the_demo_draws_what_it_is_told(tmp_path):
     assert green.argmax() == 1 and blue.argmax() == 2, (green, blue)
 
 
+def test_the_token_demo_draws_what_it_is_told(tmp_path):
+    """Hearts of the colors that the prompts name, and of two classes what looks like them."""
+    run(sample, "llamagen", "--prompt", "red heart", "green heart", "blue heart", "--device", "cpu", "--out", tmp_path / "h")
+    heart = lambda i: np.array(Image.open(tmp_path / "h" / f"{i:05d}.png"), float)[8:20, 8:24].mean((0, 1))
+    assert [heart(i).argmax() for i in range(3)] == [0, 1, 2]
+    run(sample, "llamagen", "--classes", "face-smiling", "-n", 4, "--device", "cpu", "--out", tmp_path / "f")
+    faces = np.stack([np.array(Image.open(p), float) for p in sorted((tmp_path / "f").iterdir())])[:, 4:12, 8:24]
+    r, g, b = faces.mean((0, 1, 2))
+    assert r > 200 > g > 100 > b                                            # yellow
+
+
 def test_bench_of_bits(prompts, capsys):
     arguments, out = prompts
     run(sample, *arguments, "--bench", "--json", out / "b.json")
