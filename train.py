@@ -110,7 +110,9 @@ RECIPES = {
     "llamagen": {
         "emoji": LLAMAGEN | LLAMAGEN_EMOJI | dict(model="emoji_llamagen", show=VAR_EMOJI["show"]),
         "emoji_text": LLAMAGEN_TEXT | LLAMAGEN_EMOJI | dict(
-            model="emoji_llamagen_t2i", steps=2800, show=("red heart", *INFINITY_EMOJI["show"][:-1])),
+            model="emoji_llamagen_t2i", steps=2800, show=(
+                "red heart", "crying cat face", "green apple", "rocket", "sunflower", "french fries",
+                "smiling face with sunglasses", "robot face")),
         **{f"{size}_{pixels}": LLAMAGEN | dict(model=f"c2i_{size}_{pixels}", size=pixels) for size, pixels in (
             ("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))},
         "t2i_stage1": LLAMAGEN_TEXT | dict(model="t2i_XL_stage1_256"),      # the second starts with --init from it
