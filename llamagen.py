@@ -423,8 +423,8 @@ class LlamaGen(nn.Module):
     def check(self, cond, words):
         """Raises ValueError for conditions of the wrong kind or shape."""
         c = self.config
-        wanted = ("text features (B, {}, {})".format(c.text_slots, c.text_width) if c.text_width else "classes (B,)")
         if cond.shape[1:] != ((c.text_slots, c.text_width) if c.text_width else ()):
+            wanted = f"text features (B, {c.text_slots}, {c.text_width})" if c.text_width else "classes (B,)"
             raise ValueError(f"this model is conditioned on {wanted}, not on a tensor {tuple(cond.shape)}")
         if words is not None and words.shape != (len(cond), c.slots):
             raise ValueError(f"the mask is {tuple(words.shape)}, expected {(len(cond), c.slots)}: one entry per slot")
@@ -468,7 +468,7 @@ class LlamaGen(nn.Module):
     def _begin(self, guided, filters, cond, words, cfg, noise):
         """Condition -> first tokens (B,), their logits (R, V), and what later steps need: cache (depth, 2, R, Hkv, L,
         D), rotation table, and the rows of the cache that may be looked at, (R, L) bool or None for all."""
-        config, B = self.config, len(cond)
+        config = self.config
         if guided:
             cond = torch.cat([cond, self.null_condition(cond)])
             words = None if words is None else words.repeat(2, 1)           # the null text is padded like its prompt
@@ -479,7 +479,7 @@ class LlamaGen(nn.Module):
             x, branch = block(x, branch, rope[:, :T], mask, cache=kv)
         logits = self.logits(x[:, -1:], branch[:, -1:])[:, 0]
         seen = None if words is None else F.pad(words, (0, L - T), value=True)
-        return self._draw(logits, B if guided else 0, filters, cfg, noise), logits, cache, rope, seen
+        return self._draw(logits, guided, filters, cfg, noise), logits, cache, rope, seen
 
     def _advance(self, guided, filters, tokens, pos, state, cfg, noise):
         """Tokens (B,), written at pos -> the next tokens (B,), their logits (R, V)."""
@@ -489,15 +489,15 @@ class LlamaGen(nn.Module):
         for block, kv in zip(self.blocks, cache):
             x, branch = block(x, branch, rope, seen, cache=kv, pos=pos)
         logits = self.logits(x, branch)[:, 0]
-        return self._draw(logits, len(tokens) if guided else 0, filters, cfg, noise), logits
+        return self._draw(logits, guided, filters, cfg, noise), logits
 
     @staticmethod
     def _draw(logits, guided, filters, cfg, noise):
-        """Logits (R, V), guidance (B, 1), Exp(1) noise (B, V) -> tokens (B,). guided: B if the second half of the rows
-        are those without a condition, else 0."""
+        """Logits (R, V), guidance (B, 1), Exp(1) noise (B, V) -> tokens (B,)."""
         temperature, top_k, top_p = filters
         if guided:
-            logits = torch.lerp(logits[guided:], logits[:guided], cfg)      # u + cfg (c - u), exactly c where cfg is 1
+            cond, uncond = logits.chunk(2)
+            logits = torch.lerp(uncond, cond, cfg)                          # u + cfg (c - u), exactly c where cfg is 1
         return sample_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, noise=noise)
 
     @torch.no_grad()

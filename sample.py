@@ -18,11 +18,11 @@ import argparse
 import sys
 
 
-def parse_args(argv=None):
-    """The command line. usage=SUPPRESS makes argparse's own complaints one line, as all of ours are."""
-    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
-    common = argparse.ArgumentParser(add_help=False)
-    add = common.add_argument
+OWN = "else the checkpoint's own, else"                # where a setting comes from that is not given
+
+
+def common_args(add):
+    """Flags of all that make pictures."""
     add("--ckpt", metavar="FILE|NAME", help="weights: a file, or a released name such as var_d16.pth; default: demo/")
     add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
     add("--seed", type=int, default=0, help="picture i is drawn with seed + i, whatever its batch (default 0)")
@@ -30,13 +30,12 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
         help="of the matrix products and convolutions")
     add("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
-    add("--steps-grid", action="store_true", help="a filmstrip: one frame per scale")
+    add("--steps-grid", action="store_true", help="a filmstrip: how each picture came to be")
     add("--no-download", action="store_true", help="never fetch anything")
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
-    models = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
 
-    generator = argparse.ArgumentParser(add_help=False)                     # what all that draw have in common
-    add = generator.add_argument
+
+def generator_args(add):
+    """Flags of all that draw."""
     add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
         help="the tokenizer; default: beside --ckpt, else the released one")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
@@ -45,40 +44,47 @@ def parse_args(argv=None):
     add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. var_d16")
-    own = "else the checkpoint's own, else"
 
-    p = models.add_parser("var", help="class -> image", parents=[common, generator], **style)
-    add = p.add_argument
-    add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
+
+def class_args(add):
+    """Flags of all that draw classes."""
     add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
-    add("--cfg", type=float, help=f"guidance at the last scale; {own} 4")
-    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {own} 900")
-    add("--top-p", type=float, help=f"then keep those that hold this share, 0 = all; {own} 0.95")
+    add("--npz", metavar="FILE",
+        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
+
+
+def prompt_args(add):
+    """Flags of all that read text."""
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more; default: the checkpoint's choice")
+    add("--prompts", metavar="FILE", help="one per line, or jsonl with \"prompt\" (GenEval's folders are made then); a "
+        "folder is filled, and goes on where it was interrupted")
+    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else fetched")
+    add("--features", metavar="FILE", help="prompts and their text features from --save-features: no T5 is needed then")
+    add("--save-features", metavar="FILE", help="write those of the prompts, and draw nothing")
+
+
+def var_args(add):
+    add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
+    add("--cfg", type=float, help=f"guidance at the last scale; {OWN} 4")
+    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {OWN} 900")
+    add("--top-p", type=float, help=f"then keep those that hold this share, 0 = all; {OWN} 0.95")
     add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
     add("--image", metavar="FILE", help="the picture to edit")
     add("--edit", choices=["in", "out", "class"],
         help="redraw inside --box | outside it | inside it, as the class of --classes")
     add("--box", type=float, nargs=4, default=[0.1, 0.1, 0.8, 0.8], metavar=("Y0", "X0", "Y1", "X1"),
         help="shares of the picture")
-    add("--npz", metavar="FILE",
-        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
 
-    p = models.add_parser("infinity", help="text -> image", parents=[common, generator], **style)
-    add = p.add_argument
-    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more; default: the checkpoint's choice")
-    add("--prompts", metavar="FILE", help="one per line, or jsonl with \"prompt\" (GenEval's folders are made then); a "
-        "folder is filled, and goes on where it was interrupted")
+
+def infinity_args(add):
     add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
     add("--negative", metavar="TEXT", help="what to stay away from")
-    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else fetched")
-    add("--features", metavar="FILE", help="prompts and their text features from --save-features: no T5 is needed then")
-    add("--save-features", metavar="FILE", help="write those of the prompts, and draw nothing")
     add("--face-suffix", action="store_true", help="the authors' addition to prompts about people")
-    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all scales, or one each; {own} 3")
-    add("--tau", type=float, nargs="+", help=f"temperature; one for all scales, or one each; {own} 0.5")
-    add("--top-k", type=int, help=f"1: always the likelier value of a bit, 0: draw; {own} 0")
-    add("--top-p", type=float, help=f"draw only bits whose likelier value has at most this probability; {own} 0.97")
+    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all scales, or one each; {OWN} 3")
+    add("--tau", type=float, nargs="+", help=f"temperature; one for all scales, or one each; {OWN} 0.5")
+    add("--top-k", type=int, help=f"1: always the likelier value of a bit, 0: draw; {OWN} 0")
+    add("--top-p", type=float, help=f"draw only bits whose likelier value has at most this probability; {OWN} 0.97")
     add("--guide-features", type=int, metavar="BLOCK", help="guide the features after it (-1: the last block)")
     add("--aspect", type=float, help="height / width, 0.333 .. 3; the nearest of 15 is taken (default 1)")
     add("--pixels", metavar="SIZE", help="0.06M, 0.25M, 0.60M or 1M; default: what the checkpoint was trained for")
@@ -88,39 +94,50 @@ def parse_args(argv=None):
     add("--tile", type=int, default=0, metavar="CELLS", help="decode in tiles of so many cells a side: less memory, "
         "and nearly the same picture; 0: at once")
 
-    p = models.add_parser("llamagen", help="class or text -> image", parents=[common, generator], **style)
-    add = p.add_argument
+
+def llamagen_args(add):
     add("-n", type=int, help="how many pictures (default: one per class given, else 16), or of each prompt (default 1)")
-    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
-    add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
-    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more, for checkpoints that read text")
-    add("--prompts", metavar="FILE", help="one per line, or jsonl with \"prompt\" (GenEval's folders are made then); a "
-        "folder is filled, and goes on where it was interrupted")
-    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else fetched")
     add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
         "captions it was trained with, which needs ftfy and beautifulsoup4")
-    add("--features", metavar="FILE", help="prompts and their text features from --save-features: no T5 is needed then")
-    add("--save-features", metavar="FILE", help="write those of the prompts, and draw nothing")
-    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all, or one each; {own} 4 (text 7.5)")
-    add("--cfg-interval", type=int, help=f"guide only the first so many tokens + 2, -1: all; {own} -1")
-    add("--temperature", type=float, help=f"0: always the likeliest token; {own} 1")
-    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {own} 2000 (text 1000)")
-    add("--top-p", type=float, help=f"then keep those that hold this share, 0 or 1 = all; {own} 1")
+    add("--cfg", type=float, nargs="+", help=f"guidance, 1: none; one for all, or one each; {OWN} 4 (text 7.5)")
+    add("--cfg-interval", type=int, help=f"guide only the first so many tokens + 2, -1: all; {OWN} -1")
+    add("--temperature", type=float, help=f"0: always the likeliest token; {OWN} 1")
+    add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {OWN} 2000 (text 1000)")
+    add("--top-p", type=float, help=f"then keep those that hold this share, 0 or 1 = all; {OWN} 1")
     add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not tell")
     add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")
-    add("--npz", metavar="FILE",
-        help="all pictures as one uint8 array arr_0; goes on where it was interrupted; torchrun works")
 
-    p = models.add_parser("vq", help="image -> tokens -> image", parents=[common], **style)
-    p.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
-    p.add_argument("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
 
-    p = models.add_parser("ops", help="what the ops of triton_ops.py move, and how fast they are", **style)
-    add = p.add_argument
+def vq_args(add):
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
+    add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
+
+
+def ops_args(add):
     add("--bench", nargs="*", metavar="OP", help="time these, or all, against plain and compiled torch")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+
+
+COMMANDS = {  # name: what it does, whose flags it has
+    "var": ("class -> image", common_args, generator_args, class_args, var_args),
+    "infinity": ("text -> image", common_args, generator_args, prompt_args, infinity_args),
+    "llamagen": ("class or text -> image", common_args, generator_args, class_args, prompt_args, llamagen_args),
+    "vq": ("image -> tokens -> image", common_args, vq_args),
+    "ops": ("what the ops of triton_ops.py move, and how fast they are", ops_args),
+}
+
+
+def parse_args(argv=None):
+    """The command line. usage=SUPPRESS makes argparse's own complaints one line, as all of ours are."""
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
+    models = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
+    for name, (what, *groups) in COMMANDS.items():
+        command = models.add_parser(name, help=what, **style)
+        for flags in groups:
+            flags(command.add_argument)
     return parser.parse_args(argv)
 
 
@@ -910,6 +927,10 @@ class Job:
         """uint8 pictures, rounded as the original does."""
         return to_pixels(images)
 
+    def describe(self, label):
+        """An item in words: the name of a class if the checkpoint knows it, else its id."""
+        return {"class": self.names[label] if label < len(self.names) else str(label)}
+
     def path(self, folder, i):
         """Where picture i goes."""
         return folder / f"{i:05d}.png"
@@ -1046,10 +1067,6 @@ class VARJob(Job):
         images = self.model.sample(self.tokenizer, torch.tensor(labels), generator=self.generators(numbers),
                                    ladder=ladder, run=self.run, **self.options)
         return images if ladder else [images]
-
-    def describe(self, label):
-        """The name of a class if the checkpoint knows it, else its id."""
-        return {"class": self.names[label] if label < len(self.names) else str(label)}
 
 
 def choose_labels(job):
@@ -1209,7 +1226,7 @@ class PromptJob(Job):
         """What else a picture depends on: a folder is not to be completed with pictures of other making."""
         args = self.args
         return {"dtype": str(self.dtype).removeprefix("torch."), "tokenizer": vq.fingerprint(self.tokenizer),
-                "features": args.features, "t5": args.t5}
+                "features": args.features, "t5": args.t5, "clean": self.clean}
 
     def describe(self, prompt):
         return {"prompt": prompt}
@@ -1545,7 +1562,7 @@ class LlamaGenJob(PromptJob):
         return to_pixels(images, 0.5)
 
     def describe(self, item):
-        return {"prompt": item} if self.reads else VARJob.describe(self, item)
+        return super().describe(item) if self.reads else Job.describe(self, item)
 
     def text(self, i, item):
         return super().text(i, item) | {"cfg": self.cfg[i % len(self.cfg)]}

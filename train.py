@@ -121,84 +121,99 @@ RECIPES = {
 }
 
 
+def run_args(add, name, recipes):
+    """Flags of every run."""
+    add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
+    classes, captions = "one folder per class", "*.tsv or *.jsonl with captions"
+    holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}"}.get(name, classes)
+    add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
+    add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
+    add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
+    add("--resume", choices=["no", "auto"], default="no", help="auto: continue the run in --out if there is one")
+    add("--size", type=int, help="side of the pictures in pixels")
+    add("--steps", type=int, help="optimizer steps (or --epochs)")
+    add("--epochs", type=int)
+    add("--batch-size", type=int, help="pictures per optimizer step, over all processes and --accum")
+    add("--accum", type=int, help="backward passes per optimizer step")
+    add("--lr", type=float, help="peak learning rate for the whole batch")
+    add("--schedule", metavar="NAME", help="lin, lin0, lin00, lin0.8, cos, exp or const")
+    add("--warmup", type=float, help="share of the steps")
+    add("--final-lr", type=float, help="last learning rate / peak")
+    add("--wd", type=float, help="weight decay at the start")
+    add("--wd-end", type=float, help="and at the end (0: the same)")
+    add("--clip", type=float, help="largest global gradient norm")
+    add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
+    add("--dtype", choices=["fp32", "bf16", "fp16"])
+    add("--save-dtype", choices=["fp32", "bf16", "fp16", "fp8"], default="fp32", help="of model.safetensors")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=4, help="processes that read pictures")
+    add("--log-every", type=int, default=20)
+    add("--val-every", type=int, default=500)
+    add("--sample-every", type=int, default=500)
+    add("--save-every", type=int, default=500)
+    add("--stop-after", type=int, default=0, metavar="STEPS",
+        help="save and stop after so many steps; --resume auto goes on")
+
+
+def model_args(add, name):
+    """Flags of every transformer."""
+    add("--vae", "--vq", dest="vae", required=True, metavar="FILE", help="the trained tokenizer")
+    add("--init", metavar="FILE", help="start from these weights" + (
+        "; another number of classes is fine" if name == "var" else ", such as those of the last stage"))
+    if name != "llamagen":
+        add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
+    if name != "infinity":
+        add("--cache-crops", metavar="N" if name == "var" else "N|ten|flip", help="tokenize N crops of each picture "
+            "before training (1: its centre)" + (", ten crops of two sizes, or the centre and its mirror image"
+                                                 if name == "llamagen" else "") + "; 0: do it on the fly")
+    if name != "var":
+        add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
+        add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
+
+
+def vq_args(add):
+    add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
+    for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
+        add(f"--{flag}", type=float, help="weight of that loss")
+    add("--disc-start", type=int, help="first step of the discriminator")
+    add("--disc", choices=["patch", "style"], help="PatchGAN, or StyleGAN2's")
+    add("--gan", choices=["hinge", "vanilla", "non-saturating", "non-saturating-swapped"],
+        help="its loss; the last is LlamaGen's, whose arguments are exchanged")
+    add("--init", metavar="FILE", help="start from this tokenizer")
+    add("--warm-steps", type=int, help="steps without quantization before the codebook is initialised")
+    add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
+
+
+def infinity_args(add):
+    add("--pixels", metavar="SIZE", help="of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M")
+    add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
+    add("--reweight", action=argparse.BooleanOptionalAction, help="weigh the tokens of coarse scales more")
+    add("--scales", type=int, default=0, help="train so many of the first scales; 0: all")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="compute activations twice instead of keeping them: slower, for less memory")
+
+
+def llamagen_args(add):
+    add("--clean", action=argparse.BooleanOptionalAction, default=True,
+        help="clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)")
+    add("--init-text", metavar="FILE", help="start the text encoder on bytes from that in this Infinity file")
+    add("--dropout", type=float, help="of embeddings and branches")
+
+
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
+    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args}
     for name, recipes in RECIPES.items():
-        p = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style)
-        add = p.add_argument
-        add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
-        classes, captions = "one folder per class", "*.tsv or *.jsonl with captions"
-        holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}"}.get(name, classes)
-        add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
-        add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
-        add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
-        add("--resume", choices=["no", "auto"], default="no", help="auto: continue the run in --out if there is one")
-        add("--size", type=int, help="side of the pictures in pixels")
-        add("--steps", type=int, help="optimizer steps (or --epochs)")
-        add("--epochs", type=int)
-        add("--batch-size", type=int, help="pictures per optimizer step, over all processes and --accum")
-        add("--accum", type=int, help="backward passes per optimizer step")
-        add("--lr", type=float, help="peak learning rate for the whole batch")
-        add("--schedule", metavar="NAME", help="lin, lin0, lin00, lin0.8, cos, exp or const")
-        add("--warmup", type=float, help="share of the steps")
-        add("--final-lr", type=float, help="last learning rate / peak")
-        add("--wd", type=float, help="weight decay at the start")
-        add("--wd-end", type=float, help="and at the end (0: the same)")
-        add("--clip", type=float, help="largest global gradient norm")
-        add("--ema", type=float, help="decay of the weight average that is exported; 0: none")
-        add("--dtype", choices=["fp32", "bf16", "fp16"])
-        add("--save-dtype", choices=["fp32", "bf16", "fp16", "fp8"], default="fp32", help="of model.safetensors")
-        add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-        add("--seed", type=int, default=0)
-        add("--workers", type=int, default=4, help="processes that read pictures")
-        add("--log-every", type=int, default=20)
-        add("--val-every", type=int, default=500)
-        add("--sample-every", type=int, default=500)
-        add("--save-every", type=int, default=500)
-        add("--stop-after", type=int, default=0, metavar="STEPS",
-            help="save and stop after so many steps; --resume auto goes on")
-        if name == "vq":
-            add("--lpips", nargs=2, metavar=("VGG16", "HEADS"),
-                help="torchvision's vgg16 weights, and LPIPS' linear heads")
-            for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
-                add(f"--{flag}", type=float, help="weight of that loss")
-            add("--disc-start", type=int, help="first step of the discriminator")
-            add("--disc", choices=["patch", "style"], help="PatchGAN, or StyleGAN2's")
-            add("--gan", choices=["hinge", "vanilla", "non-saturating", "non-saturating-swapped"],
-                help="its loss; the last is LlamaGen's, whose arguments are exchanged")
-            add("--init", metavar="FILE", help="start from this tokenizer")
-            add("--warm-steps", type=int, help="steps without quantization before the codebook is initialised")
-            add("--restart-after", type=int, help="restart codes unused for so many steps; 0: never")
-            continue
-        add("--vae", "--vq", dest="vae", required=True, metavar="FILE", help="the trained tokenizer")
-        add("--init", metavar="FILE", help="start from these weights" + (
-            "; another number of classes is fine" if name == "var" else ", such as those of the last stage"))
-        if name == "llamagen":
-            add("--t5", metavar="DIR", help="with captions: the frozen text encoder; else one on bytes is trained")
-            add("--clean", action=argparse.BooleanOptionalAction, default=True,
-                help="clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)")
-            add("--init-text", metavar="FILE", help="start the text encoder on bytes from that in this Infinity file")
-            add("--cache-crops", metavar="N|ten|flip", help="tokenize N crops of each picture before training (1: its "
-                "centre), ten crops of two sizes, or the centre and its mirror image; 0: do it on the fly")
-            add("--dropout", type=float, help="of embeddings and branches")
-            add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
-            continue
-        add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
-        if name == "infinity":
-            add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
-            add("--pixels", metavar="SIZE", help="of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M")
-            add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
-            add("--reweight", action=argparse.BooleanOptionalAction, help="weigh the tokens of coarse scales more")
-            add("--scales", type=int, default=0, help="train so many of the first scales; 0: all")
-            add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
-            add("--checkpointing", action=argparse.BooleanOptionalAction,
-                help="compute activations twice instead of keeping them: slower, for less memory")
-        else:
-            add("--cache-crops", metavar="N",
-                help="tokenize so many crops of each picture before training (1: its centre); 0: do it on the fly")
+        add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
+        run_args(add, name, recipes)
+        if name != "vq":
+            model_args(add, name)
+        if name in own:
+            own[name](add)
     args = parser.parse_args(argv)
     if args.epochs and not args.steps:
         args.steps = 0                                                      # the recipe's steps do not count then
@@ -257,9 +272,12 @@ class EmojiSheet:
     def __len__(self):
         return len(self.labels)
 
+    def conditions(self, items):
+        """What a model is told about these pictures."""
+        return self.labels[[i for i, _ in items]]
+
     def __getitems__(self, items):
-        index = torch.tensor([i for i, _ in items])
-        return self.pixels[index], self.labels[index], []
+        return self.pixels[[i for i, _ in items]], self.conditions(items), []
 
 
 class EmojiCaptions(EmojiSheet):
@@ -271,11 +289,11 @@ class EmojiCaptions(EmojiSheet):
         self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
 
     def captions(self, index):
+        """All captions that a picture may get."""
         return [self.names[index]]
 
-    def __getitems__(self, items):
-        pixels, _, broken = super().__getitems__(items)
-        return pixels, [self.names[i] for i, _ in items], broken
+    def conditions(self, items):
+        return [self.names[i] for i, _ in items]
 
 
 class PictureFolder:
@@ -330,6 +348,10 @@ class PictureFolder:
                 picture = ImageOps.mirror(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
+    def conditions(self, items):
+        """What a model is told about these pictures."""
+        return self.labels[[i for i, _ in items]]
+
     def __getitems__(self, items):
         pixels, indices, broken = [], [], []
         for index, crop_seed in items:
@@ -367,10 +389,11 @@ class CaptionedPictures:
     """Pictures with captions, in buckets of equal aspect ratio: `groups`, from each of which a batch may be drawn.
 
     root: a .tsv or .jsonl file, or a folder of them. A line of the first: picture path, tab, caption; of the second, as
-    in the original: {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}. Paths are
-    relative to the file. Broken lines are skipped and counted. A picture is resized to cover the size that its aspect
-    ratio has in `vq.schedule`, then its centre is cut; or with `size`, instead of pixels, a square of that side. Items
-    are (index, seed), seed None for the whole caption.
+    in Infinity: {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}, or as in
+    LlamaGen: {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. Broken lines
+    are skipped and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, then its
+    centre is cut; or with `size`, instead of pixels, a square of that side. Items are (index, seed), seed None for the
+    whole caption.
     """
 
     def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None):
@@ -406,6 +429,8 @@ class CaptionedPictures:
             row = {"image_path": path, "long_caption": caption}
         else:
             row = json.loads(line)
+        if isinstance(row.get("text"), list):
+            row = {"image_path": row["image_path"], "long_caption": row["text"][0] if row["text"] else ""}
         captions = [text.split("--")[0].strip() for text in (row["long_caption"], row.get("text") or "")]
         path = file.parent / row["image_path"]
         if not captions[0]:
@@ -435,6 +460,10 @@ class CaptionedPictures:
         if rng.random() < self.short_captions:
             return short[0] if short else ". ".join(sentences[:rng.integers(1, 3)])
         return ". ".join(sentences[:rng.integers(1, len(sentences) + 1)])
+
+    def conditions(self, items):
+        """What a model is told about these pictures."""
+        return [self.caption(i, seed) for i, seed in items]
 
     def read(self, index):
         """uint8 (3, h, w)."""
@@ -509,7 +538,6 @@ class TokenCache:
             time.sleep(1)
         cached = load_file(path)
         self.tokens, self.index = cached["tokens"], cached["index"]         # (n * crops, L) int32, whose they are
-        self.labels = pictures.labels[self.index] if self.classes else None
 
     def _fill(self, pictures, tokenizer, patch_nums, device, path):
         named = self.crops if self.crops in PictureFolder.VIEWS else None
@@ -539,11 +567,8 @@ class TokenCache:
         return self.pictures.captions(int(self.index[i]))
 
     def __getitems__(self, items):
-        index = torch.tensor([i for i, _ in items])
-        if self.labels is not None and not hasattr(self.pictures, "captions"):
-            return self.tokens[index].long(), self.labels[index], []
-        pick = getattr(self.pictures, "caption", lambda i, seed: self.pictures.captions(i)[0])
-        return self.tokens[index].long(), [pick(int(self.index[i]), seed) for i, seed in items], []
+        whose = [(int(self.index[i]), seed) for i, seed in items]
+        return self.tokens[[i for i, _ in items]].long(), self.pictures.conditions(whose), []
 
 
 class FeatureCache:

@@ -1,6 +1,7 @@
 """Shared by all tests: the project on the path, and a tiny random model that samples in milliseconds."""
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="runs in test_kernels_in_the_interpreter's process"))
 
 
-def tiny_tokenizer(**changes):
-    """16 x 16 pixels, 30 tokens."""
-    model = vq.VQVAE(replace(VQ_CONFIG, **changes)).eval()
+def tiny_vq(config, **changes):
+    """A random tokenizer of 16 x 16 pixels."""
+    model = vq.VQVAE(replace(config, **changes)).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     return model
+
+
+tiny_tokenizer = partial(tiny_vq, VQ_CONFIG)            # 30 tokens on four scales
+tiny_bits = partial(tiny_vq, BITS_CONFIG)               # 21 tokens of 6 bits on three scales
+tiny_single = partial(tiny_vq, SINGLE_CONFIG)           # 16 tokens
 
 
 def tiny_var(**changes):
@@ -58,13 +64,6 @@ def tiny_var(**changes):
     return model
 
 
-def tiny_bits(**changes):
-    """16 x 16 pixels, 21 tokens of 6 bits."""
-    model = vq.VQVAE(replace(BITS_CONFIG, **changes)).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
-    return model
-
-
 def tiny_infinity(t5=T5_CONFIG, **changes):
     """Gates of order one, as in tiny_var, and a text that matters."""
     model = infinity.Infinity(replace(INFINITY_CONFIG, **changes), t5).eval()
@@ -73,13 +72,6 @@ def tiny_infinity(t5=T5_CONFIG, **changes):
     with torch.no_grad():
         model.head.weight.normal_(0, 0.3, generator=g)
         model.text_out.weight.normal_(0, 0.3, generator=g)
-    return model
-
-
-def tiny_single(**changes):
-    """16 x 16 pixels, 16 tokens."""
-    model = vq.VQVAE(replace(SINGLE_CONFIG, **changes)).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
     return model
 
 

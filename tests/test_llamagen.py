@@ -12,7 +12,7 @@ import llamagen
 import vq
 from conftest import CLASS_CONFIG, T5_CONFIG, TEXT_CONFIG, randn, tiny_llamagen, tiny_single, tiny_tokenizer
 from infinity import T5Encoder
-from test_var import Rerun
+from test_var import Rerun, check_no_synchronisation
 from triton_ops import backend
 
 LABELS = torch.tensor([0, 3])
@@ -364,13 +364,4 @@ def test_cuda_graphs_draw_the_same_pictures(text):
 
 @pytest.mark.gpu
 def test_no_synchronisation_on_cuda():
-    from sample import CUDAGraphs
-    model, tokenizer, run = tiny_llamagen().cuda(), tiny_single().cuda(), CUDAGraphs()
-    draw = lambda run: model.sample(tokenizer, LABELS, cfg=3.0, top_k=9, run=run,
-                                    generator=torch.Generator("cuda").manual_seed(0))
-    draw(llamagen.call), draw(run)                                          # compiles and captures, which may wait
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        draw(llamagen.call), draw(run)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_no_synchronisation(tiny_llamagen(), tiny_single(), llamagen.call)

@@ -208,6 +208,9 @@ def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
     (tmp_path / "1.0_2.jsonl").write_text('{"image_path": "data/1.png", "h_div_w": 1, "long_caption": "long", "text": "s"}')
     both = train.CaptionedPictures(tmp_path / "1.0_2.jsonl", "0.06M")
     assert {both.caption(0, (s,)) for s in range(20)} == {"long", "s"}
+    (tmp_path / "llamagen.jsonl").write_text('{"image_path": "data/1.png", "text": ["A cat. It sleeps.", "other"]}')
+    squares = train.CaptionedPictures(tmp_path / "llamagen.jsonl", size=32)
+    assert {squares.caption(0, (s,)) for s in range(20)} == set(squares.captions(0)) == {"A cat. It sleeps.", "A cat"}
 
 
 def test_training_on_captions_and_its_mistakes(text_files, tmp_path, capsys, monkeypatch):
