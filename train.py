@@ -78,6 +78,15 @@ LLAMAGEN_EMOJI = dict(
     ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
+# The authors' rate, clipping and precision; the paper recommends 1024 pairs a step. How long they trained is not known
+SYNCNET = COMMON | dict(
+    model="16_pixel_attn", steps=50000, batch_size=1024, lr=1e-5, schedule="const", warmup=0.0, wd=0.01,
+    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048,
+)
+SYNCNET_HEADS = dict(
+    model="talking_head", steps=4000, batch_size=32, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
+    dtype="fp32", ema=0.998, val_pairs=800,
+)
 RECIPES = {
     "vq": {
         "emoji": VQ | VQ_EMOJI,
@@ -118,12 +127,16 @@ RECIPES = {
         "t2i_stage1": LLAMAGEN_TEXT | dict(model="t2i_XL_stage1_256"),      # the second starts with --init from it
         "t2i_stage2": LLAMAGEN_TEXT | dict(model="t2i_XL_stage2_512", size=512, steps=50000),
     },
+    "syncnet": {
+        "talking_head": SYNCNET | SYNCNET_HEADS,
+        **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
+    },
 }
 
 
 def run_args(add, name, recipes):
     """Flags of every run."""
-    add("--recipe", choices=recipes, default="emoji", help="named settings; flags below override them")
+    add("--recipe", choices=recipes, default=next(iter(recipes)), help="named settings; flags below override them")
     classes, captions = "one folder per class", "*.tsv or *.jsonl with captions"
     holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}"}.get(name, classes)
     add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
@@ -201,16 +214,29 @@ def llamagen_args(add):
     add("--dropout", type=float, help="of embeddings and branches")
 
 
+def syncnet_args(add):
+    add("--init", metavar="FILE", help="start from these weights")
+    add("--model", metavar="NAME", help="a network of syncnet.CONFIGS; talking_head_plain is Wav2Lip's kind")
+    add("--frames", type=int, help="of a clip")
+    add("--embedding", type=int, help="numbers that a clip is described by")
+    add("--attention", action=argparse.BooleanOptionalAction, help="--no-attention: residual blocks alone")
+    add("--audio-offset", type=int, default=0, metavar="FRAMES",
+        help="spoil the data: shift the sound of each video, by up to so many frames to both sides")
+    add("--unaligned", action="store_true", help="spoil the drawn videos: head and camera move")
+    add("--videos", type=int, default=1000, help="how many are drawn for --data demo (0.6 MB of memory each)")
+    add("--val-pairs", type=int, help="pairs to validate with")
+
+
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
-    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args}
+    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args}
     for name, recipes in RECIPES.items():
         add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
         run_args(add, name, recipes)
-        if name != "vq":
+        if name not in ("vq", "syncnet"):
             model_args(add, name)
         if name in own:
             own[name](add)
@@ -228,6 +254,7 @@ if __name__ == "__main__":
 
 import copy
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -248,8 +275,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sample
+import syncnet
 import vq
 from sample import UserError
+from syncnet import FPS, SAMPLE_RATE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,7 +296,7 @@ class EmojiSheet:
         self.names = [rows[i]["name"] for i in keep]
         small = [np.asarray(tiles[i].resize((size, size), Image.LANCZOS)) for i in keep]
         self.pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
-        self.fingerprint = f"emoji {size} {train}"
+        self.fingerprint, self.kinds = f"emoji {size} {train}", f"pictures, {len(self.classes)} classes"
 
     def __len__(self):
         return len(self.labels)
@@ -286,6 +315,7 @@ class EmojiCaptions(EmojiSheet):
 
     def __init__(self, size, train=True):
         super().__init__(size, train)
+        self.kinds = "pictures, captions"
         self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
 
     def captions(self, index):
@@ -324,6 +354,7 @@ class PictureFolder:
         self.size, self.zoom, self.flip = size, zoom, flip
         listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
+        self.kinds = f"pictures, {len(self.classes)} classes"
 
     def _pictures_in(self, folder):
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
@@ -421,6 +452,7 @@ class CaptionedPictures:
         size_of = lambda path: f" {os.path.getsize(path)}" if size and os.path.exists(path) else ""
         listing = hashlib.sha256("\n".join(f"{row}{size_of(row[0])}" for row in self.rows).encode()).hexdigest()
         self.fingerprint = f"{listing} {size or pixels}"
+        self.kinds = f"pictures, {len(self.aspects)} aspect ratios"
 
     def _parse(self, file, line):
         """(path, aspect ratio, captions, the long one first)."""
@@ -595,6 +627,272 @@ class FeatureCache:
     def __getitem__(self, caption):
         start, end = self.places[caption]
         return self.file.get_slice("features")[start:end].float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A talking head that needs no data: faces drawn from a seed, whose lips follow speech synthesised from the same plan
+
+# Of each sound: the formants F1, F2, F3 in Hz; how loud voice and noise are, where the noise lies in Hz; and what the
+# mouth does: how far it opens, how wide it is (-1 rounded ... 1 spread), how much of the teeth shows
+PHONES = {
+    "a": (800, 1250, 2550, 1.0, 0.0, 0, 1.0, 0.1, 0.3), "e": (550, 1900, 2600, 0.9, 0.0, 0, 0.55, 0.7, 0.5),
+    "i": (300, 2300, 3000, 0.8, 0.0, 0, 0.25, 1.0, 0.7), "o": (500, 900, 2500, 0.9, 0.0, 0, 0.6, -0.8, 0.0),
+    "u": (320, 750, 2300, 0.8, 0.0, 0, 0.22, -1.0, 0.0), "schwa": (500, 1500, 2500, 0.7, 0.0, 0, 0.4, 0.0, 0.2),
+    "m": (250, 1000, 2200, 0.4, 0.0, 0, 0.0, 0.0, 0.0), "n": (250, 1600, 2600, 0.4, 0.0, 0, 0.2, 0.2, 0.5),
+    "l": (360, 1300, 2700, 0.6, 0.0, 0, 0.35, 0.1, 0.3), "p": (400, 900, 2300, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
+    "b": (250, 900, 2300, 0.1, 0.0, 0, 0.0, 0.0, 0.0), "t": (400, 1700, 2600, 0.0, 0.1, 4500, 0.15, 0.3, 0.7),
+    "k": (400, 1900, 2500, 0.0, 0.1, 2500, 0.3, 0.1, 0.1), "s": (350, 1700, 2600, 0.0, 0.5, 6000, 0.12, 0.6, 1.0),
+    "sh": (350, 1700, 2600, 0.0, 0.6, 3000, 0.2, -0.6, 0.9), "f": (350, 1100, 2400, 0.0, 0.25, 7000, 0.08, 0.2, 1.0),
+    "pause": (500, 1500, 2500, 0.0, 0.0, 0, 0.02, 0.0, 0.0),
+}
+VOWELS, CONSONANTS = ("a", "e", "i", "o", "u", "schwa"), ("m", "n", "l", "p", "b", "t", "k", "s", "sh", "f")
+RATE = 200                                                                  # numbers a second that describe speech
+
+
+def smooth(track, width):
+    """Averages of a track (T, ...) under a bell of so many numbers: organs do not jump."""
+    n = max(3, int(width) | 1)
+    bell = np.hanning(n + 2)[1:-1]
+    padded = np.pad(track, [(n // 2, n // 2)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    return np.tensordot(np.lib.stride_tricks.sliding_window_view(padded, n, axis=0), bell / bell.sum(), 1)
+
+
+def speech_plan(rng, seconds):
+    """Random syllables as rows of PHONES, RATE of them a second, smoothed -> (T, 9)."""
+    rows, tempo = [], rng.uniform(0.75, 1.35)
+    steps = lambda low, high: int(rng.uniform(low, high) / tempo * RATE)
+    while len(rows) < seconds * RATE:
+        if rng.random() < 0.3:
+            rows += [PHONES["pause"]] * steps(0.05, 0.5)
+        for _ in range(rng.integers(1, 5)):                                 # the syllables of a word
+            stress = np.array([1, 1, 1, *[rng.uniform(0.6, 1.2)] * 2, 1, rng.uniform(0.7, 1.15), 1, 1])
+            if rng.random() < 0.8:
+                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.05, 0.12)
+            rows += [PHONES[rng.choice(VOWELS)] * stress] * steps(0.08, 0.25)
+            if rng.random() < 0.4:
+                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.05, 0.12)
+    plan = np.array(rows[:int(seconds * RATE)], float)
+    plan[:, :3], plan[:, 3:6], plan[:, 6:] = (smooth(plan[:, part], width * RATE) for part, width in (
+        (slice(0, 3), 0.06), (slice(3, 6), 0.025), (slice(6, 9), 0.1)))      # seconds
+    return plan
+
+
+def synthesize(rng, plan):
+    """Sound (T * 16000 / RATE,) in [-1, 1] of a plan: pulses of the vocal folds and noise, both through filters that
+    follow it, as the source-filter model of speech has it."""
+    hop, T = SAMPLE_RATE // RATE, len(plan)
+    n, frame, n_fft = T * hop, 4 * hop, 512
+    pitch = rng.uniform(85, 240) * (1 + 0.25 * smooth(rng.standard_normal(T), 0.5 * RATE)) * np.linspace(1.05, 0.95, T)
+    phase = np.cumsum(np.repeat(pitch, hop)) / SAMPLE_RATE
+    pulses = np.diff(np.floor(phase), prepend=0.0) * np.sqrt(np.repeat(1 / pitch, hop))
+    f = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft
+    tract = rng.uniform(0.87, 1.15)                                         # a longer one has lower formants
+    voice = 1 / (1 + (f / rng.uniform(250, 700)) ** 1.2) * np.ones((T, 1))
+    for formant, width in (*zip((plan[:, :3] * tract).T, (80, 110, 160)), (np.full(T, 3600 * tract), 250)):
+        F, B = formant[:, None], width / 2
+        voice *= (F**2 + B**2) / np.sqrt(((f - F) ** 2 + B**2) * ((f + F) ** 2 + B**2))
+    hiss = np.exp(-0.5 * ((f - np.maximum(plan[:, 5:6], 1500) * tract) / 1200) ** 2)
+    bell, out = np.hanning(frame + 1)[:-1], np.zeros((T + n_fft // hop + 1, hop))
+    for source, filters in ((pulses * 30, voice * plan[:, 3:4]), (rng.standard_normal(n) * 0.3, hiss * plan[:, 4:5])):
+        pieces = np.lib.stride_tricks.sliding_window_view(np.pad(source, (frame // 2, frame)), frame)[:n:hop]
+        pieces = np.fft.irfft(np.fft.rfft(pieces * bell, n_fft) * filters)
+        pieces = np.pad(pieces, ((0, 0), (0, -n_fft % hop))).reshape(T, -1, hop)
+        for k in range(pieces.shape[1]):                                    # overlap and add
+            out[k:k + T] += pieces[:, k]
+    sound = out.flatten()[frame // 2:][:n]
+    sound *= rng.uniform(0.02, 0.15) / (np.sqrt(np.mean(sound**2)) + 1e-6)
+    noise = smooth(rng.standard_normal(n), rng.choice([3, 5, 11])) * np.std(sound)     # of the room
+    return np.clip(sound + noise * rng.uniform(0.02, 0.4), -1, 1).astype(np.float32)
+
+
+class Canvas:
+    """Pictures (T, 3, h, w) in [0, 1] to paint ellipses on, in coordinates of a face that moves: x and y from -1 to 1."""
+
+    def __init__(self, pose, size, rows):
+        """pose (T, 4): shift in x and y, angle, scale; rows: how many of the lowest rows of the square are drawn."""
+        at = (torch.arange(size) + 0.5) * 2 / size - 1
+        y, x = torch.meshgrid(at[-rows:], at, indexing="ij")
+        dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
+        x, y = (x - dx) / scale, (y - dy) / scale
+        self.x, self.y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+        self.pixel, self.top = 2 / size, float(self.y.min())
+        self.picture = torch.zeros(len(pose), 3, rows, size)
+
+    def ellipse(self, x, y, a, b, sharp=1.0):
+        """Coverage (T, h, w) of an ellipse around (x, y) with half axes a, b; all numbers, or one per picture (T,). None
+        if it ends above the rows that are drawn."""
+        if self.top > np.max(y + (1 + 0.5 / sharp) * b):
+            return None
+        x, y, a, b = (torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (x, y, a, b))
+        rim = 1 - (((self.x - x) / a) ** 2 + ((self.y - y) / b) ** 2).sqrt()        # 0 there, 1 in the middle
+        return (0.5 + rim * torch.minimum(a, b) / self.pixel * sharp).clamp(0, 1)
+
+    def paint(self, coverage, color, opacity=1.0):
+        """Blends a color (3,) over what is covered."""
+        if coverage is not None:
+            color = torch.as_tensor(color, dtype=torch.float32).view(3, 1, 1)
+            self.picture += (coverage * opacity)[:, None] * (color - self.picture)
+
+    def light(self, gain):
+        """Makes all that was painted brighter or darker, (T, h, w)."""
+        self.picture *= gain[:, None]
+
+
+def draw_head(rng, mouth, pose, size, rows):
+    """A random face that speaks: mouth (T, 3) open, wide, teeth; pose (T, 4) -> uint8 (T, 3, rows, size), of which rows
+    = size is all of it. It stands as an aligned one does: brows at a fifth, nose at two fifths, mouth at two thirds."""
+    T, canvas, uniform = len(mouth), Canvas(pose, size, rows), rng.uniform
+    opening, wide, teeth = mouth.T                                          # (T,) each
+    skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.45, 0.30, 0.22]])[rng.integers(4)]
+    skin = np.clip(skin + uniform(-0.06, 0.06, 3), 0.1, 1)
+    lips = np.clip(skin * [uniform(0.8, 1.0), uniform(0.5, 0.75), uniform(0.55, 0.8)], 0, 1)
+    hair, shirt, wall, other = uniform(0.05, 0.6) * uniform(0.4, 1, 3), uniform(0, 1, 3), uniform(0, 1, 3), uniform(0, 1, 3)
+    # wall, shoulders, hair, head; the chin falls as the mouth opens
+    canvas.picture += torch.as_tensor(wall, dtype=torch.float32).view(3, 1, 1)
+    canvas.paint(((canvas.x * uniform(-1, 1) + canvas.y * uniform(-1, 1)) * 0.5 + 0.5).clamp(0, 1), other)
+    for _ in range(3):
+        canvas.paint(canvas.ellipse(*uniform(-1.2, 1.2, 2), *uniform(0.1, 0.5, 2), sharp=0.3), uniform(0, 1, 3), 0.7)
+    width, chin = uniform(0.66, 0.8), uniform(0.88, 0.98)
+    canvas.paint(canvas.ellipse(0, 1.45, 1.15, 0.5), shirt)
+    canvas.paint(canvas.ellipse(0, 0.95, 0.36, 0.4), skin * 0.8)
+    canvas.paint(canvas.ellipse(0, -0.35, width * uniform(1.05, 1.3), uniform(0.8, 1.0)), hair)
+    lowest = torch.where(canvas.y > 0, torch.as_tensor(chin + 0.09 * opening).float()[:, None, None], torch.tensor(0.98))
+    rim = 1 - ((canvas.x / width) ** 2 + (canvas.y / lowest) ** 2).sqrt()
+    head = (0.5 + rim * width / canvas.pixel).clamp(0, 1)
+    canvas.paint(head, skin)
+    side, above = uniform(-0.35, 0.35), uniform(-0.25, 0.05)                # where the light comes from
+    canvas.light(1 + head * (canvas.x * side + canvas.y * above))
+    if rng.random() < 0.3:                                                  # a beard
+        canvas.paint(canvas.ellipse(0, 0.55, width * 0.75, 0.5, sharp=0.4) * head * uniform(0.2, 0.7), hair)
+    # eyes, which blink; brows, nose, cheeks
+    blink = np.ones(T)
+    for start in rng.integers(0, T, 1 + T // 60):
+        blink[start:start + 4] = 0.15
+    apart, iris = uniform(0.28, 0.36), uniform(0.1, 0.6, 3)
+    for sign in (-1, 1):
+        canvas.paint(canvas.ellipse(sign * apart, -0.42, 0.13, 0.07 * blink), np.ones(3) * 0.95)
+        canvas.paint(canvas.ellipse(sign * apart, -0.42, 0.06, 0.065 * blink), iris)
+        canvas.paint(canvas.ellipse(sign * apart, -0.6, 0.17, uniform(0.02, 0.05)), hair * 0.8)
+        canvas.paint(canvas.ellipse(sign * 0.4, 0.08, 0.2, 0.16, sharp=0.1), lips, uniform(0, 0.4))
+    nose = uniform(0.07, 0.12)
+    canvas.paint(canvas.ellipse(0, -0.22, nose, 0.16, sharp=0.2), np.ones(3), 0.25)
+    canvas.paint(canvas.ellipse(0, -0.06, nose * 1.5, 0.05, sharp=0.4), skin * 0.6, 0.5)
+    # mouth: lips, between them the dark, in it teeth and tongue. The lower lip moves more than the upper
+    half, thick, deep = uniform(0.24, 0.34), uniform(0.035, 0.07), uniform(0.15, 0.24)
+    a = half * (1 + 0.25 * wide) * (1 - 0.12 * opening)
+    gap = 0.012 + deep * opening
+    y = uniform(0.30, 0.40) + 0.5 * gap
+    canvas.paint(canvas.ellipse(0, y, a + 0.03, gap + thick), lips)
+    inside = canvas.ellipse(0, y, a, gap)
+    canvas.paint(inside, np.array([0.2, 0.05, 0.06]))
+    canvas.paint(inside * canvas.ellipse(0, y + 0.9 * gap, a * 0.6, gap * 0.7), np.array([0.75, 0.3, 0.32]), 0.8)
+    upper = (0.5 + (torch.as_tensor(y - 0.3 * gap).float()[:, None, None] - canvas.y) / canvas.pixel).clamp(0, 1)
+    shown = torch.as_tensor(np.maximum(teeth, 0.6 * opening).clip(0, 1)).float()[:, None, None]
+    canvas.paint(inside * upper, np.ones(3) * 0.93, 0.9 * shown)
+    flicker = 1 + 0.04 * torch.from_numpy(smooth(rng.standard_normal(T), 9)).float()
+    canvas.light((flicker * uniform(0.7, 1.1))[:, None, None])
+    grain = torch.randn(canvas.picture.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
+    return canvas.picture.add_(grain, alpha=uniform(0.005, 0.03)).mul_(255).round_().clamp_(0, 255).byte()
+
+
+@functools.lru_cache(maxsize=4096)
+def talking_head(seed, seconds=3.2, size=64, rows=None, unaligned=False):
+    """(frames uint8 (25 * seconds, 3, rows or size, size), sound (16000 * seconds,)) of a random person who says random
+    syllables: a function of the seed alone. Sound and picture come from one plan, so they are exactly in step.
+    unaligned: head and camera move, as in a video whose faces nobody aligned."""
+    rng = np.random.default_rng(seed)
+    plan = speech_plan(rng, seconds)
+    times = (np.arange(round(seconds * FPS)) + 0.5) / FPS * RATE      # the middle of a frame's time
+    mouth = np.stack([np.interp(times, np.arange(len(plan)) + 0.5, plan[:, 6 + i]) for i in range(3)], 1)
+    drift = smooth(rng.standard_normal((len(plan), 4)), 0.6 * RATE) * 6            # of deviation about 1, slow
+    drift = (drift + rng.standard_normal(4) * 0.5)[times.astype(int)]
+    reach = np.array([0.3, 0.3, 0.35, 0.15] if unaligned else [0.02, 0.02, 0.03, 0.02])
+    pose = torch.from_numpy(drift.clip(-2, 2) * reach + [0, 0, 0, 1]).float()
+    sound = synthesize(rng, plan)
+    return draw_head(rng, mouth, pose, size, rows or size), sound
+
+
+class Clips:
+    """Pairs of a clip and the sound of the same or another moment of the same video. Subclasses know `starts(i)`, how many
+    clips video i has, and `frames_at` and `mel_at` a start. Items are (index, seed)."""
+
+    def __init__(self, config, audio_offset):
+        self.config, self.audio_offset = config, audio_offset
+
+    def spoiled(self, index, sound):
+        """The sound, for the study late by up to audio_offset frames, or early: by a number of its own for each video, as
+        where nobody corrected it."""
+        most = self.audio_offset * SAMPLE_RATE // FPS
+        late = int(np.random.default_rng((index, 1)).integers(-most, most + 1))
+        return np.pad(sound, (max(late, 0), max(-late, 0)))[max(-late, 0):][:len(sound)]
+
+    def pair(self, index, seed):
+        """(frames uint8 (F, 3, h, w), mel (80, columns), 1 if they belong together, else 0), each half of the time. The
+        sound stays; it is the frames that come from another start, any other."""
+        rng, starts = np.random.default_rng(seed), self.starts(index)
+        if starts <= self.config.frames:
+            raise OSError("shorter than two clips")
+        start, label = int(rng.integers(starts)), int(rng.integers(2))
+        seen = start if label else (start + int(rng.integers(1, starts))) % starts
+        return self.frames_at(index, seen), self.mel_at(index, start), label
+
+    def __getitems__(self, items):
+        frames, mels, labels, broken = [], [], [], []
+        for index, seed in items:
+            for _ in range(len(self)):                                      # in place of a broken one the next readable
+                try:
+                    pair = self.pair(index, seed)
+                    break
+                except sample.UNREADABLE:
+                    broken.append(self.name(index))
+                    index = (index + 1) % len(self)
+            else:
+                raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one video can be used: each has to have "
+                                f"sound and {2 * self.config.frames} frames")
+            for values, value in zip((frames, mels, labels), pair):
+                values.append(value)
+        return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
+
+
+class TalkingHeads(Clips):
+    """Videos of people that do not exist, drawn when first asked for and kept: 0.8 MB each at 64 x 64 pixels."""
+
+    kinds = "drawn videos"
+
+    def __init__(self, config, count, first=0, audio_offset=0, unaligned=False):
+        super().__init__(config, audio_offset)
+        self.count, self.first, self.unaligned, self.mels = count, first, unaligned, {}
+        self.fingerprint = f"talking heads {first}+{count} {config} {audio_offset} {unaligned}"
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"talking head {self.first + index}"
+
+    def video(self, index):
+        """(lower halves of the frames, sound)."""
+        height, width = self.config.picture
+        return talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
+
+    def starts(self, index):
+        return len(self.video(index)[0]) - self.config.frames + 1
+
+    def frames_at(self, index, start):
+        return self.video(index)[0][start:start + self.config.frames]
+
+    def mel_at(self, index, start):
+        if index not in self.mels:
+            self.mels[index] = syncnet.mel_spectrogram(self.spoiled(index, self.video(index)[1]))
+        first = syncnet.mel_start(start)
+        return self.mels[index][:, first:first + self.config.columns]
+
+
+def open_clips(args):
+    """(training set, validation set) of --data: drawn, or a folder of videos."""
+    config = syncnet.variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
+    unaligned = dict(audio_offset=args.audio_offset, unaligned=args.unaligned)
+    return TalkingHeads(config, args.videos, 1000, **unaligned), TalkingHeads(config, 200)
 
 
 def report_broken(paths, total):
@@ -1050,7 +1348,45 @@ class LlamaGenTask(Task):
                            tokenizer=vq.fingerprint(self.tokenizer), **extra)
 
 
-TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask}
+class SyncNetTask(Task):
+    """`train.py syncnet`: binary cross entropy of the cosine of a clip and a sound, which half of the time are of the same
+    moment."""
+
+    metrics = ["accuracy"]
+    val_metrics = ["loss", "accuracy"]
+
+    def __init__(self, args, train_set, val_set, device, g):
+        self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
+        self.model = vq.build(syncnet.StableSyncNet, train_set.config).to(device)
+        self.model.init_weights(g)
+        if args.init:
+            warm_start(self.model, syncnet.load(args.init), f"--init {args.init}")
+
+    def _inputs(self, batch, model):
+        (frames, mel), labels, _ = batch
+        return model.prepare(frames.to(self.device)), mel[:, None].to(self.device), labels.to(self.device)
+
+    def loss(self, batch, step, g):
+        return self.model.loss(*self._inputs(batch, self.model))
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean loss and accuracy over pairs of the validation videos."""
+        def scores(batch):
+            loss, metrics = model.loss(*self._inputs(batch, model))
+            return metrics | {"loss": loss}
+        n = len(self.val_set)
+        return self.mean_scores(scores, [[(i % n, (i,)) for i in range(self.args.val_pairs)]])
+
+    @torch.no_grad()
+    def picture(self, model):
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def save(self, model, path, dtype):
+        syncnet.save(model, path, dtype)
+
+
+TASKS = {"syncnet": SyncNetTask, "vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask}
 
 
 @torch.no_grad()
@@ -1253,7 +1589,7 @@ class Run:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.out = prepare_folder(args)
-        train_set, val_set = open_pictures(args)
+        train_set, val_set = open_clips(args) if args.model_name == "syncnet" else open_pictures(args)
         self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every rank
         self.task = TASKS[args.model_name](args, train_set, val_set, self.device, self.g)
         self.model = self.task.model
@@ -1268,10 +1604,8 @@ class Run:
             self.restore()
         if self.rank == 0:
             parameters = sum(p.numel() for p in self.model.parameters())
-            kinds = (f"{len(train_set.aspects)} aspect ratios" if isinstance(train_set, CaptionedPictures) else
-                     "captions" if args.captions else f"{len(train_set.classes)} classes")
             print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {len(self.task.train_set):,} "
-                  f"pictures, {kinds}, steps {self.first} to {args.steps}")
+                  f"{train_set.kinds}, steps {self.first} to {args.steps}")
 
     def save(self, step):
         """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""

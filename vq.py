@@ -893,7 +893,7 @@ def init_default(module, generator=None):
             bound = m.weight[0].numel() ** -0.5                             # Kaiming uniform with a = sqrt(5)
             m.weight.uniform_(-bound, bound, generator=generator)
             m.bias.uniform_(-bound, bound, generator=generator)
-        elif isinstance(m, nn.GroupNorm):
+        elif isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             m.weight.fill_(1)
             m.bias.zero_()
 
@@ -1194,7 +1194,8 @@ def require(state, *keys, path, what):
 def config_from_json(cls, text, path):
     """A Config from the JSON in a file's header; lists become tuples."""
     try:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        frozen = lambda v: tuple(map(frozen, v)) if isinstance(v, list) else v
+        values = {k: frozen(v) for k, v in json.loads(text).items()}
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown entries {sorted(unknown)}")
