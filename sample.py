@@ -12,6 +12,7 @@
     python sample.py llamagen --prompt "red heart"                  text -> emoji, likewise
     python sample.py llamagen --ckpt c2i_L_384.pt --classes 207 360
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
+    python sample.py syncnet --video clip.mp4                       is its sound in step? offset, confidence, distance
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
 import argparse
@@ -113,6 +114,21 @@ def vq_args(add):
     add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
 
 
+def syncnet_args(add):
+    add("--video", metavar="FILE", help="default: the demo's")
+    add("--audio", metavar="FILE", help="another sound than the video's own")
+    add("--ckpt", metavar="FILE|NAME", help="syncnet_v2.model (Sync-C, Sync-D), stable_syncnet.pt, or one of train.py; "
+        "default: demo/")
+    add("--face", nargs="+", default=["auto"], metavar="WHERE", help="whole: the video is a face, aligned or cropped; "
+        "detect: find and follow faces; X0 Y0 X1 Y1: a box in pixels; auto: whole if it is square, else detect")
+    add("--max-shift", type=int, default=15, metavar="FRAMES", help="of the sound, to both sides (default 15)")
+    add("--batch-size", type=int, default=16, help="clips at a time (default 16)")
+    add("--out", metavar="FILE", help="the curve, a .png; default: out/syncnet.png")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--no-download", action="store_true", help="never fetch anything")
+
+
 def ops_args(add):
     add("--bench", nargs="*", metavar="OP", help="time these, or all, against plain and compiled torch")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
@@ -125,6 +141,7 @@ COMMANDS = {  # name: what it does, whose flags it has
     "infinity": ("text -> image", common_args, generator_args, prompt_args, infinity_args),
     "llamagen": ("class or text -> image", common_args, generator_args, class_args, prompt_args, llamagen_args),
     "vq": ("image -> tokens -> image", common_args, vq_args),
+    "syncnet": ("does this mouth say this sound?", syncnet_args),
     "ops": ("what the ops of triton_ops.py move, and how fast they are", ops_args),
 }
 
@@ -155,8 +172,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -170,8 +188,10 @@ from tqdm import tqdm
 
 import infinity
 import llamagen
+import syncnet
 import var
 import vq
+from syncnet import FPS, SAMPLE_RATE
 from triton_ops import INTERPRET, REGISTRY, BackendError, backend, use_triton
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -274,7 +294,7 @@ class PeakMemory:
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints by name
 
-RELEASED = {  # file -> repository on the model hub
+RELEASED = {  # file -> repository on the model hub, or address
     "vae_ch160v4096z32.pth": "FoundationVision/var",
     "var_d16.pth": "FoundationVision/var",
     "var_d20.pth": "FoundationVision/var",
@@ -289,6 +309,8 @@ RELEASED = {  # file -> repository on the model hub
         "vq_ds16_c2i", "vq_ds8_c2i", "c2i_B_256", "c2i_B_384", "c2i_L_256", "c2i_L_384", "c2i_XL_384", "c2i_XXL_384",
         "c2i_3B_384")},
     **{f"{name}.pt": "peizesun/llamagen_t2i" for name in ("vq_ds16_t2i", "t2i_XL_stage1_256", "t2i_XL_stage2_512")},
+    "stable_syncnet.pt": "ByteDance/LatentSync-1.6",
+    "syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data/",
 }
 FOLDERS = {  # folder -> repository and folder in it, files; shards come as the index names them
     "infinity_8b_weights": ("FoundationVision/Infinity", "infinity_8b_weights/", ["model.safetensors.index.json"]),
@@ -315,9 +337,11 @@ def fetch_folder(name, folder):
 
 
 def fetch_once(address, path):
-    """A file of the hub, unless it is there. Under torchrun the first process fetches and the others wait."""
+    """A file of the hub (or of an address in full), unless it is there. Under torchrun the first process fetches and
+    the others wait."""
     if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
-        fetch(f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{address}", path)
+        hub = "" if address.startswith("http") else f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/"
+        fetch(hub + address, path)
     while not path.exists():
         time.sleep(1)
     return path
@@ -340,7 +364,8 @@ def find_checkpoint(name, download=True):
     cached = cache_folder() / released
     if not cached.exists() and not download:
         raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
-    return fetch_once(f"{RELEASED[released]}/resolve/main/{released}", cached)
+    home = RELEASED[released]
+    return fetch_once(f"{home}{released}" if home.startswith("http") else f"{home}/resolve/main/{released}", cached)
 
 
 def fetch(url, path):
@@ -537,12 +562,12 @@ def save_png(path, picture, text=None):
         Image.fromarray(picture).save(temporary, "PNG", pnginfo=info)
 
 
-def last_line(device, device_why, dtype, dtype_why, models, seconds, peak, where, note=""):
+def last_line(device, device_why, dtype, dtype_why, models, seconds, peak, where, note="", unit="picture"):
     """The line of truth that every run ends with."""
     name = next(name for name, d in DTYPES.items() if d == dtype)
     parameters = sum(p.numel() for model in models for p in model.parameters())
     return (f"{device} ({device_why}), {name} ({dtype_why}), {parameters / 1e6:.1f} M parameters, "
-            f"{seconds:.2f} s per picture, {note}peak memory {peak() / 1e9:.2f} GB -> {where}")
+            f"{seconds:.2f} s per {unit}, {note}peak memory {peak() / 1e9:.2f} GB -> {where}")
 
 
 def check_writable(path, flag="--out", suffix=None):
@@ -578,6 +603,267 @@ def check_ranges(*rows):
         if value is not None and not (low <= value and (high is None or value <= high)):
             wanted = f"{low} .. {high}" if high is not None else f"at least {low}"
             raise UserError(f"{flag} {value}: expected {wanted}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Charts
+
+INKS = ("#1f6fb4", "#d9541e", "#2a9d4a", "#8e4bb0", "#b8860b", "#555555")
+
+
+def ticks(low, high, most=6):
+    """Round numbers between two others."""
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= most)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(curves, title="", x_label="", y_label="", levels=(), marks=(), y_range=None, size=(560, 360)):
+    """A line chart, uint8 (h, w, 3). curves: {name: (xs, ys)}; nan in ys is a gap; levels: (y, text) of dashed lines
+    across; marks: (x, y, text) of points. The legend shows names that are not empty."""
+    over, (width, height) = 2, size                                         # drawn larger and averaged: smooth lines
+    sheet = Image.new("RGB", (width * over, height * over), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12 * over)
+    points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if math.isfinite(y)]
+    xs, ys = zip(*points or [(0, 0)])
+    low, high = y_range or (min(*ys, *(y for y, _ in levels), math.inf), max(*ys, *(y for y, _ in levels), -math.inf))
+    room = 0.0 if y_range else 0.06 * (high - low)
+    low, high, first, last = low - room, high + room, min(xs), max(xs)
+    high, last = high if high > low else low + 1, last if last > first else first + 1
+    left, right, top, bottom = 58, width - 14, 30, height - 44
+    place = lambda x, y: ((left + (x - first) / (last - first) * (right - left)) * over,
+                          (bottom - (min(max(y, low), high) - low) / (high - low) * (bottom - top)) * over)
+    for y in ticks(low, high):
+        pen.line([place(first, y), place(last, y)], "#e4e4e4", over)
+        pen.text((place(first, y)[0] - 6 * over, place(first, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
+    for x in ticks(first, last):
+        pen.line([place(x, low), place(x, high)], "#e4e4e4", over)
+        pen.text((place(x, low)[0], (bottom + 6) * over), f"{x:.6g}", "black", font, anchor="mt")
+    pen.rectangle([place(first, high), place(last, low)], outline="#888888", width=over)
+    for y, text in levels:
+        start, end = place(first, y), place(last, y)
+        for x in range(int(start[0]), int(end[0]), 12 * over):
+            pen.line([(x, start[1]), (x + 6 * over, start[1])], "black", over)
+        pen.text((end[0] - 4 * over, end[1] - 3 * over), text, "black", font, anchor="rb")
+    for (name, (xs, ys)), ink in zip(curves.items(), itertools.cycle(INKS)):
+        line = [place(x, y) if math.isfinite(y) else None for x, y in zip(xs, ys)]
+        for a, b in zip(line, line[1:]):
+            if a and b:
+                pen.line([a, b], ink, 2 * over)
+    for x, y, text in marks:
+        at = place(x, y)
+        pen.ellipse([at[0] - 4 * over, at[1] - 4 * over, at[0] + 4 * over, at[1] + 4 * over], fill="black")
+        side, anchor = (8, "lm") if x < (first + last) / 2 else (-8, "rm")
+        pen.text((at[0] + side * over, at[1]), text, "black", font, anchor=anchor)
+    named = [(name, ink) for name, ink in zip(curves, itertools.cycle(INKS)) if name]
+    for i, (name, ink) in enumerate(named):
+        y = (bottom - 8 - 16 * (len(named) - i - 0.5)) * over
+        pen.line([((left + 10) * over, y), ((left + 30) * over, y)], ink, 3 * over)
+        pen.text(((left + 36) * over, y), name, "black", font, anchor="lm")
+    pen.text((width * over // 2, 14 * over), title, "black", ImageFont.load_default(13 * over), anchor="mm")
+    pen.text(((left + right) * over // 2, (height - 6) * over), x_label, "black", font, anchor="mb")
+    pen.text((6 * over, 14 * over), y_label, "black", font, anchor="lm")
+    return np.asarray(sheet.reduce(over))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and writing sound and video
+
+
+def pyav():
+    """The package that reads and writes videos, without any program of the system's."""
+    try:
+        import av
+    except ImportError:
+        raise UserError("reading and writing videos needs PyAV: pip install av") from None
+    return av
+
+
+SOUND_FILES = {".wav", ".flac", ".ogg"}                                     # what soundfile reads; the rest is PyAV's
+
+
+def read_sound(path):
+    """The sound of a file, videos included, as (n,) float32 in [-1, 1] at 16 kHz: channels are averaged, other rates
+    resampled. That of a video begins where its picture does."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    sound = _read_sound_file(path) if path.suffix.lower() in SOUND_FILES else _read_sound_track(path)
+    if not len(sound):
+        raise UserError(f"{path}: there is no sound in it, not one sample")
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path}: holds samples that are no numbers (nan or inf); write it anew from its source")
+    return sound
+
+
+def _read_sound_file(path):
+    import soundfile
+    from scipy.signal import resample_poly
+    try:
+        sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as e:
+        raise UserError(f"{path}: not a readable sound file ({e})") from None
+    sound, common = sound.mean(1), math.gcd(rate, SAMPLE_RATE)
+    if rate != SAMPLE_RATE and len(sound):
+        sound = resample_poly(sound, SAMPLE_RATE // common, rate // common).astype(np.float32)
+    return sound
+
+
+def _read_sound_track(path):
+    av = pyav()
+    with open_container(path) as container:
+        if not container.streams.audio:
+            raise UserError(f"{path}: has no sound; give one as --audio FILE")
+        stream, pieces, first = container.streams.audio[0], [], None
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        for frame in decoded(container, stream):
+            first = frame.time if first is None else first
+            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)] if pieces else []
+        picture = container.streams.video[0] if container.streams.video else None
+        begins = float((picture.start_time or 0) * picture.time_base) if picture else first or 0.0
+    sound = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    late = round(((first or 0.0) - begins) * SAMPLE_RATE)                   # than the picture
+    return np.pad(sound, (max(late, 0), 0))[max(-late, 0):]
+
+
+def open_container(path):
+    """A file opened by PyAV."""
+    av = pyav()
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return av.open(str(path))
+    except (av.error.FFmpegError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: not a video or sound file that can be read ({reason})") from None
+
+
+def decoded(container, stream):
+    """The frames of a stream. Packets that are damaged are left out; what makes up for them is up to the caller."""
+    av = pyav()
+    try:
+        for packet in container.demux(stream):
+            try:
+                yield from packet.decode()
+            except av.error.InvalidDataError:
+                continue
+    except av.error.FFmpegError:                                            # the file breaks off
+        return
+
+
+class Video:
+    """The frames of a video at a constant rate, each decoded when it is asked for: memory does not depend on length.
+
+    Frame k is what is seen at k / fps seconds: where frames come at another rate, or irregularly, some are repeated or
+    left out. `len` is what the file says of its length, which may be wrong. Every iteration starts anew.
+    """
+
+    def __init__(self, path, fps=FPS):
+        self.path, self.fps = Path(path), fps
+        with open_container(path) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: has no picture, expected a video")
+            stream = container.streams.video[0]
+            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            self.length, self.has_sound = round(seconds * fps), bool(container.streams.audio)
+        first = next(iter(self), None)
+        if first is None:
+            raise UserError(f"{path}: not one picture in it can be decoded")
+        self.height, self.width = first.shape[:2]
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return self.frames()
+
+    def frames(self, start=0):
+        """uint8 (h, w, 3), from frame `start` on; what lies before the last key frame is not decoded."""
+        with open_container(self.path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate, begins = float(stream.average_rate or self.fps), float((stream.start_time or 0) * stream.time_base)
+            if start:
+                container.seek(int((begins + start / self.fps) / stream.time_base), stream=stream)
+            shown, due, end = None, start, 0.0                              # due: number of the next to hand out
+            for i, frame in enumerate(decoded(container, stream)):
+                seen = i / rate if frame.time is None else frame.time - begins
+                number = math.floor(seen * self.fps + 0.5)                  # the nearest frame of ours
+                while shown is not None and due < number:
+                    yield shown
+                    due += 1
+                shown, end = upright(frame), seen + 1 / rate
+            while shown is not None and due < max(math.floor(end * self.fps + 0.5), start + (due == start)):
+                yield shown
+                due += 1
+
+    def clip(self, start, count):
+        """`count` frames from `start` on as uint8 (count, 3, h, w); fewer at the end of the video."""
+        pictures = list(itertools.islice(self.frames(start), count))
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else torch.zeros(0, 3, 1, 1)
+
+
+def upright(frame):
+    """A decoded frame as uint8 (h, w, 3), turned as the file says: phones film sideways."""
+    picture = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(getattr(frame, "rotation", 0) / 90) % 4))
+
+
+class VideoWriter:
+    """An mp4 whose pictures are encoded once, H.264, as they come, and whose sound is muxed with them.
+
+    with VideoWriter(path, height, width, sound=samples) as video: video.write(picture), uint8 (h, w, 3). sound: (n,) in
+    [-1, 1] at 16 kHz, cut to the length of the pictures. The file appears when it is complete.
+    """
+
+    def __init__(self, path, height, width, fps=FPS, sound=None, crf=18):
+        self.path, self.fps, self.sound, self.written, self.heard = Path(path), fps, sound, 0, 0
+        self.even = height + height % 2, width + width % 2                  # the format halves colors
+        self.crf = crf
+
+    def __enter__(self):
+        self.av, self.stack = pyav(), ExitStack()
+        with ExitStack() as stack:
+            temporary = stack.enter_context(vq.atomic(self.path))
+            try:
+                self.container = stack.enter_context(self.av.open(str(temporary), "w", format="mp4"))
+            except self.av.error.FFmpegError as e:
+                raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
+            self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+            self.stream.height, self.stream.width, self.stream.pix_fmt = *self.even, "yuv420p"
+            if self.sound is not None:
+                self.track = self.container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+            self.stack = stack.pop_all()
+        return self
+
+    def write(self, picture):
+        """The next picture."""
+        down, right = (even - side for even, side in zip(self.even, picture.shape))
+        picture = np.pad(picture, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else picture
+        frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame.pts, frame.time_base = self.written, Fraction(1, self.fps)
+        self.container.mux(self.stream.encode(frame))
+        self.written += 1
+        self._write_sound(self.written * SAMPLE_RATE // self.fps)
+
+    def _write_sound(self, until):
+        """The sound up to a sample: silence where there is none any more."""
+        if self.sound is None:
+            return
+        piece = np.zeros((1, until - self.heard), np.float32)
+        there = np.asarray(self.sound[self.heard:until], np.float32)
+        piece[0, :len(there)] = there
+        frame = self.av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, self.heard, Fraction(1, SAMPLE_RATE)
+        self.container.mux(self.track.encode(frame))
+        self.heard = until
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            for stream in self.container.streams:
+                self.container.mux(stream.encode(None))
+        self.stack.__exit__(*error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1754,6 +2040,132 @@ def fit(picture, config, keep_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# python sample.py syncnet
+
+
+def load_syncnet(args, device, dtype):
+    """(network, its name) of --ckpt."""
+    path = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "talking_head_syncnet.safetensors"
+    model = syncnet.load(path, dtype=dtype, device=device)
+    if not isinstance(model, syncnet.OriginalSyncNet) and model.config.latent:
+        raise UserError(f"{path}: reads latents, not pictures, so it cannot judge a video")
+    return model, Path(path).name
+
+
+def find_faces(video, device, every=5):
+    """Boxes (x0, y0, x1, y1) of the faces in every fifth frame, none in others, and the frames where scenes begin."""
+    try:
+        from facenet_pytorch import MTCNN
+    except ImportError as e:
+        raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; or "
+                        "say where the face is: --face X0 Y0 X1 Y1, in pixels, or --face whole") from None
+    detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")
+    shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 480), [], [], None
+    for i, frame in enumerate(tqdm(video, total=len(video), desc="looking for faces", unit="frame", leave=False)):
+        picture = Image.fromarray(frame).resize((round(video.width / shrink), round(video.height / shrink)), Image.BOX)
+        colors = np.asarray(picture.resize((64, 64), Image.BOX).convert("HSV"), np.int16)
+        if before is not None and np.abs(colors - before).mean() > 27:      # another scene
+            cuts.append(i)
+        before = colors
+        found, sure = detector.detect(picture) if i % every == 0 else (None, None)
+        boxes.append([] if found is None else [tuple(box * shrink) for box, p in zip(found, sure) if p >= 0.9])
+    return boxes, cuts
+
+
+def faces_of(video, args, device, model):
+    """[(first frame, what cuts the face of frame i out of it, number of frames or None for all)] of --face."""
+    original = isinstance(model, syncnet.OriginalSyncNet)
+    if args.face == ["whole"] or (args.face == ["auto"] and video.height == video.width):
+        return [(0, lambda frame, i: frame, None)]
+    if args.face in (["auto"], ["detect"]):
+        boxes, cuts = find_faces(video, device)
+        tracks = syncnet.face_tracks(boxes, cuts)
+        if not tracks:
+            seen, looked = sum(map(bool, boxes)), -(-len(boxes) // 5)
+            raise UserError(f"{video.path}: no face to judge: expected one that stays for 2 s, 100 pixels large or more; "
+                            f"found some in {seen} of {looked} frames; say where it is: --face X0 Y0 X1 Y1, in pixels")
+    else:
+        try:
+            box = np.array([float(v) for v in args.face])
+            assert len(box) == 4 and box[0] < box[2] and box[1] < box[3]
+            assert box.min() >= 0 and box[2] <= video.width and box[3] <= video.height
+        except (ValueError, AssertionError):
+            raise UserError(f"--face {' '.join(args.face)}: expected auto, detect, whole, or a box X0 Y0 X1 Y1 in "
+                            f"pixels inside of {video.width} x {video.height}") from None
+        tracks = [(0, np.tile(box, (max(len(video), 1), 1)))]
+    cutter = judge_crop if original else aligned_crop
+    return [(first, cutter(boxes), None if len(args.face) == 4 else len(boxes)) for first, boxes in tracks]
+
+
+def judge_crop(boxes):
+    """Crops as the original SyncNet saw them."""
+    halves, centres = syncnet.smooth_track(boxes)
+    return lambda frame, i: syncnet.face_crop(frame, halves[min(i, len(boxes) - 1)], centres[min(i, len(boxes) - 1)])
+
+
+def aligned_crop(boxes):
+    """Crops nearly as StableSyncNet's aligned faces: a face box stretched to a square has brows, nose and mouth where
+    these have them, as long as the head is upright."""
+    _, centres = syncnet.smooth_track(boxes)
+    sides = np.median(boxes[:, 2:] - boxes[:, :2], 0)
+
+    def cut(frame, i):
+        x, y = centres[min(i, len(boxes) - 1)]
+        x0, y0 = (max(0, round(c - side / 2)) for c, side in zip((x, y), sides))
+        crop = frame[:, y0:y0 + max(1, round(sides[1])), x0:x0 + max(1, round(sides[0]))]
+        return vq.bicubic_resize(crop[None].float(), (256, 256))[0].round().clamp(0, 255).byte()
+    return cut
+
+
+def sample_syncnet(args):
+    """Offset, confidence and distance of every face of a video, and the curve over all shifts as a picture."""
+    check_ranges(("--batch-size", args.batch_size, 1, None), ("--max-shift", args.max_shift, 1, 100))
+    device, device_why = choose_device(args.device)
+    dtype, dtype_why = choose_dtype(args.dtype, device)
+    out = check_writable(args.out or "out/syncnet.png", suffix=".png")
+    peak = PeakMemory(device)
+    model, name = load_syncnet(args, device, dtype)
+    video = Video(args.video or DEMO / "talking_head.mp4")
+    sound = read_sound(args.audio or video.path)
+    faces, scores, frames, start = faces_of(video, args, device, model), [], 0, time.perf_counter()
+    for number, (first, cut, count) in enumerate(faces, 1):
+        pictures = itertools.islice(video.frames(first), count)
+        pictures = tqdm(pictures, total=count or len(video), desc=f"face {number}", unit="frame", leave=False)
+        crops = (cut(torch.from_numpy(picture).permute(2, 0, 1), i) for i, picture in enumerate(pictures))
+        try:
+            score = syncnet.score(model, crops, sound[first * SAMPLE_RATE // FPS:], args.max_shift, args.batch_size)
+        except ValueError as e:
+            raise UserError(f"{video.path}: {e}; the video has {len(video)} frames, the sound "
+                            f"{len(sound) / SAMPLE_RATE:.2f} seconds") from None
+        scores.append(score)
+        frames += score.clips
+        print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score)}")
+    seconds = time.perf_counter() - start
+    if len(scores) > 1:
+        print("all {}: offset {:+d}, confidence {:.3f}, distance {:.3f}".format(len(scores), *syncnet.combine(scores)))
+    if np.abs(sound).max() < 1e-3:
+        print("note: the sound is silent: nothing is in step with it, and the offset means nothing", file=sys.stderr)
+    shifts = range(-args.max_shift, args.max_shift + 1)
+    title = lambda i: f"face {i}" if len(scores) > 1 else ""
+    curves = {title(i): (shifts, score.curve.tolist()) for i, score in enumerate(scores, 1)}
+    best = max(scores, key=lambda score: score.confidence)
+    save_png(out, chart(curves, f"{Path(video.path).name}, judged by {name}", SHIFTS, "distance",
+                        marks=[(-best.offset, best.distance, f"offset {best.offset:+d}")]),
+             {"model": "syncnet", "checkpoint": name, "video": video.path, "sound": args.audio or "its own"})
+    print(last_line(device, device_why, dtype, dtype_why, (model,), seconds / frames, peak, out, unit="frame"))
+
+
+SHIFTS = "frames by which the sound is moved to an earlier moment"
+
+
+def describe_score(score):
+    """A Score in words."""
+    milliseconds = abs(score.offset) * 1000 // FPS
+    when = f" (the sound is {milliseconds} ms too {'early' if score.offset > 0 else 'late'})" if score.offset else ""
+    return f"offset {score.offset:+d} frames{when}, confidence {score.confidence:.3f}, distance {score.distance:.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # python sample.py ops
 
 
@@ -1911,8 +2323,8 @@ def sample_ops(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
-          "ops": sample_ops}
+MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "syncnet": sample_syncnet,
+          "vq": sample_vq, "ops": sample_ops}
 
 
 def guarded(run, args):

@@ -62,7 +62,7 @@ class Config:
     audio: tuple
     frames: int = 16                            # F
     picture: tuple = (128, 256)                 # height, width that the visual encoder sees
-    latent: bool = False                        # 4 channels of the whole face's latent per frame, not 3 of its lower half
+    latent: bool = False                        # per frame 4 channels of a face's latent, not 3 of its lower half
     plain: bool = False                         # Wav2Lip's convolutions and batch norms
 
     @property
@@ -83,10 +83,10 @@ def _levels(widths, factors, attention=()):
 _AUDIO = (32, 64, 128, 256, 512, 1024, 2048), ((2, 1), 2, 2, 1, 2, 2, (2, 3))
 _VISUAL = (64, 128, 256, 256, 512, 1024, 2048, 2048), ((1, 2), 2, 2, 2, 2, 2, 2, 2)
 CONFIGS = {
-    "16_pixel_attn": Config(_levels(*_VISUAL, attention={4, 5}), _levels(*_AUDIO, attention={3, 4})),   # the released one
+    "16_pixel_attn": Config(_levels(*_VISUAL, attention={4, 5}), _levels(*_AUDIO, attention={3, 4})),       # released
     "16_pixel": Config(_levels(*_VISUAL), _levels(*_AUDIO)),
     "16_latent": Config(_levels((64, 128, 256, 256, 512, 1024), (2, 2, 2, 1, 2, 2)),
-                        _levels((32, 64, 128, 256, 512, 1024), ((2, 1), 2, 2, 2, 2, (2, 3))), 16, (32, 32), latent=True),
+                        _levels((32, 64, 128, 256, 512, 1024), ((2, 1), 2, 2, 2, 2, (2, 3))), 16, (32, 32), True),
     "25_pixel": Config(_levels((128, 128, 256, 256, 512, 512, 1024, 1024), ((1, 2), 2, 2, 2, 2, 2, 2, 2)),
                        _levels((64, 128, 256, 256, 512, 1024), (2, 2, 2, 2, 2, 2)), 25),
     "5_pixel_wav2lip": Config(
@@ -94,8 +94,8 @@ CONFIGS = {
          (1024, 3, 2, 1, 2), (1024, 3, 2, 1, 0), (1024, 3, 1, 0, 0), (1024, 1, 1, 0, 0)),
         ((32, 3, 1, 1, 2), (64, 3, (3, 1), 1, 2), (128, 3, 3, 1, 2), (256, 3, (3, 2), 1, 2), (512, 3, 1, 1, 2),
          (1024, 3, 1, 0, 0), (1024, 1, 1, 0, 0)), 5, plain=True),
-    "talking_head": Config(_levels((32, 32, 64, 96, 128, 128), ((1, 2), 2, 2, 2, 2, 2), {3}),       # the demo's
-                           _levels((32, 32, 64, 96, 128, 128), ((2, 1), 2, 2, 2, 2, 2), {3}), picture=(32, 64)),
+    "talking_head": Config(_levels((32, 32, 64, 96, 128, 256), ((1, 2), 2, 2, 2, 2, 2), {3}),       # the demo's
+                           _levels((32, 32, 64, 96, 128, 256), ((2, 1), 2, 2, 2, 2, 2), {3}), picture=(32, 64)),
     "talking_head_plain": Config(
         ((32, 5, (1, 2), 2, 0), (32, 3, 2, 1, 1), (64, 3, 2, 1, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 1),
          (128, 2, 1, 0, 0), (128, 1, 1, 0, 0)),
@@ -108,8 +108,8 @@ def variant(config, frames=None, embedding=None, attention=None):
     """The same network for clips of other length, with another D, or without attention: what the paper compares. With
     other frames the audio encoder halves the time later or sooner: its first levels shrink the 80 bands alone."""
     visual, audio = list(config.visual), list(config.audio)
-    if config.plain and (frames or config.frames, embedding or config.visual[-1][0]) != (config.frames, config.visual[-1][0]):
-        raise ValueError(f"a plain network has {config.frames} frames and {config.visual[-1][0]} numbers")
+    if config.plain and (frames not in (None, config.frames) or embedding not in (None, visual[-1][0])):
+        raise ValueError(f"is made for {config.frames} frames and {visual[-1][0]} numbers")
     if frames and frames != config.frames:
         config = replace(config, frames=frames)
         late = 6 - int(math.log2(config.columns))
@@ -163,8 +163,8 @@ HOP = 200                                                                   # 80
 def mel_spectrogram(audio, first=0, columns=None):
     """What StableSyncNet hears: sound (n,) in [-1, 1] -> (80, columns) float32 in [-4, 4], from column `first` on.
 
-    By default all 1 + n // 200 columns. Asking for a part computes only that, and the same numbers. Not whisper's: other
-    windows, zeros beyond the ends, magnitudes instead of powers.
+    By default all 1 + n // 200 columns. Asking for a part computes only that, and the same numbers. Not whisper's:
+    other windows, zeros beyond the ends, magnitudes instead of powers.
     """
     columns = 1 + len(audio) // HOP - first if columns is None else columns
     low = max(0, first * HOP - 401)                                         # what these columns see, and a sample more
@@ -219,8 +219,8 @@ def mfcc(audio, first=0, columns=None):
 
 
 class Shrink(nn.Conv2d):
-    """Convolution 3x3 that makes a map (H, W) smaller by `factor`. Zeros are added so that even sides come out as side /
-    factor: on the right and below, and all round a side that stays as it is."""
+    """Convolution 3x3 that makes a map (H, W) smaller by `factor`. Zeros are added so that even sides come out as
+    side / factor: on the right and below, but on both ends of a side that stays as it is."""
 
     def __init__(self, channels, factor):
         self.factor = factor = (factor, factor) if isinstance(factor, int) else tuple(factor)
@@ -309,8 +309,8 @@ class ConvBlock(nn.Module):
 
 
 class PlainEncoder(nn.Sequential):
-    """Wav2Lip's kind: convolutions one after the other. (B, c_in, H, W) -> (B, D). `relus`: of the last so many blocks the
-    activation is a ReLU, so that embeddings are not negative; of the others it is leaky."""
+    """Wav2Lip's kind: convolutions one after the other. (B, c_in, H, W) -> (B, D). `relus`: of the last so many blocks
+    the activation is a ReLU, so that embeddings are not negative; of the others it is leaky."""
 
     def __init__(self, c_in, levels, relus):
         blocks = []
@@ -329,6 +329,18 @@ class PlainEncoder(nn.Sequential):
 # StableSyncNet
 
 
+def lower_halves(faces, config):
+    """uint8 (N, 3, h, w) -> uint8 (N, 3, H, W): resized to a square, bicubic, of which the lower half is kept, in this
+    order. What has the height and width of a half is taken for one."""
+    height, width = config.picture
+    if faces.shape[2:] == (height, width):
+        return faces
+    if faces.shape[2:] != (width, width):
+        faces = F.interpolate(faces.float(), (width, width), mode="bicubic", antialias=True)
+        faces = faces.round().clamp(0, 255).byte()
+    return faces[:, :, -height:]                                            # rows 128 .. 255
+
+
 class StableSyncNet(nn.Module):
     """Two encoders, and the cosine of what they say."""
 
@@ -343,14 +355,10 @@ class StableSyncNet(nn.Module):
             self.audio_encoder = Encoder(1, config.audio)
 
     def prepare(self, frames):
-        """Aligned faces, uint8 (B, F, 3, h, w) of any size -> (B, 3F, H, W) in [-1, 1]: resized to a square, bicubic, of
-        which the lower half is kept. Channels are frame by frame, then rgb."""
-        height, width = self.config.picture
-        flat = frames.flatten(0, 1)
-        if flat.shape[2:] != (width, width):
-            flat = F.interpolate(flat.float(), (width, width), mode="bicubic", antialias=True).round().clamp(0, 255)
-        flat = flat[:, :, -height:].float().div(127.5).sub(1)               # after resizing: rows 128 .. 255
-        return rearrange(flat, "(b f) c h w -> b (f c) h w", f=self.config.frames).to(self.dtype)
+        """Aligned faces, uint8 (B, F, 3, h, w) of any size, or their lower halves (B, F, 3, H, W) -> (B, 3F, H, W) in
+        [-1, 1]. Channels are frame by frame, then rgb."""
+        halves = lower_halves(frames.flatten(0, 1), self.config).to(self.dtype).div(127.5).sub(1)
+        return rearrange(halves, "(b f) c h w -> b (f c) h w", f=self.config.frames)
 
     @property
     def dtype(self):
@@ -365,7 +373,7 @@ class StableSyncNet(nn.Module):
         return F.normalize(self.audio_encoder(mel).float(), dim=1)
 
     def forward(self, frames, mel):
-        """Probability (B,) that they belong together. Gradients reach the frames: this is what supervises a generator."""
+        """Probability (B,) that they belong together. Gradients reach the frames: that supervises a generator."""
         cosine = (self.embed_frames(frames) * self.embed_audio(mel)).sum(1)
         return cosine.clamp(0, 1)                                           # rounding can make it 1.0000001
 
@@ -391,7 +399,7 @@ class StableSyncNet(nn.Module):
         return self.embed_frames(self.prepare(faces))
 
     def embed_sound(self, audio, first, count):
-        """Embeddings (at most count, D) of the sound (n,) that belongs to clips `first` and following; fewer at its end."""
+        """Embeddings (at most count, D) of the sound (n,) of clips `first` and following; fewer at its end."""
         columns = self.config.columns
         mels = [mel_window(audio, i, columns) for i in range(first, first + count)]
         mels = [mel for mel in mels if mel is not None]
@@ -463,8 +471,8 @@ class OriginalSyncNet(nn.Module):
         return self.embed_frames(rearrange(flat.flip(1), "(b f) c h w -> b c f h w", f=5))
 
     def embed_sound(self, audio, first, count):
-        """Embeddings (at most count, 1024) of the sound (n,) in [-1, 1] of clips `first` and following. A clip has to be
-        followed by a frame's sound."""
+        """Embeddings (at most count, 1024) of the sound (n,) in [-1, 1] of clips `first` and following; of the last
+        ones there are none, as in the original."""
         count = min(count, len(audio) // 640 - 5 - first)
         like = next(self.parameters())
         if count <= 0:
@@ -483,9 +491,9 @@ class OriginalSyncNet(nn.Module):
 # Scoring a video
 
 Score = namedtuple("Score", "offset confidence distance curve clips")
-Score.__doc__ = """offset: in frames; where it is positive, the sound comes so much too early. confidence (Sync-C): median
-of the curve less its minimum. distance (Sync-D): the minimum. curve (S,): mean distance over all clips for each shift
-of the sound, -15 ... 15 frames. clips: how many that were."""
+Score.__doc__ = """offset: in frames; where it is positive, the sound comes so much too early. confidence (Sync-C):
+median of the curve less its minimum. distance (Sync-D): the minimum. curve (S,): mean distance over all clips for each
+shift of the sound, -15 ... 15 frames. clips: how many that were."""
 
 
 def judge(curve, clips=0):
@@ -500,12 +508,12 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
 
     model: a StableSyncNet, or the OriginalSyncNet; frames: faces at 25 frames a second, uint8 (3, h, w), all of one
     size, in any iterable, of which no more are held at a time than `batch_size` clips need. For the first network they
-    are aligned faces, for the second such crops as `face_crop` makes. audio: (n,) in [-1, 1] at 16 kHz. Raises ValueError
-    if video or sound is shorter than one clip.
+    are aligned faces, for the second such crops as `face_crop` makes. audio: (n,) in [-1, 1] at 16 kHz. Raises
+    ValueError if video or sound is shorter than one clip.
     """
     like = next(model.parameters())
     total, count = (torch.zeros(2 * max_shift + 1, dtype=torch.float64, device=like.device) for _ in range(2))
-    vision = sound = None                       # embeddings of clips whose neighbours are yet to come, and of their sound
+    vision = sound = None                       # embeddings of clips whose neighbours are yet to come
     held, first, clips, at_end = [], 0, 0, False
     frames = iter(frames)
     while not at_end:
@@ -532,9 +540,9 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
 
 
 def combine(scores):
-    """Of the faces of a video, as the authors of LatentSync: (int of the mean offset, mean confidence, mean distance)."""
-    mean = lambda values: sum(values) / len(scores)
-    return int(mean([s.offset for s in scores])), mean([s.confidence for s in scores]), mean([s.distance for s in scores])
+    """Of the faces of a video, as LatentSync's authors do: (int of the mean offset, mean confidence, mean distance)."""
+    offset, confidence, distance = (sum(score[i] for score in scores) / len(scores) for i in range(3))
+    return int(offset), confidence, distance
 
 
 def overlap(a, b):
@@ -547,9 +555,9 @@ def overlap(a, b):
 def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, smallest=100):
     """Follows faces through a video: per frame a list of boxes (x0, y0, x1, y1) -> a list of (first frame, (n, 4)).
 
-    A box continues the track whose last box it overlaps most, more than least_overlap, at most longest_gap frames ago and
-    on the same side of all `cuts` (frames with which a new scene begins). Tracks have more than `shortest` frames and a
-    mean side above `smallest` pixels; gaps in them are filled by straight lines.
+    A box continues the track whose last box it overlaps most, more than least_overlap, at most longest_gap frames ago
+    and on the same side of all `cuts` (frames with which a new scene begins). Tracks have more than `shortest` frames
+    and a mean side above `smallest` pixels; gaps in them are filled by straight lines.
     """
     tracks = []                                                             # each a list of (frame, box)
     for frame, found in enumerate(boxes):
@@ -571,7 +579,7 @@ def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, 
         every = np.arange(times[0], times[-1] + 1)
         filled = np.stack([np.interp(every, times, corners[:, i]) for i in range(4)], 1)
         sides = filled[:, 2:] - filled[:, :2]
-        if len(track) > shortest and sides.mean(0).max() > smallest:
+        if len(filled) > shortest and sides.mean(0).max() > smallest:
             result.append((int(times[0]), filled))
     return result
 
@@ -586,12 +594,13 @@ def smooth_track(boxes):
 
 
 def face_crop(frame, half, centre, share=0.4):
-    """The crop on which the judge was trained: uint8 (3, h, w) -> uint8 (3, 224, 224), from `half` above the centre of the
-    face to 1.8 * half below, and 1.4 * half to both sides; grey (110) where the picture ends."""
+    """The crop on which the judge was trained: uint8 (3, h, w) -> uint8 (3, 224, 224), from `half` above the centre of
+    the face to 1.8 * half below, and 1.4 * half to both sides; grey (110) where the picture ends."""
     margin = int(half * (1 + 2 * share))
     padded = F.pad(frame, (margin,) * 4, value=110)
     x, y = centre[0] + margin, centre[1] + margin
-    crop = padded[:, int(y - half):int(y + half * (1 + 2 * share)), int(x - half * (1 + share)):int(x + half * (1 + share))]
+    wide, low = half * (1 + share), half * (1 + 2 * share)
+    crop = padded[:, int(y - half):int(y + low), int(x - wide):int(x + wide)]
     resized = F.interpolate(crop[None].float(), (224, 224), mode="bilinear", align_corners=False)
     return resized[0].round().clamp(0, 255).byte()
 
@@ -613,7 +622,8 @@ def infer_config(state, path):
     """The Config of an official state dict. Widths and attention are read from its shapes; how much smaller a level
     becomes is in none: it is that of the entry of CONFIGS that has the same levels, else config= must be given."""
     if "visual_encoder.0.conv_block.0.weight" in state:
-        rows = lambda encoder: [len(v) for k, v in state.items() if k.startswith(encoder) and k.endswith("conv_block.0.weight")]
+        rows = lambda encoder: [len(v) for k, v in state.items()
+                                if k.startswith(encoder) and k.endswith("conv_block.0.weight")]
         plan = lambda levels: [level[0] for level in levels for _ in range(1 + level[4])]
         matches = [c for c in CONFIGS.values() if c.plain and rows("visual") == plan(c.visual) and
                    rows("audio") == plan(c.audio)]
@@ -622,12 +632,13 @@ def infer_config(state, path):
         alike = lambda mine, level: (level[2], level[1] != 1) == mine[1:]
         matches = [replace(c, **{name: tuple((width, level[1], attention) for (width, attention, _), level in
                                              zip(found, getattr(c, name))) for name, found in levels.items()})
-                   for c in CONFIGS.values() if not c.plain and c.channels == state["visual_encoder.conv_in.weight"].shape[1]
+                   for c in CONFIGS.values()
+                   if not c.plain and c.channels == state["visual_encoder.conv_in.weight"].shape[1]
                    and all(len(found) == len(getattr(c, name)) and all(map(alike, found, getattr(c, name)))
                            for name, found in levels.items())]
     if not matches:
-        raise vq.CheckpointError(f"{path}: a SyncNet of unknown plan: how much its levels shrink the map is in no tensor; "
-                                 "pass config=")
+        raise vq.CheckpointError(f"{path}: a SyncNet of unknown plan: how much its levels shrink the map is in no "
+                                 "tensor; pass config=")
     return matches[0]
 
 
@@ -645,8 +656,8 @@ def _levels_of(state, encoder):
 
 
 def load(path, config=None, dtype=torch.float32, device="cpu"):
-    """A StableSyncNet or an OriginalSyncNet in eval mode, from a released file, a training checkpoint of the original, or
-    a file of ours. config: of a StableSyncNet, instead of the inferred one. Raises vq.CheckpointError."""
+    """A StableSyncNet or an OriginalSyncNet in eval mode, from a released file, a training checkpoint of the original,
+    or a file of ours. config: of a StableSyncNet, instead of the inferred one. Raises vq.CheckpointError."""
     state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
     if "netcnnlip.0.weight" in state:
         model = vq.build(OriginalSyncNet)

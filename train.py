@@ -225,6 +225,9 @@ def syncnet_args(add):
     add("--unaligned", action="store_true", help="spoil the drawn videos: head and camera move")
     add("--videos", type=int, default=1000, help="how many are drawn for --data demo (0.6 MB of memory each)")
     add("--val-pairs", type=int, help="pairs to validate with")
+    add("--evaluate", metavar="FILE", help="train nothing: how well does this one do on unseen videos?")
+    add("--study", action="store_true", help="the paper's study in small: short runs with other batches, clips, "
+        "networks and data; a table and a picture of the curves")
 
 
 def parse_args(argv=None):
@@ -256,6 +259,7 @@ import copy
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -706,21 +710,21 @@ def synthesize(rng, plan):
 
 
 class Canvas:
-    """Pictures (T, 3, h, w) in [0, 1] to paint ellipses on, in coordinates of a face that moves: x and y from -1 to 1."""
+    """Pictures (T, 3, h, w) in [0, 1] to paint ellipses on, in coordinates of a face that moves: -1 to 1."""
 
     def __init__(self, pose, size, rows):
         """pose (T, 4): shift in x and y, angle, scale; rows: how many of the lowest rows of the square are drawn."""
         at = (torch.arange(size) + 0.5) * 2 / size - 1
         y, x = torch.meshgrid(at[-rows:], at, indexing="ij")
         dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
-        x, y = (x - dx) / scale, (y - dy) / scale
+        x, y = (x - dx) / scale / 1.45, (y - dy) / scale                    # aligned faces are 3:4, stretched to a square
         self.x, self.y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         self.pixel, self.top = 2 / size, float(self.y.min())
         self.picture = torch.zeros(len(pose), 3, rows, size)
 
     def ellipse(self, x, y, a, b, sharp=1.0):
-        """Coverage (T, h, w) of an ellipse around (x, y) with half axes a, b; all numbers, or one per picture (T,). None
-        if it ends above the rows that are drawn."""
+        """Coverage (T, h, w) of an ellipse around (x, y) with half axes a, b; all numbers, or one per picture (T,).
+        None if it ends above the rows that are drawn."""
         if self.top > np.max(y + (1 + 0.5 / sharp) * b):
             return None
         x, y, a, b = (torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (x, y, a, b))
@@ -740,13 +744,13 @@ class Canvas:
 
 def draw_head(rng, mouth, pose, size, rows):
     """A random face that speaks: mouth (T, 3) open, wide, teeth; pose (T, 4) -> uint8 (T, 3, rows, size), of which rows
-    = size is all of it. It stands as an aligned one does: brows at a fifth, nose at two fifths, mouth at two thirds."""
+    = size is all of it. It stands nearly as an aligned one: brows at a fifth, nose at two fifths of the height."""
     T, canvas, uniform = len(mouth), Canvas(pose, size, rows), rng.uniform
     opening, wide, teeth = mouth.T                                          # (T,) each
     skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.45, 0.30, 0.22]])[rng.integers(4)]
     skin = np.clip(skin + uniform(-0.06, 0.06, 3), 0.1, 1)
     lips = np.clip(skin * [uniform(0.8, 1.0), uniform(0.5, 0.75), uniform(0.55, 0.8)], 0, 1)
-    hair, shirt, wall, other = uniform(0.05, 0.6) * uniform(0.4, 1, 3), uniform(0, 1, 3), uniform(0, 1, 3), uniform(0, 1, 3)
+    hair, shirt, wall, other = uniform(0.05, 0.6) * uniform(0.4, 1, 3), *uniform(0, 1, (3, 3))
     # wall, shoulders, hair, head; the chin falls as the mouth opens
     canvas.picture += torch.as_tensor(wall, dtype=torch.float32).view(3, 1, 1)
     canvas.paint(((canvas.x * uniform(-1, 1) + canvas.y * uniform(-1, 1)) * 0.5 + 0.5).clamp(0, 1), other)
@@ -756,7 +760,8 @@ def draw_head(rng, mouth, pose, size, rows):
     canvas.paint(canvas.ellipse(0, 1.45, 1.15, 0.5), shirt)
     canvas.paint(canvas.ellipse(0, 0.95, 0.36, 0.4), skin * 0.8)
     canvas.paint(canvas.ellipse(0, -0.35, width * uniform(1.05, 1.3), uniform(0.8, 1.0)), hair)
-    lowest = torch.where(canvas.y > 0, torch.as_tensor(chin + 0.09 * opening).float()[:, None, None], torch.tensor(0.98))
+    fallen = torch.as_tensor(chin + 0.09 * opening).float()[:, None, None]
+    lowest = torch.where(canvas.y > 0, fallen, torch.tensor(0.98))
     rim = 1 - ((canvas.x / width) ** 2 + (canvas.y / lowest) ** 2).sqrt()
     head = (0.5 + rim * width / canvas.pixel).clamp(0, 1)
     canvas.paint(head, skin)
@@ -778,7 +783,7 @@ def draw_head(rng, mouth, pose, size, rows):
     canvas.paint(canvas.ellipse(0, -0.22, nose, 0.16, sharp=0.2), np.ones(3), 0.25)
     canvas.paint(canvas.ellipse(0, -0.06, nose * 1.5, 0.05, sharp=0.4), skin * 0.6, 0.5)
     # mouth: lips, between them the dark, in it teeth and tongue. The lower lip moves more than the upper
-    half, thick, deep = uniform(0.24, 0.34), uniform(0.035, 0.07), uniform(0.15, 0.24)
+    half, thick, deep = uniform(0.25, 0.34), uniform(0.04, 0.08), uniform(0.19, 0.28)
     a = half * (1 + 0.25 * wide) * (1 - 0.12 * opening)
     gap = 0.012 + deep * opening
     y = uniform(0.30, 0.40) + 0.5 * gap
@@ -792,7 +797,7 @@ def draw_head(rng, mouth, pose, size, rows):
     flicker = 1 + 0.04 * torch.from_numpy(smooth(rng.standard_normal(T), 9)).float()
     canvas.light((flicker * uniform(0.7, 1.1))[:, None, None])
     grain = torch.randn(canvas.picture.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
-    return canvas.picture.add_(grain, alpha=uniform(0.005, 0.03)).mul_(255).round_().clamp_(0, 255).byte()
+    return canvas.picture.add_(grain, alpha=uniform(0.005, 0.02)).mul_(255).round_().clamp_(0, 255).byte()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -812,46 +817,58 @@ def talking_head(seed, seconds=3.2, size=64, rows=None, unaligned=False):
     return draw_head(rng, mouth, pose, size, rows or size), sound
 
 
+def moved(sound, frames):
+    """Sound (n,) that comes so many frames of video later, or sooner if negative; silence fills the gap."""
+    late = round(frames * SAMPLE_RATE / FPS)
+    return np.pad(sound, (max(late, 0), max(-late, 0)))[max(-late, 0):][:len(sound)]
+
+
 class Clips:
-    """Pairs of a clip and the sound of the same or another moment of the same video. Subclasses know `starts(i)`, how many
-    clips video i has, and `frames_at` and `mel_at` a start. Items are (index, seed)."""
+    """Pairs of a clip and the sound of the same or another moment of the same video. Items are (index, seed).
+    Subclasses have `name(i)`, `video(i)`, which gives its length in frames and functions of a start that give frames
+    and spectrogram, and `whole(i)`, which gives all frames and the sound."""
 
     def __init__(self, config, audio_offset):
         self.config, self.audio_offset = config, audio_offset
 
     def spoiled(self, index, sound):
-        """The sound, for the study late by up to audio_offset frames, or early: by a number of its own for each video, as
-        where nobody corrected it."""
-        most = self.audio_offset * SAMPLE_RATE // FPS
-        late = int(np.random.default_rng((index, 1)).integers(-most, most + 1))
-        return np.pad(sound, (max(late, 0), max(-late, 0)))[max(-late, 0):][:len(sound)]
+        """The sound, for the study moved by up to audio_offset frames: by a number of its own for each video, as where
+        nobody corrected it."""
+        return moved(sound, np.random.default_rng((index, 1)).uniform(-self.audio_offset, self.audio_offset))
 
     def pair(self, index, seed):
-        """(frames uint8 (F, 3, h, w), mel (80, columns), 1 if they belong together, else 0), each half of the time. The
+        """(frames uint8 (F, 3, H, W), mel (80, columns), 1 if they belong together, else 0), each half of the time. The
         sound stays; it is the frames that come from another start, any other."""
-        rng, starts = np.random.default_rng(seed), self.starts(index)
-        if starts <= self.config.frames:
-            raise OSError("shorter than two clips")
+        rng, F = np.random.default_rng(seed), self.config.frames
+        length, frames_at, mel_at = self.video(index)
+        starts = length - F + 1
+        if length < 2 * F:
+            raise OSError("too short")
         start, label = int(rng.integers(starts)), int(rng.integers(2))
         seen = start if label else (start + int(rng.integers(1, starts))) % starts
-        return self.frames_at(index, seen), self.mel_at(index, start), label
+        frames, mel = frames_at(seen), mel_at(start)
+        if len(frames) < F or mel is None:
+            raise OSError("ends too soon")
+        return frames, mel, label
 
     def __getitems__(self, items):
-        frames, mels, labels, broken = [], [], [], []
+        pairs, broken = [], []
         for index, seed in items:
             for _ in range(len(self)):                                      # in place of a broken one the next readable
                 try:
-                    pair = self.pair(index, seed)
+                    pairs.append(self.pair(index, seed))
                     break
-                except sample.UNREADABLE:
+                except (UserError, *sample.UNREADABLE):
                     broken.append(self.name(index))
                     index = (index + 1) % len(self)
             else:
-                raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one video can be used: each has to have "
-                                f"sound and {2 * self.config.frames} frames")
-            for values, value in zip((frames, mels, labels), pair):
-                values.append(value)
+                raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one of these videos can be used; each "
+                                f"has to have sound and {2 * self.config.frames} frames")
+        frames, mels, labels = zip(*pairs)
         return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
+
+
+VAL_HEADS, FIRST_HEAD = 200, 1000                                           # heads 0 .. 199 validate, 1000 .. train
 
 
 class TalkingHeads(Clips):
@@ -871,28 +888,79 @@ class TalkingHeads(Clips):
         return f"talking head {self.first + index}"
 
     def video(self, index):
-        """(lower halves of the frames, sound)."""
         height, width = self.config.picture
-        return talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
-
-    def starts(self, index):
-        return len(self.video(index)[0]) - self.config.frames + 1
-
-    def frames_at(self, index, start):
-        return self.video(index)[0][start:start + self.config.frames]
-
-    def mel_at(self, index, start):
+        frames, sound = talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
         if index not in self.mels:
-            self.mels[index] = syncnet.mel_spectrogram(self.spoiled(index, self.video(index)[1]))
-        first = syncnet.mel_start(start)
-        return self.mels[index][:, first:first + self.config.columns]
+            self.mels[index] = syncnet.mel_spectrogram(self.spoiled(index, sound))
+        window = lambda start: self.mels[index][:, (first := syncnet.mel_start(start)):first + self.config.columns]
+        return len(frames), lambda start: frames[start:start + self.config.frames], window
+
+    def whole(self, index):
+        """(frames, sound) of a video, for syncnet.score."""
+        return talking_head(self.first + index, size=self.config.picture[1], rows=self.config.picture[0])
 
 
-def open_clips(args):
-    """(training set, validation set) of --data: drawn, or a folder of videos."""
-    config = syncnet.variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
-    unaligned = dict(audio_offset=args.audio_offset, unaligned=args.unaligned)
-    return TalkingHeads(config, args.videos, 1000, **unaligned), TalkingHeads(config, 200)
+class ClipFolder(Clips):
+    """A folder of videos with sound, whose faces are aligned and fill the picture, e.g. by LatentSync's preprocessing:
+    short ones, since of each the whole sound is read for every pair. Every 20th is for validation."""
+
+    SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
+    kinds = "videos"
+
+    def __init__(self, root, config, audio_offset=0, train=True, split=True):
+        super().__init__(config, audio_offset)
+        sample.pyav()
+        files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
+        if split:                                                           # under 20: no hold-out
+            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
+        self.files = [str(file) for file in files]
+        listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
+        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {config} {audio_offset}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, index):
+        return self.files[index]
+
+    def video(self, index):
+        video, sound = sample.Video(self.files[index]), sample.read_sound(self.files[index])
+        clip = lambda start: syncnet.lower_halves(video.clip(start, self.config.frames), self.config)
+        window = lambda start: syncnet.mel_window(self.spoiled(index, sound), start, self.config.columns)
+        return min(len(video), len(sound) * FPS // SAMPLE_RATE), clip, window
+
+    def whole(self, index):
+        """(frames, sound) of a video, for syncnet.score."""
+        frames = map(torch.from_numpy, sample.Video(self.files[index]))
+        return [frame.permute(2, 0, 1) for frame in frames], sample.read_sound(self.files[index])
+
+
+def open_clips(args, config=None):
+    """(training set, validation set) of --data and --val-data, for the network of the flags or of this config.
+    Validation data are never spoiled."""
+    config = config or clip_config(args)
+    if args.data == "demo":
+        train = TalkingHeads(config, args.videos, FIRST_HEAD, args.audio_offset, args.unaligned)
+        return train, TalkingHeads(config, VAL_HEADS)
+    if args.unaligned:
+        raise UserError("--unaligned: is for the drawn videos; those in a folder are as aligned as they are")
+    folder = ClipFolder(args.data, config, args.audio_offset, split=not args.val_data)
+    return folder, ClipFolder(args.val_data or args.data, config, train=False, split=not args.val_data)
+
+
+def clip_config(args):
+    """The network that --model, --frames, --embedding and --attention ask for."""
+    if args.model not in syncnet.CONFIGS:
+        raise UserError(f"--model {args.model}: choose one of {', '.join(syncnet.CONFIGS)}")
+    try:
+        config = syncnet.variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
+    except ValueError as e:
+        raise UserError(f"--model {args.model}: {e}; leave --frames and --embedding out, or choose others") from None
+    if config.latent:
+        raise UserError(f"--model {args.model}: reads latents of LatentSync's autoencoder, which is not here yet")
+    return config
 
 
 def report_broken(paths, total):
@@ -1349,8 +1417,8 @@ class LlamaGenTask(Task):
 
 
 class SyncNetTask(Task):
-    """`train.py syncnet`: binary cross entropy of the cosine of a clip and a sound, which half of the time are of the same
-    moment."""
+    """`train.py syncnet`: binary cross entropy of the cosine of a clip and a sound, which half of the time are of the
+    same moment."""
 
     metrics = ["accuracy"]
     val_metrics = ["loss", "accuracy"]
@@ -1378,15 +1446,87 @@ class SyncNetTask(Task):
         n = len(self.val_set)
         return self.mean_scores(scores, [[(i % n, (i,)) for i in range(self.args.val_pairs)]])
 
-    @torch.no_grad()
     def picture(self, model):
-        return np.zeros((8, 8, 3), np.uint8)
+        """Distance over shifts, of some validation videos."""
+        scores = {}
+        for i in range(min(4, len(self.val_set))):
+            frames, sound = self.val_set.whole(i)
+            score = syncnet.score(model, frames, sound)
+            scores[f"offset {score.offset:+d}"] = range(-15, 16), score.curve.tolist()
+        return sample.chart(scores, "validation videos", sample.SHIFTS, "distance", y_range=(0, 1))
 
     def save(self, model, path, dtype):
         syncnet.save(model, path, dtype)
 
 
-TASKS = {"syncnet": SyncNetTask, "vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask}
+def evaluate_syncnet(args):
+    """`train.py syncnet --evaluate FILE`: accuracy on pairs of unseen videos, and the offsets found where their sound
+    was moved by -7 ... 7 frames."""
+    device, why = sample.choose_device(args.device)
+    model = syncnet.load(args.evaluate, device=device)
+    if isinstance(model, syncnet.OriginalSyncNet):
+        raise UserError(f"{args.evaluate}: is the original SyncNet, whose distances say no yes or no; it judges videos: "
+                        "sample.py syncnet")
+    _, unseen = open_clips(args, model.config)
+    task = SyncNetTask(args, unseen, unseen, device, torch.Generator(device))
+    print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} unseen {unseen.kinds}")
+    print("{accuracy:.2%} of {pairs:,} pairs told right (loss {loss:.3f})".format(
+        **task.validate(model), pairs=args.val_pairs))
+    moves, found = range(-7, 8), {}
+    videos = [unseen.whole(i) for i in range(min(20, len(unseen)))]
+    for move, (frames, sound) in tqdm(list(itertools.product(moves, videos)), unit="video", leave=False):
+        found.setdefault(move, []).append(syncnet.score(model, frames, moved(sound, move)).offset)
+    print(f"{'sound moved by':>14}{'offset found':>14}{'error':>8}{'exact':>8}     (median of {len(videos)} videos)")
+    for move, offsets in found.items():                                     # what comes late has a negative offset
+        errors = np.abs(np.array(offsets) + move)
+        print(f"{move:>+14d}{np.median(offsets):>+14.0f}{np.median(errors):>8.0f}{(errors == 0).mean():>8.0%}")
+    errors = np.abs([offset + move for move, offsets in found.items() for offset in offsets])
+    print(f"median error over all {errors.size}: {np.median(errors):.0f} frames; exact: {(errors == 0).mean():.1%}")
+
+
+# The small version of the paper's empirical study: what of the recipe talking_head is replaced in each run
+STUDY = {
+    "pairs in a batch": {"8": dict(batch_size=8), "32": {}, "128": dict(batch_size=128)},
+    "frames of a clip": {"5": dict(frames=5), "16": {}, "25": dict(frames=25)},
+    "numbers of an embedding": {"64": dict(embedding=64), "256": {}, "512": dict(embedding=512)},
+    "network": {"residual, attention": {}, "residual": dict(attention=False),
+                "Wav2Lip's kind": dict(model="talking_head_plain")},
+    "training videos": {"clean": {}, "sound moved, up to 10 frames": dict(audio_offset=10),
+                        "faces not aligned": dict(unaligned=True)},
+}
+
+
+def study_syncnet(args):
+    """`train.py syncnet --study`: a short run of every setting in STUDY, study.csv with all curves, and a picture."""
+    out, rows, charts = sample.check_writable(args.out), [], []
+    for panel, settings in STUDY.items():
+        curves = {}
+        for label, changes in settings.items():
+            name = "_".join([f"{k}_{v}" for k, v in changes.items()]) or "base"     # what all panels share runs once
+            one = copy.copy(args)
+            vars(one).update(changes, out=str(out / name), resume="auto")
+            if not (out / name / "done").exists():
+                print(f"{panel}: {label}")
+                train(one)
+                (out / name / "done").touch()
+            with open(out / name / "log.csv", encoding="utf-8") as f:
+                log = [row for row in csv.DictReader(f) if row["val_loss"]]
+            rows += [{"panel": panel, "setting": label} | row for row in log]
+            curves[label] = [int(row["step"]) for row in log], [float(row["val_loss"]) for row in log]
+        charts.append(sample.chart(curves, panel, "steps", "loss", [(math.log(2), "ln 2: always one half")],
+                                   y_range=(0, 0.8), size=(400, 300)))
+    with vq.atomic(out / "study.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    charts += [np.full_like(charts[0], 255)] * (-len(charts) % 3)
+    sheet = np.concatenate([np.concatenate(charts[i:i + 3], 1) for i in range(0, len(charts), 3)])
+    sample.save_png(out / "study.png", sheet, {"model": "syncnet", "steps": args.steps})
+    print(f"curves in {out}/study.csv and {out}/study.png")
+
+
+TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask,
+         "syncnet": SyncNetTask}
 
 
 @torch.no_grad()
@@ -1649,7 +1789,7 @@ class Run:
         args, data = self.args, self.task.train_set
         groups = getattr(data, "groups", [np.arange(len(data))])
         order = Batches(groups, args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
-        workers = args.workers if isinstance(data, (PictureFolder, CaptionedPictures)) else 0
+        workers = args.workers if isinstance(data, (PictureFolder, CaptionedPictures, ClipFolder)) else 0
         return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
                                worker_init_fn=leave_signals_to_parent))
 
@@ -1745,5 +1885,13 @@ def train(args):
         sys.exit(130)
 
 
+def main(args):
+    """Trains, or what a flag asks for instead."""
+    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study_syncnet)):
+        if getattr(args, flag, None):
+            return instead(args)
+    train(args)
+
+
 if __name__ == "__main__":
-    sample.guarded(train, ARGS)
+    sample.guarded(main, ARGS)
