@@ -2057,8 +2057,8 @@ def find_faces(video, device, every=5):
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
-        raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; or "
-                        "say where the face is: --face X0 Y0 X1 Y1, in pixels, or --face whole") from None
+        raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; "
+                        "or say where the face is: --face X0 Y0 X1 Y1, in pixels, or --face whole") from None
     detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")
     shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 480), [], [], None
     for i, frame in enumerate(tqdm(video, total=len(video), desc="looking for faces", unit="frame", leave=False)):
@@ -2082,7 +2082,7 @@ def faces_of(video, args, device, model):
         tracks = syncnet.face_tracks(boxes, cuts)
         if not tracks:
             seen, looked = sum(map(bool, boxes)), -(-len(boxes) // 5)
-            raise UserError(f"{video.path}: no face to judge: expected one that stays for 2 s, 100 pixels large or more; "
+            raise UserError(f"{video.path}: no face to judge: expected one of 100 pixels or more that stays for 2 s; "
                             f"found some in {seen} of {looked} frames; say where it is: --face X0 Y0 X1 Y1, in pixels")
     else:
         try:

@@ -384,6 +384,17 @@ class StableSyncNet(nn.Module):
             loss = F.binary_cross_entropy(cosine, label.float())
         return loss, {"accuracy": ((cosine > 0.5) == (label > 0.5)).float().mean()}
 
+    def contrast(self, frames, mel, label, scale=10.0):
+        """A loss to start with, like `loss`: find to each clip its sound among those of the batch, and the other way
+        round. Not the paper's. Binary cross entropy first makes all cosines one half, which is best as long as nothing
+        is known; what the encoders could tell apart is lost with it, hence the plateau. Here only differences count."""
+        label, right = label.float(), torch.arange(len(label), device=label.device)
+        logits = scale * self.embed_frames(frames) @ self.embed_audio(mel).T        # clips x sounds; 10: a temperature
+        losses = sum(F.cross_entropy(rows, right, reduction="none") for rows in (logits, logits.T)) / 2
+        matching = label.sum().clamp(min=1)                                 # the others are there to be told apart
+        accuracy = ((logits.argmax(1) == right) * label).sum() / matching
+        return (losses * label).sum() / matching, {"accuracy": accuracy}
+
     # what `score` needs, of both networks
 
     @property

@@ -81,11 +81,11 @@ LLAMAGEN_EMOJI = dict(
 # The authors' rate, clipping and precision; the paper recommends 1024 pairs a step. How long they trained is not known
 SYNCNET = COMMON | dict(
     model="16_pixel_attn", steps=50000, batch_size=1024, lr=1e-5, schedule="const", warmup=0.0, wd=0.01,
-    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048,
+    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, contrast_steps=0,
 )
 SYNCNET_HEADS = dict(
-    model="talking_head", steps=4000, batch_size=32, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
-    dtype="fp32", ema=0.998, val_pairs=800,
+    model="talking_head", steps=3000, batch_size=32, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
+    dtype="fp32", ema=0.998, val_pairs=800, contrast_steps=300,
 )
 RECIPES = {
     "vq": {
@@ -129,6 +129,7 @@ RECIPES = {
     },
     "syncnet": {
         "talking_head": SYNCNET | SYNCNET_HEADS,
+        "study": SYNCNET | SYNCNET_HEADS | dict(steps=300, batch_size=16, contrast_steps=100, val_pairs=240, ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
 }
@@ -220,10 +221,11 @@ def syncnet_args(add):
     add("--frames", type=int, help="of a clip")
     add("--embedding", type=int, help="numbers that a clip is described by")
     add("--attention", action=argparse.BooleanOptionalAction, help="--no-attention: residual blocks alone")
+    add("--contrast-steps", type=int, help="start with so many steps of a loss that knows no plateau; 0: as the paper")
     add("--audio-offset", type=int, default=0, metavar="FRAMES",
         help="spoil the data: shift the sound of each video, by up to so many frames to both sides")
     add("--unaligned", action="store_true", help="spoil the drawn videos: head and camera move")
-    add("--videos", type=int, default=1000, help="how many are drawn for --data demo (0.6 MB of memory each)")
+    add("--videos", type=int, default=800, help="how many are drawn for --data demo (1.2 MB of memory each)")
     add("--val-pairs", type=int, help="pairs to validate with")
     add("--evaluate", metavar="FILE", help="train nothing: how well does this one do on unseen videos?")
     add("--study", action="store_true", help="the paper's study in small: short runs with other batches, clips, "
@@ -246,6 +248,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.epochs and not args.steps:
         args.steps = 0                                                      # the recipe's steps do not count then
+    if getattr(args, "study", False):
+        args.recipe = "study"
     for key, value in RECIPES[args.model_name][args.recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -667,7 +671,7 @@ def speech_plan(rng, seconds):
     steps = lambda low, high: int(rng.uniform(low, high) / tempo * RATE)
     while len(rows) < seconds * RATE:
         if rng.random() < 0.3:
-            rows += [PHONES["pause"]] * steps(0.05, 0.5)
+            rows += [PHONES["pause"]] * steps(0.05, 0.3)
         for _ in range(rng.integers(1, 5)):                                 # the syllables of a word
             stress = np.array([1, 1, 1, *[rng.uniform(0.6, 1.2)] * 2, 1, rng.uniform(0.7, 1.15), 1, 1])
             if rng.random() < 0.8:
@@ -717,7 +721,7 @@ class Canvas:
         at = (torch.arange(size) + 0.5) * 2 / size - 1
         y, x = torch.meshgrid(at[-rows:], at, indexing="ij")
         dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
-        x, y = (x - dx) / scale / 1.45, (y - dy) / scale                    # aligned faces are 3:4, stretched to a square
+        x, y = (x - dx) / scale / 1.45, (y - dy) / scale                    # aligned faces are stretched to a square
         self.x, self.y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         self.pixel, self.top = 2 / size, float(self.y.min())
         self.picture = torch.zeros(len(pose), 3, rows, size)
@@ -801,7 +805,7 @@ def draw_head(rng, mouth, pose, size, rows):
 
 
 @functools.lru_cache(maxsize=4096)
-def talking_head(seed, seconds=3.2, size=64, rows=None, unaligned=False):
+def talking_head(seed, seconds=4.8, size=64, rows=None, unaligned=False):
     """(frames uint8 (25 * seconds, 3, rows or size, size), sound (16000 * seconds,)) of a random person who says random
     syllables: a function of the seed alone. Sound and picture come from one plan, so they are exactly in step.
     unaligned: head and camera move, as in a video whose faces nobody aligned."""
@@ -851,6 +855,19 @@ class Clips:
             raise OSError("ends too soon")
         return frames, mel, label
 
+    def some(self, n):
+        """(frames, sound) of the first n videos that can be used."""
+        found = []
+        for index in range(len(self)):
+            try:
+                frames, sound = self.whole(index)
+                found += [(frames, sound)] if len(frames) >= 2 * self.config.frames else []
+            except (UserError, *sample.UNREADABLE):
+                continue
+            if len(found) == n:
+                break
+        return found
+
     def __getitems__(self, items):
         pairs, broken = [], []
         for index, seed in items:
@@ -872,7 +889,7 @@ VAL_HEADS, FIRST_HEAD = 200, 1000                                           # he
 
 
 class TalkingHeads(Clips):
-    """Videos of people that do not exist, drawn when first asked for and kept: 0.8 MB each at 64 x 64 pixels."""
+    """Videos of people that do not exist, drawn when first asked for and kept: 1.2 MB each at 64 x 64 pixels."""
 
     kinds = "drawn videos"
 
@@ -1435,7 +1452,8 @@ class SyncNetTask(Task):
         return model.prepare(frames.to(self.device)), mel[:, None].to(self.device), labels.to(self.device)
 
     def loss(self, batch, step, g):
-        return self.model.loss(*self._inputs(batch, self.model))
+        loss = self.model.contrast if step < self.args.contrast_steps else self.model.loss
+        return loss(*self._inputs(batch, self.model))
 
     @torch.no_grad()
     def validate(self, model):
@@ -1448,12 +1466,10 @@ class SyncNetTask(Task):
 
     def picture(self, model):
         """Distance over shifts, of some validation videos."""
-        scores = {}
-        for i in range(min(4, len(self.val_set))):
-            frames, sound = self.val_set.whole(i)
-            score = syncnet.score(model, frames, sound)
-            scores[f"offset {score.offset:+d}"] = range(-15, 16), score.curve.tolist()
-        return sample.chart(scores, "validation videos", sample.SHIFTS, "distance", y_range=(0, 1))
+        scores = [syncnet.score(model, frames, sound) for frames, sound in self.val_set.some(4)]
+        curves = {f"{i}: offset {score.offset:+d}": (range(-15, 16), score.curve.tolist())
+                  for i, score in enumerate(scores, 1)}
+        return sample.chart(curves, "validation videos", sample.SHIFTS, "distance", y_range=(0, 1))
 
     def save(self, model, path, dtype):
         syncnet.save(model, path, dtype)
@@ -1465,15 +1481,15 @@ def evaluate_syncnet(args):
     device, why = sample.choose_device(args.device)
     model = syncnet.load(args.evaluate, device=device)
     if isinstance(model, syncnet.OriginalSyncNet):
-        raise UserError(f"{args.evaluate}: is the original SyncNet, whose distances say no yes or no; it judges videos: "
-                        "sample.py syncnet")
+        raise UserError(f"{args.evaluate}: is the original SyncNet, whose distances say neither yes nor no; it judges "
+                        "videos in sample.py syncnet")
     _, unseen = open_clips(args, model.config)
     task = SyncNetTask(args, unseen, unseen, device, torch.Generator(device))
     print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} unseen {unseen.kinds}")
     print("{accuracy:.2%} of {pairs:,} pairs told right (loss {loss:.3f})".format(
         **task.validate(model), pairs=args.val_pairs))
     moves, found = range(-7, 8), {}
-    videos = [unseen.whole(i) for i in range(min(20, len(unseen)))]
+    videos = unseen.some(20)
     for move, (frames, sound) in tqdm(list(itertools.product(moves, videos)), unit="video", leave=False):
         found.setdefault(move, []).append(syncnet.score(model, frames, moved(sound, move)).offset)
     print(f"{'sound moved by':>14}{'offset found':>14}{'error':>8}{'exact':>8}     (median of {len(videos)} videos)")
@@ -1484,15 +1500,16 @@ def evaluate_syncnet(args):
     print(f"median error over all {errors.size}: {np.median(errors):.0f} frames; exact: {(errors == 0).mean():.1%}")
 
 
-# The small version of the paper's empirical study: what of the recipe talking_head is replaced in each run
+# The small version of the paper's empirical study: what of the recipe "study" is replaced in each run
 STUDY = {
-    "pairs in a batch": {"8": dict(batch_size=8), "32": {}, "128": dict(batch_size=128)},
+    "pairs in a batch": {"4": dict(batch_size=4), "16": {}, "64": dict(batch_size=64)},
     "frames of a clip": {"5": dict(frames=5), "16": {}, "25": dict(frames=25)},
     "numbers of an embedding": {"64": dict(embedding=64), "256": {}, "512": dict(embedding=512)},
     "network": {"residual, attention": {}, "residual": dict(attention=False),
                 "Wav2Lip's kind": dict(model="talking_head_plain")},
     "training videos": {"clean": {}, "sound moved, up to 10 frames": dict(audio_offset=10),
                         "faces not aligned": dict(unaligned=True)},
+    "start": {"contrast, then cross entropy": {}, "cross entropy alone, as in the paper": dict(contrast_steps=0)},
 }
 
 
@@ -1504,7 +1521,8 @@ def study_syncnet(args):
         for label, changes in settings.items():
             name = "_".join([f"{k}_{v}" for k, v in changes.items()]) or "base"     # what all panels share runs once
             one = copy.copy(args)
-            vars(one).update(changes, out=str(out / name), resume="auto")
+            vars(one).update(changes, out=str(out / name), resume="auto", sample_every=0,
+                             val_every=max(1, args.steps // 12))
             if not (out / name / "done").exists():
                 print(f"{panel}: {label}")
                 train(one)
@@ -1514,7 +1532,7 @@ def study_syncnet(args):
             rows += [{"panel": panel, "setting": label} | row for row in log]
             curves[label] = [int(row["step"]) for row in log], [float(row["val_loss"]) for row in log]
         charts.append(sample.chart(curves, panel, "steps", "loss", [(math.log(2), "ln 2: always one half")],
-                                   y_range=(0, 0.8), size=(400, 300)))
+                                   y_range=(0, 0.9), size=(400, 300)))
     with vq.atomic(out / "study.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()

@@ -1273,7 +1273,7 @@ def split_rows(state, whole, parts):
     for key, value in state.items():
         found = re.fullmatch(rf"(.*\.){whole}(\.\w+)", key)
         names = [found[1] + part + found[2] for part in parts] if found else [key]
-        split |= dict(zip(names, value.chunk(len(names))))
+        split |= dict(zip(names, value.chunk(len(names)) if found else [value]))
     return split
 
 

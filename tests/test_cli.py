@@ -31,7 +31,7 @@ def script(*argv, cwd=ROOT, **kwargs):
 def run(module, *argv):
     """A script's command line in this process: what `python MODULE.py ARGV` does after its imports."""
     args = module.parse_args([str(a) for a in argv])
-    sample.guarded(train.train if module is train else sample.MODELS[args.model], args)
+    sample.guarded(train.main if module is train else sample.MODELS[args.model], args)
 
 
 def complaint(capsys, module, *argv):

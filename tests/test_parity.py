@@ -6,6 +6,7 @@ config, weights manifest, inputs and expected outputs, so new cases of a known k
 import itertools
 import os
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 import infinity
 import llamagen
 import sample
+import syncnet
 import triton_ops
 import train
 import var
@@ -634,6 +636,96 @@ def infinity_sample(meta, t, tmp_path):
     image = sample.to_pixels((tokenizer.decode(steps[-1].f_hat) + 1) / 2)
     off = np.abs(image.astype(int) - t["out.image_bgr"].flip(-1).numpy().astype(int))
     assert off.max() <= 1 and (off > 0).any(-1).mean() <= 0.002, (off.max(), (off > 0).any(-1).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SyncNet
+
+
+@runner("syncnet.mel")
+def syncnet_mel(meta, t, tmp_path):
+    audio, c = t["in.audio"].numpy(), meta["config"]
+    mel = syncnet.mel_spectrogram(audio)
+    close(mel, t["out.mel"], what="mel")
+    starts = [syncnet.mel_start(frame) for frame in c["start_frames"]]
+    equal(torch.tensor(starts), t["out.window_starts"], "window starts")
+    for frame, start in zip(c["start_frames"], starts):                     # a window alone has the numbers of the whole
+        window = syncnet.mel_window(audio, frame, c["window"])
+        if start + c["window"] > mel.shape[1]:
+            assert window is None
+        else:
+            assert torch.equal(window, mel[:, start:start + c["window"]])
+    assert syncnet.Config((), (), c["num_frames"]).columns == c["window"]
+
+
+def stable_config(c, picture):
+    """A Config from the original's description; plain networks are known by their weights."""
+    levels = lambda e: tuple((width, tuple(f) if isinstance(f, list) else f, bool(attends)) for width, f, attends in zip(
+        e["block_out_channels"], e["downsample_factors"], e.get("attn_blocks") or [0] * 99))
+    channels = c["visual_encoder"]["in_channels"]
+    latent = picture[0] == picture[1]
+    return syncnet.Config(levels(c["visual_encoder"]), levels(c["audio_encoder"]), channels // (4 if latent else 3),
+                          picture, latent)
+
+
+def noted(meta, name):
+    """The input that a case's note describes: "2 noise('in.mel', (3, 1, 80, 52))"."""
+    scale, shape = re.search(rf"([\d.]+ )?noise\('{name}', \(([\d, ]+)\)\)", meta["note"]).groups()
+    return float(scale or 1) * noise(name, tuple(map(int, shape.split(","))))
+
+
+@runner("syncnet.stable")
+@runner("syncnet.wav2lip")
+def syncnet_stable(meta, t, tmp_path):
+    """Of the ablation net no case is known; its kind is taken to be like the other's."""
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    state = fill_state_dict(meta["manifest"], kept)
+    torch.save({"state_dict": state}, tmp_path / "syncnet.pt")
+    frames, mel = noted(meta, "in.frames"), noted(meta, "in.mel")
+    inferred = syncnet.load(tmp_path / "syncnet.pt")
+    model = inferred
+    if meta["kind"] == "syncnet.stable":
+        config = stable_config(meta["config"], tuple(frames.shape[2:]))
+        model = syncnet.load(tmp_path / "syncnet.pt", config)
+        if any(config.audio[0][1:] == c.audio[0][1:] and len(c.visual) == len(config.visual)
+               for c in syncnet.CONFIGS.values()):
+            assert inferred.config == config, "inferred config"
+    check_export(syncnet.export(model), state)
+    close(model.embed_frames(frames), t["out.vision"], what="vision")
+    close(model.embed_audio(mel), t["out.audio"], what="audio")
+    close(model(frames, mel), t["out.similarity"], what="similarity")
+    labels = torch.arange(1, len(frames) + 1) % 2
+    loss, _ = model.loss(frames, mel, labels)
+    torch.testing.assert_close(loss[None], t["out.loss"].flatten(), rtol=1e-5, atol=0)
+    loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.load_state_dict(grads, strict=False)                              # export() then gives them official names
+    check_norms(syncnet.export(model), t, "out.grad_norm.")
+
+
+@runner("syncnet.original")
+def syncnet_original(meta, t, tmp_path):
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    state = fill_state_dict(meta["manifest"], kept)
+    torch.save(state, tmp_path / "syncnet_v2.model")
+    model = syncnet.load(tmp_path / "syncnet_v2.model")
+    exported = {k: v for k, v in syncnet.export(model).items() if not k.endswith("num_batches_tracked")}
+    check_export(exported, {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")})
+    frames, mfcc = noted(meta, "in.frames"), noted(meta, "in.mfcc")
+    clips = frames[0].unfold(1, 5, 1)[:, :-1].permute(1, 0, 4, 2, 3)        # the original leaves the last one out
+    with torch.no_grad():
+        vision = model.embed_frames(clips)
+        audio = model.embed_audio(mfcc[0].unfold(2, 20, 4)[:, :, :len(clips)].permute(2, 0, 1, 3))
+    every = vision.shape[1] // t["out.vision"].shape[1]                     # so many columns were stored
+    close(vision[:, ::every], t["out.vision"], what="vision")
+    close(audio[:, ::every], t["out.audio"], what="audio")
+    most = meta["config"]["vshift"]
+    shifted = F.pad(audio, (0, 0, most, most)).unfold(0, 2 * most + 1, 1).transpose(1, 2)
+    score = syncnet.judge(model.distance(vision[:, None], shifted).mean(0))
+    close(score.curve, t["out.mean_dists"], what="distances")
+    assert score.offset == t["out.offset"].item()
+    close(torch.tensor([score.confidence, score.distance]), torch.cat([t["out.sync_c"], t["out.sync_d"]]), what="score")
+
 
 @pytest.mark.parametrize("path", list(cases()))
 def test_parity(path, tmp_path):
