@@ -15,26 +15,29 @@ move the lips.
                   \\__________________ cosine of the two, in [0, 1] __________________/
 
 After a ReLU no number is negative, so neither is the cosine: it is taken for the probability that the two belong
-together, and trained as such, by binary cross entropy. A pair that does not belong together is the sound with frames
-of another moment of the same video, so that identity, light and microphone tell nothing.
+together, and trained as such, by binary cross entropy. Every second pair does not: it is the sound with frames of any
+other moment of the same video, so that identity, light and microphone tell nothing.
 
-The finding of the paper is when this converges at all. The loss starts at ln 2 = 0.69, that of answering "one half" to
-everything, and stays there for thousands of steps, or for ever, if batches are small, if sound and picture of the
-training videos are not in step, if faces are not aligned, if clips are short (too little to hear) or long (too hard to
-start with). `train.py syncnet --study` shows it in small. Wav2Lip's plain convolutions are here to compare (`plain`).
+The finding of the paper is what training needs to converge. The loss soon falls to ln 2 = 0.69, that of answering "one
+half" to everything, and stays there for thousands of steps, or for ever, if batches are small, if sound and picture of
+the training videos are not in step, if faces are not aligned, if clips are short (too little to hear) or long (too hard
+to start with). Large batches, clean data and 16 frames break the plateau; so does another loss to start with
+(`contrast`). `train.py syncnet --study` shows it in small. Wav2Lip's plain convolutions are here to compare (`plain`).
 
 **OriginalSyncNet** (Chung and Zisserman, "Out of time", 2016) is the judge of the lip-sync literature: 5 frames against
 0.2 s of MFCCs, trained so that vectors of matching pairs lie near each other. `score` slides it over a video and shifts
 the sound by -15 ... 15 frames against the picture: Sync-D (LSE-D) is the smallest mean distance of all shifts, Sync-C
-(LSE-C) the median less the smallest, and the offset says where that is. StableSyncNet can be slid likewise.
+(LSE-C) the median minus the smallest, and the offset says where that is. StableSyncNet can be slid likewise; its
+distances lie between 0 and 1, the original's, Euclidean ones of vectors of any length, around 10.
 
-Letters: B batch, F frames of a clip, N clips of a video, C width, H heads, D numbers of an embedding, S shifts, T
-columns of a spectrogram. Video has 25 frames, sound 16,000 samples a second. Released weights: stable_syncnet.pt (401 M
-parameters, repository ByteDance/LatentSync-1.6), syncnet_v2.model.
+Letters: B batch, F frames of a clip, N clips of a video, C width, H W height and width, D numbers of an embedding, S
+shifts, n samples. Pictures come at 25 a second, sound at 16 kHz. Released weights: stable_syncnet.pt (401 M parameters,
+repository ByteDance/LatentSync-1.6), syncnet_v2.model (13.6 M).
 
-    model, judge = syncnet.load("stable_syncnet.pt"), syncnet.load("syncnet_v2.model")
-    similarity = model(model.prepare(frames), mel)                          # (B,) in [0, 1]
-    offset, confidence, distance, curve, clips = syncnet.score(judge, faces, audio)
+    model, original = syncnet.load("stable_syncnet.pt"), syncnet.load("syncnet_v2.model")
+    mel = syncnet.mel_window(audio, frame, model.config.columns)            # of the clip that begins with that frame
+    similarity = model(model.prepare(frames), mel[None, None])              # (1,) in [0, 1]
+    offset, confidence, distance, curve, clips = syncnet.score(original, faces, audio)
 """
 import math
 from collections import namedtuple
@@ -56,7 +59,7 @@ FPS, SAMPLE_RATE = 25, 16000
 class Config:
     """A StableSyncNet or its ablation. Of each encoder a row per level: (width, factor, attention), where factor is how
     much smaller the level's end is, a number or one for height and one for width. A plain one has instead
-    (width, kernel, stride, padding, blocks that follow). The last width is D; the last map has to be 1 x 1."""
+    (width, kernel, stride, padding, residual blocks after it). The last width is D; the last map has to be 1 x 1."""
 
     visual: tuple
     audio: tuple
@@ -105,16 +108,19 @@ CONFIGS = {
 
 
 def variant(config, frames=None, embedding=None, attention=None):
-    """The same network for clips of other length, with another D, or without attention: what the paper compares. With
-    other frames the audio encoder halves the time later or sooner: its first levels shrink the 80 bands alone."""
+    """The same network for clips of `frames`, with `embedding` numbers (a multiple of 32), or with attention=False:
+    what the paper compares. None leaves as it is. For other frames the audio encoder halves the time in its last
+    levels, as often as it takes to come down to 1, and the first ones shrink the 80 bands alone. Raises ValueError."""
     visual, audio = list(config.visual), list(config.audio)
     if config.plain and (frames not in (None, config.frames) or embedding not in (None, visual[-1][0])):
-        raise ValueError(f"is made for {config.frames} frames and {visual[-1][0]} numbers")
+        raise ValueError(f"a plain network is made for {config.frames} frames and {visual[-1][0]} numbers")
+    if embedding and embedding % 32:
+        raise ValueError(f"an embedding of {embedding} numbers: expected a multiple of 32")
     if frames and frames != config.frames:
         config = replace(config, frames=frames)
         late = 6 - int(math.log2(config.columns))
-        if not 0 <= late < 6:
-            raise ValueError(f"clips of {frames} frames: expected 1 to 39")
+        if not 0 <= late < 6 <= len(audio):
+            raise ValueError(f"clips of {frames} frames: expected 1 to 39, and an audio encoder of 6 levels or more")
         factors = [(2, 1)] * late + [2] * (6 - late)
         factors[3:3] = [1] * (len(audio) - 6)
         audio = [(width, factor, attends) for (width, _, attends), factor in zip(audio, factors)]
@@ -161,7 +167,8 @@ HOP = 200                                                                   # 80
 
 
 def mel_spectrogram(audio, first=0, columns=None):
-    """What StableSyncNet hears: sound (n,) in [-1, 1] -> (80, columns) float32 in [-4, 4], from column `first` on.
+    """What StableSyncNet hears: sound, an array (n,) in [-1, 1] -> tensor (80, columns) float32 in [-4, 4], from column
+    `first` on.
 
     By default all 1 + n // 200 columns. Asking for a part computes only that, and the same numbers. Not whisper's:
     other windows, zeros beyond the ends, magnitudes instead of powers.
@@ -189,7 +196,7 @@ def mel_window(audio, frame, columns):
 
 
 def mfcc(audio, first=0, columns=None):
-    """What the original SyncNet hears: sound (n,) in the range of int16 -> (13, columns), 100 columns a second.
+    """What the original SyncNet hears: sound, an array (n,) in int16's range -> tensor (13, columns), 100 a second.
 
     Mel-frequency cepstral coefficients as of python_speech_features: windows of 25 ms, rectangular, 26 bands; the first
     coefficient is the logarithm of the energy.
@@ -219,8 +226,8 @@ def mfcc(audio, first=0, columns=None):
 
 
 class Shrink(nn.Conv2d):
-    """Convolution 3x3 that makes a map (H, W) smaller by `factor`. Zeros are added so that even sides come out as
-    side / factor: on the right and below, but on both ends of a side that stays as it is."""
+    """Convolution 3x3 that makes a map (H, W) smaller by `factor`. Zeros are added so that multiples of the factor are
+    divided by it, others rounded down: on the right and below, but on both ends of a side that stays as it is."""
 
     def __init__(self, channels, factor):
         self.factor = factor = (factor, factor) if isinstance(factor, int) else tuple(factor)
@@ -309,8 +316,8 @@ class ConvBlock(nn.Module):
 
 
 class PlainEncoder(nn.Sequential):
-    """Wav2Lip's kind: convolutions one after the other. (B, c_in, H, W) -> (B, D). `relus`: of the last so many blocks
-    the activation is a ReLU, so that embeddings are not negative; of the others it is leaky."""
+    """Wav2Lip's kind: convolutions one after the other. (B, c_in, H, W) -> (B, D). The last block has to have a ReLU,
+    so that embeddings are not negative; the last `relus` have one, as in LatentSync's copy, the others a leaky one."""
 
     def __init__(self, c_in, levels, relus):
         blocks = []
@@ -330,8 +337,8 @@ class PlainEncoder(nn.Sequential):
 
 
 def lower_halves(faces, config):
-    """uint8 (N, 3, h, w) -> uint8 (N, 3, H, W): resized to a square, bicubic, of which the lower half is kept, in this
-    order. What has the height and width of a half is taken for one."""
+    """Pictures of aligned faces, uint8 (n, 3, h, w) -> uint8 (n, 3, H, W): resized to a square, bicubic, of which then
+    the lower half is kept. Pictures that have the size of a half pass as they are."""
     height, width = config.picture
     if faces.shape[2:] == (height, width):
         return faces
@@ -356,7 +363,8 @@ class StableSyncNet(nn.Module):
 
     def prepare(self, frames):
         """Aligned faces, uint8 (B, F, 3, h, w) of any size, or their lower halves (B, F, 3, H, W) -> (B, 3F, H, W) in
-        [-1, 1]. Channels are frame by frame, then rgb."""
+        [-1, 1]. Channels are frame by frame, then rgb. Latents are the caller's to make: (B, 4F, 32, 32), of whole
+        faces, times 0.18215."""
         halves = lower_halves(frames.flatten(0, 1), self.config).to(self.dtype).div(127.5).sub(1)
         return rearrange(halves, "(b f) c h w -> b (f c) h w", f=self.config.frames)
 
@@ -385,11 +393,12 @@ class StableSyncNet(nn.Module):
         return loss, {"accuracy": ((cosine > 0.5) == (label > 0.5)).float().mean()}
 
     def contrast(self, frames, mel, label, scale=10.0):
-        """A loss to start with, like `loss`: find to each clip its sound among those of the batch, and the other way
-        round. Not the paper's. Binary cross entropy first makes all cosines one half, which is best as long as nothing
-        is known; what the encoders could tell apart is lost with it, hence the plateau. Here only differences count."""
+        """A loss to start with (InfoNCE), arguments as of `loss`: find to each clip its sound among those of the batch,
+        and the other way round. Not the paper's. Cross entropy first makes all cosines one half, which is best as long
+        as nothing is known, and what the encoders could tell apart is lost with it: the plateau. Here only differences
+        count. Sounds of other videos are among the wrong ones, so a voice can give a match away: for a start only."""
         label, right = label.float(), torch.arange(len(label), device=label.device)
-        logits = scale * self.embed_frames(frames) @ self.embed_audio(mel).T        # clips x sounds; 10: a temperature
+        logits = scale * self.embed_frames(frames) @ self.embed_audio(mel).T        # (B, B): clips x sounds
         losses = sum(F.cross_entropy(rows, right, reduction="none") for rows in (logits, logits.T)) / 2
         matching = label.sum().clamp(min=1)                                 # the others are there to be told apart
         accuracy = ((logits.argmax(1) == right) * label).sum() / matching
@@ -406,17 +415,19 @@ class StableSyncNet(nn.Module):
     PADDING = math.nan                                                      # shifts beyond the ends do not count
 
     def embed_clips(self, faces):
-        """uint8 (B, F, 3, h, w) -> (B, D)."""
-        return self.embed_frames(self.prepare(faces))
+        """All clips of successive faces, uint8 (N + F - 1, 3, h, w) -> (N, D)."""
+        halves = lower_halves(faces, self.config)                           # each frame is in F clips, but resized once
+        return self.embed_frames(self.prepare(rearrange(halves.unfold(0, self.frames, 1), "n c h w f -> n f c h w")))
 
     def embed_sound(self, audio, first, count):
         """Embeddings (at most count, D) of the sound (n,) of clips `first` and following; fewer at its end."""
-        columns = self.config.columns
-        mels = [mel_window(audio, i, columns) for i in range(first, first + count)]
-        mels = [mel for mel in mels if mel is not None]
-        like = next(self.parameters())
-        if not mels:
+        columns, last, like = self.config.columns, 1 + len(audio) // HOP, next(self.parameters())
+        starts = [mel_start(i) for i in range(first, first + count)]
+        starts = [start for start in starts if start + columns <= last]
+        if not starts:
             return like.new_zeros(0, self.config.audio[-1][0])
+        mel = mel_spectrogram(audio, starts[0], starts[-1] + columns - starts[0])
+        mels = [mel[:, start - starts[0]:start - starts[0] + columns] for start in starts]
         return self.embed_audio(torch.stack(mels)[:, None].to(like))
 
     @staticmethod
@@ -474,12 +485,11 @@ class OriginalSyncNet(nn.Module):
         return self.audio_head(self.audio_convs(mfcc).flatten(1))
 
     def embed_clips(self, faces):
-        """uint8 (B, 5, 3, h, w), red first, of any size -> (B, 1024)."""
-        like = next(self.parameters())
-        flat = faces.flatten(0, 1).to(like)
-        if flat.shape[2:] != (224, 224):
-            flat = F.interpolate(flat, (224, 224), mode="bilinear", align_corners=False)
-        return self.embed_frames(rearrange(flat.flip(1), "(b f) c h w -> b c f h w", f=5))
+        """All clips of successive faces, uint8 (N + 4, 3, h, w), red first, of any size -> (N, 1024)."""
+        faces = faces.to(next(self.parameters()))
+        if faces.shape[2:] != (224, 224):
+            faces = F.interpolate(faces, (224, 224), mode="bilinear", align_corners=False)
+        return self.embed_frames(rearrange(faces.flip(1).unfold(0, 5, 1), "n c h w f -> n c f h w"))
 
     def embed_sound(self, audio, first, count):
         """Embeddings (at most count, 1024) of the sound (n,) in [-1, 1] of clips `first` and following; of the last
@@ -488,8 +498,9 @@ class OriginalSyncNet(nn.Module):
         like = next(self.parameters())
         if count <= 0:
             return like.new_zeros(0, 1024)
-        scaled = np.round(np.asarray(audio, np.float64) * 32768).clip(-32768, 32767)
-        columns = mfcc(scaled, 4 * first, 4 * count + 16)                   # 4 columns a frame, windows of 20
+        low = max(0, 640 * first - 160)                                     # a column more: it emphasizes the next one
+        heard = np.round(np.asarray(audio[low:640 * (first + count) + 3200], np.float64) * 32768).clip(-32768, 32767)
+        columns = mfcc(heard, (640 * first - low) // 160, 4 * count + 16)   # 4 columns a frame, windows of 20
         return self.embed_audio(columns.unfold(1, 20, 4).transpose(0, 1)[:, None].to(like))
 
     @staticmethod
@@ -503,12 +514,12 @@ class OriginalSyncNet(nn.Module):
 
 Score = namedtuple("Score", "offset confidence distance curve clips")
 Score.__doc__ = """offset: in frames; where it is positive, the sound comes so much too early. confidence (Sync-C):
-median of the curve less its minimum. distance (Sync-D): the minimum. curve (S,): mean distance over all clips for each
-shift of the sound, -15 ... 15 frames. clips: how many that were."""
+median of the curve minus its minimum. distance (Sync-D): the minimum. curve (S,): mean distance over all clips for each
+shift k = -15 ... 15, which compares a clip with the sound of k frames later; the offset is -k. clips: their number."""
 
 
-def judge(curve, clips=0):
-    """A Score from a curve (S,) of mean distances. Shifts that no clip allowed are nan and do not count."""
+def best_shift(curve, clips=0):
+    """A Score from a curve (S,) of mean distances. Shifts that are nan do not count."""
     distance, k = torch.where(curve.isnan(), math.inf, curve).min(0)
     return Score(len(curve) // 2 - int(k), float(curve.nanmedian() - distance), float(distance), curve, clips)
 
@@ -519,8 +530,10 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
 
     model: a StableSyncNet, or the OriginalSyncNet; frames: faces at 25 frames a second, uint8 (3, h, w), all of one
     size, in any iterable, of which no more are held at a time than `batch_size` clips need. For the first network they
-    are aligned faces, for the second such crops as `face_crop` makes. audio: (n,) in [-1, 1] at 16 kHz. Raises
-    ValueError if video or sound is shorter than one clip.
+    are aligned faces, for the second such crops as `face_crop` makes. audio: an array (n,) in [-1, 1] at 16 kHz, which
+    begins with the first frame; what goes beyond the last one is not heard. Shifts that half of the clips or more do
+    not allow are nan, unless the model compares with zeros there (`PADDING`). Raises ValueError if video or sound is
+    shorter than one clip.
     """
     like = next(model.parameters())
     total, count = (torch.zeros(2 * max_shift + 1, dtype=torch.float64, device=like.device) for _ in range(2))
@@ -535,8 +548,8 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
         if vision is None:
             vision, sound = heard[:0], F.pad(heard[:0], (0, 0, max_shift, 0), value=model.PADDING)
         if len(heard):
-            faces = torch.stack(held).to(like.device).unfold(0, model.frames, 1)[:len(heard)]       # (n, 3, h, w, F)
-            vision = torch.cat([vision, model.embed_clips(rearrange(faces, "n c h w f -> n f c h w"))])
+            faces = torch.stack(held[:len(heard) + model.frames - 1]).to(like.device)
+            vision = torch.cat([vision, model.embed_clips(faces)])
         sound = torch.cat([sound, heard])
         if at_end:
             sound = F.pad(sound, (0, 0, 0, max_shift), value=model.PADDING)
@@ -547,7 +560,8 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
         held, first, clips = held[n:], first + n, clips + len(heard)
     if not clips:
         raise ValueError(f"expected at least {model.frames + model.SPARE} frames of video and as much sound")
-    return judge((total / count).float().cpu(), clips)
+    common = count * 2 > clips                                              # shifts that most clips allow
+    return best_shift(torch.where(common, total / count, math.nan).float().cpu(), clips)
 
 
 def combine(scores):
@@ -564,7 +578,7 @@ def overlap(a, b):
 
 
 def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, smallest=100):
-    """Follows faces through a video: per frame a list of boxes (x0, y0, x1, y1) -> a list of (first frame, (n, 4)).
+    """Follows faces through a video: per frame a list of boxes (x0, y0, x1, y1) in pixels -> [(first frame, (n, 4))].
 
     A box continues the track whose last box it overlaps most, more than least_overlap, at most longest_gap frames ago
     and on the same side of all `cuts` (frames with which a new scene begins). Tracks have more than `shortest` frames
@@ -599,7 +613,7 @@ def smooth_track(boxes):
     """Boxes (n, 4) of one face -> half sides (n,) and centres (n, 2) as x, y, each the median of 13 frames."""
     sizes = (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True) / 2
     values = np.concatenate([sizes, (boxes[:, :2] + boxes[:, 2:]) / 2], 1)
-    padded = np.pad(values, ((6, 6), (0, 0)))                               # zeros, as in the original
+    padded = np.pad(values, ((6, 6), (0, 0)))       # zeros, as in the original: at both ends the smaller values win
     medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 13, axis=0), axis=-1)
     return medians[:, 0], medians[:, 1:]
 
@@ -607,7 +621,8 @@ def smooth_track(boxes):
 def face_crop(frame, half, centre, share=0.4):
     """The crop on which the judge was trained: uint8 (3, h, w) -> uint8 (3, 224, 224), from `half` above the centre of
     the face to 1.8 * half below, and 1.4 * half to both sides; grey (110) where the picture ends."""
-    margin = int(half * (1 + 2 * share))
+    margin = int(half * (1 + 2 * share)) + 1
+    centre = np.clip(centre, 0, frame.shape[:0:-1])                         # of a track that leaves the picture
     padded = F.pad(frame, (margin,) * 4, value=110)
     x, y = centre[0] + margin, centre[1] + margin
     wide, low = half * (1 + share), half * (1 + 2 * share)
@@ -633,8 +648,8 @@ def infer_config(state, path):
     """The Config of an official state dict. Widths and attention are read from its shapes; how much smaller a level
     becomes is in none: it is that of the entry of CONFIGS that has the same levels, else config= must be given."""
     if "visual_encoder.0.conv_block.0.weight" in state:
-        rows = lambda encoder: [len(v) for k, v in state.items()
-                                if k.startswith(encoder) and k.endswith("conv_block.0.weight")]
+        key = lambda encoder, i: f"{encoder}_encoder.{i}.conv_block.0.weight"
+        rows = lambda encoder: [len(state[key(encoder, i)]) for i in range(len(state)) if key(encoder, i) in state]
         plan = lambda levels: [level[0] for level in levels for _ in range(1 + level[4])]
         matches = [c for c in CONFIGS.values() if c.plain and rows("visual") == plan(c.visual) and
                    rows("audio") == plan(c.audio)]
@@ -660,15 +675,15 @@ def _levels_of(state, encoder):
         block = f"{encoder}down_blocks.{n}."
         if block + "conv1.weight" in state:
             found.append((len(state[block + "conv1.weight"]), False, block + "downsample_conv.weight" in state))
-        else:                                                               # attention belongs to the level before it
+        elif found:                                                         # attention belongs to the level before it
             found[-1] = (found[-1][0], True, found[-1][2])
         n += 1
     return found
 
 
 def load(path, config=None, dtype=torch.float32, device="cpu"):
-    """A StableSyncNet or an OriginalSyncNet in eval mode, from a released file, a training checkpoint of the original,
-    or a file of ours. config: of a StableSyncNet, instead of the inferred one. Raises vq.CheckpointError."""
+    """A StableSyncNet or an OriginalSyncNet in eval mode, from a released file, a training checkpoint of LatentSync, or
+    a file of ours. config: of a StableSyncNet, instead of the inferred one. Raises vq.CheckpointError."""
     state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
     if "netcnnlip.0.weight" in state:
         model = vq.build(OriginalSyncNet)
