@@ -702,7 +702,10 @@ def _read_sound_file(path):
     try:
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as e:
-        raise UserError(f"{path}: not a readable sound file ({e})") from None
+        try:
+            return _read_sound_track(path)                                  # it knows more kinds of wav
+        except UserError:
+            raise UserError(f"{path}: not a readable sound file ({e})") from None
     sound, common = sound.mean(1), math.gcd(rate, SAMPLE_RATE)
     if rate != SAMPLE_RATE and len(sound):
         sound = resample_poly(sound, SAMPLE_RATE // common, rate // common).astype(np.float32)
@@ -712,19 +715,40 @@ def _read_sound_file(path):
 def _read_sound_track(path):
     av = pyav()
     with open_container(path) as container:
-        if not container.streams.audio:
+        stream, picture = container.streams.best("audio"), container.streams.best("video")
+        if stream is None:
             raise UserError(f"{path}: has no sound; give one as --audio FILE")
-        stream, pieces, first = container.streams.audio[0], [], None
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-        for frame in decoded(container, stream):
-            first = frame.time if first is None else first
-            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
-        pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)] if pieces else []
-        picture = container.streams.video[0] if container.streams.video else None
-        begins = float((picture.start_time or 0) * picture.time_base) if picture else first or 0.0
-    sound = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    late = round(((first or 0.0) - begins) * SAMPLE_RATE)                   # than the picture
-    return np.pad(sound, (max(late, 0), 0))[max(-late, 0):]
+        origin = float((picture.start_time or 0) * picture.time_base) if picture else None
+        pieces, now, kind, resampler = [], 0, None, None                    # now: sample at which the next piece begins
+
+        def add(frames):
+            nonlocal now
+            for frame in frames:
+                pieces.append(frame.to_ndarray().mean(0, dtype=np.float32))
+                now += len(pieces[-1])
+        try:
+            for frame in decoded(container, stream):
+                if (frame.rate, frame.format.name, frame.layout.name) != kind:      # files that were joined may change
+                    add(resampler.resample(None) if resampler else ())
+                    kind = frame.rate, frame.format.name, frame.layout.name
+                    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+                if frame.time is not None:
+                    origin = frame.time if origin is None else origin
+                    at = round((frame.time - origin) * SAMPLE_RATE)
+                    if not pieces:
+                        begin = now = at
+                    elif at - now > SAMPLE_RATE // 50:                      # something is missing: silence
+                        pieces.append(np.zeros(at - now, np.float32))
+                        now = at
+                elif not pieces:
+                    begin = 0
+                add(resampler.resample(frame))
+            add(resampler.resample(None) if resampler else ())
+        except (av.error.FFmpegError, ValueError) as e:
+            raise UserError(f"{path}: its sound cannot be read ({e})") from None
+    if not pieces:
+        return np.zeros(0, np.float32)
+    return np.pad(np.concatenate(pieces), (max(begin, 0), 0))[max(-begin, 0):]
 
 
 def open_container(path):
@@ -733,7 +757,7 @@ def open_container(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return av.open(str(path))
+        return av.open(str(Path(path).absolute()), metadata_errors="replace")      # else "12:30.mp4" is a protocol
     except (av.error.FFmpegError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{path}: not a video or sound file that can be read ({reason})") from None
@@ -742,11 +766,13 @@ def open_container(path):
 def decoded(container, stream):
     """The frames of a stream. Packets that are damaged are left out; what makes up for them is up to the caller."""
     av = pyav()
+    if stream.codec_context is None:
+        raise UserError(f"{container.name}: its {stream.type} is coded in a way that PyAV has no decoder for")
     try:
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except av.error.InvalidDataError:
+            except av.error.FFmpegError:
                 continue
     except av.error.FFmpegError:                                            # the file breaks off
         return
@@ -755,22 +781,27 @@ def decoded(container, stream):
 class Video:
     """The frames of a video at a constant rate, each decoded when it is asked for: memory does not depend on length.
 
-    Frame k is what is seen at k / fps seconds: where frames come at another rate, or irregularly, some are repeated or
-    left out. `len` is what the file says of its length, which may be wrong. Every iteration starts anew.
+    Frame k of ours is the last of those that are shown nearer to k / fps seconds than to any other multiple, or, if
+    there is none, the one before: where frames come at another rate, or irregularly, some are repeated or left out.
+    `len` is what the file says of its length, which may be wrong. Every iteration starts anew.
     """
 
     def __init__(self, path, fps=FPS):
         self.path, self.fps = Path(path), fps
         with open_container(path) as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")
+            if stream is None:
                 raise UserError(f"{path}: has no picture, expected a video")
-            stream = container.streams.video[0]
-            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-            self.length, self.has_sound = round(seconds * fps), bool(container.streams.audio)
-        first = next(iter(self), None)
+            ends = stream.duration
+            if not ends:                                                    # recorders of browsers do not write it
+                ends = max((packet.pts + (packet.duration or 0) - (stream.start_time or 0)
+                            for packet in container.demux(stream) if packet.pts is not None), default=0)
+            self.length = round(float(ends * stream.time_base) * fps)
+        _, _, first = next(self._numbered(), (0, 0, None))
         if first is None:
             raise UserError(f"{path}: not one picture in it can be decoded")
-        self.height, self.width = first.shape[:2]
+        self.size = dict(width=first.width, height=first.height)
+        self.height, self.width = self._picture(first).shape[:2]
 
     def __len__(self):
         return self.length
@@ -778,36 +809,57 @@ class Video:
     def __iter__(self):
         return self.frames()
 
-    def frames(self, start=0):
-        """uint8 (h, w, 3), from frame `start` on; what lies before the last key frame is not decoded."""
+    def _numbered(self, since=0.0):
+        """(number in our count, second of its end, frame) of the decoded frames, from a key frame near `since` on."""
         with open_container(self.path) as container:
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")
             stream.thread_type = "AUTO"
             rate, begins = float(stream.average_rate or self.fps), float((stream.start_time or 0) * stream.time_base)
-            if start:
-                container.seek(int((begins + start / self.fps) / stream.time_base), stream=stream)
-            shown, due, end = None, start, 0.0                              # due: number of the next to hand out
+            if since:
+                container.seek(int((begins + since) / stream.time_base), stream=stream)
             for i, frame in enumerate(decoded(container, stream)):
+                if frame.time is None and since:
+                    return                                                  # nobody knows where we are
                 seen = i / rate if frame.time is None else frame.time - begins
-                number = math.floor(seen * self.fps + 0.5)                  # the nearest frame of ours
-                while shown is not None and due < number:
-                    yield shown
-                    due += 1
-                shown, end = upright(frame), seen + 1 / rate
-            while shown is not None and due < max(math.floor(end * self.fps + 0.5), start + (due == start)):
-                yield shown
+                yield math.floor(seen * self.fps + 0.5), seen + 1 / rate, frame
+
+    def frames(self, start=0):
+        """uint8 (h, w, 3), from frame `start` on. Decoding begins at a key frame before it, if there is a way there."""
+        numbered = None
+        for back in (0, 1, 10) if start else ():                            # some formats arrive later than asked for
+            attempt = self._numbered(max(0.0, start / self.fps - back))
+            try:
+                first = next(attempt, None)
+            except pyav().error.FFmpegError:                                # no seeking in this one
+                first = None
+            if first and first[0] <= start:
+                numbered = itertools.chain([first], attempt)
+                break
+            attempt.close()
+        shown = picture = None
+        due, end = start, 0.0                                               # due: number of the next to hand out
+        for number, end, frame in numbered or self._numbered():
+            while shown is not None and due < number:
+                picture = self._picture(shown) if picture is None else picture
+                yield picture
                 due += 1
+            shown, picture = frame, None
+        while shown is not None and due < max(math.floor(end * self.fps + 0.5), start == 0):
+            picture = self._picture(shown) if picture is None else picture
+            yield picture
+            due += 1
+
+    def _picture(self, frame):
+        """A frame as uint8 (h, w, 3), of the size of the first, turned as the file says: phones film sideways."""
+        picture = frame.to_ndarray(format="rgb24", **self.size)
+        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
 
     def clip(self, start, count):
         """`count` frames from `start` on as uint8 (count, 3, h, w); fewer at the end of the video."""
         pictures = list(itertools.islice(self.frames(start), count))
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) if pictures else torch.zeros(0, 3, 1, 1)
-
-
-def upright(frame):
-    """A decoded frame as uint8 (h, w, 3), turned as the file says: phones film sideways."""
-    picture = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(picture, round(getattr(frame, "rotation", 0) / 90) % 4))
+        if not pictures:
+            return torch.zeros(0, 3, self.height, self.width, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 class VideoWriter:
@@ -824,18 +876,28 @@ class VideoWriter:
 
     def __enter__(self):
         self.av, self.stack = pyav(), ExitStack()
-        with ExitStack() as stack:
-            temporary = stack.enter_context(vq.atomic(self.path))
-            try:
-                self.container = stack.enter_context(self.av.open(str(temporary), "w", format="mp4"))
-            except self.av.error.FFmpegError as e:
-                raise UserError(f"{self.path}: cannot be written ({e.strerror})") from None
-            self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
-            self.stream.height, self.stream.width, self.stream.pix_fmt = *self.even, "yuv420p"
-            if self.sound is not None:
-                self.track = self.container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-            self.stack = stack.pop_all()
+        temporary = self.stack.enter_context(vq.atomic(self.path))
+        self.stack.push(self._complain)
+        self.container = self.stack.enter_context(self.av.open(str(temporary.absolute()), "w", format="mp4"))
+        self.stack.push(self._flush)
+        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *self.even, "yuv420p"
+        if self.sound is not None:
+            self.track = self.container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def _flush(self, kind, error, trace):
+        if kind is None and not self.written:
+            raise UserError(f"{self.path}: there is not one picture to write")
+        for stream in self.container.streams if kind is None else ():
+            self.container.mux(stream.encode(None))
+
+    def _complain(self, kind, error, trace):
+        if isinstance(error, self.av.error.FFmpegError):                    # a full disk, a missing folder
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def write(self, picture):
         """The next picture."""
@@ -858,12 +920,6 @@ class VideoWriter:
         frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, self.heard, Fraction(1, SAMPLE_RATE)
         self.container.mux(self.track.encode(frame))
         self.heard = until
-
-    def __exit__(self, *error):
-        if error[0] is None:
-            for stream in self.container.streams:
-                self.container.mux(stream.encode(None))
-        self.stack.__exit__(*error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2059,8 +2115,8 @@ def find_faces(video, device, every=5):
     except ImportError as e:
         raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; "
                         "or say where the face is: --face X0 Y0 X1 Y1, in pixels, or --face whole") from None
-    detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")
-    shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 480), [], [], None
+    detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")     # sees 20 pixels and more
+    shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 640), [], [], None
     for i, frame in enumerate(tqdm(video, total=len(video), desc="looking for faces", unit="frame", leave=False)):
         picture = Image.fromarray(frame).resize((round(video.width / shrink), round(video.height / shrink)), Image.BOX)
         colors = np.asarray(picture.resize((64, 64), Image.BOX).convert("HSV"), np.int16)
@@ -2074,7 +2130,6 @@ def find_faces(video, device, every=5):
 
 def faces_of(video, args, device, model):
     """[(first frame, what cuts the face of frame i out of it, number of frames or None for all)] of --face."""
-    original = isinstance(model, syncnet.OriginalSyncNet)
     if args.face == ["whole"] or (args.face == ["auto"] and video.height == video.width):
         return [(0, lambda frame, i: frame, None)]
     if args.face in (["auto"], ["detect"]):
@@ -2085,16 +2140,21 @@ def faces_of(video, args, device, model):
             raise UserError(f"{video.path}: no face to judge: expected one of 100 pixels or more that stays for 2 s; "
                             f"found some in {seen} of {looked} frames; say where it is: --face X0 Y0 X1 Y1, in pixels")
     else:
-        try:
-            box = np.array([float(v) for v in args.face])
-            assert len(box) == 4 and box[0] < box[2] and box[1] < box[3]
-            assert box.min() >= 0 and box[2] <= video.width and box[3] <= video.height
-        except (ValueError, AssertionError):
-            raise UserError(f"--face {' '.join(args.face)}: expected auto, detect, whole, or a box X0 Y0 X1 Y1 in "
-                            f"pixels inside of {video.width} x {video.height}") from None
-        tracks = [(0, np.tile(box, (max(len(video), 1), 1)))]
-    cutter = judge_crop if original else aligned_crop
+        tracks = [(0, np.tile(parse_box(args.face, video), (13, 1)))]       # 13: as many as are smoothed over
+    cutter = judge_crop if isinstance(model, syncnet.OriginalSyncNet) else aligned_crop
     return [(first, cutter(boxes), None if len(args.face) == 4 else len(boxes)) for first, boxes in tracks]
+
+
+def parse_box(words, video):
+    """--face X0 Y0 X1 Y1 as an array."""
+    try:
+        x0, y0, x1, y1 = box = [float(word) for word in words]
+    except ValueError:
+        box = None
+    if box is None or not (0 <= x0 < x1 <= video.width and 0 <= y0 < y1 <= video.height):
+        raise UserError(f"--face {' '.join(words)}: expected auto, detect, whole, or a box X0 Y0 X1 Y1 in pixels "
+                        f"inside of {video.width} x {video.height}")
+    return np.array(box)
 
 
 def judge_crop(boxes):
@@ -2105,15 +2165,16 @@ def judge_crop(boxes):
 
 def aligned_crop(boxes):
     """Crops nearly as StableSyncNet's aligned faces: a face box stretched to a square has brows, nose and mouth where
-    these have them, as long as the head is upright."""
+    these have them, as long as the head is upright. What lies beyond the picture is like its edge."""
     _, centres = syncnet.smooth_track(boxes)
     sides = np.median(boxes[:, 2:] - boxes[:, :2], 0)
 
     def cut(frame, i):
-        x, y = centres[min(i, len(boxes) - 1)]
-        x0, y0 = (max(0, round(c - side / 2)) for c, side in zip((x, y), sides))
-        crop = frame[:, y0:y0 + max(1, round(sides[1])), x0:x0 + max(1, round(sides[0]))]
-        return vq.bicubic_resize(crop[None].float(), (256, 256))[0].round().clamp(0, 255).byte()
+        columns, rows = (np.arange(round(c - side / 2), round(c - side / 2) + max(1, round(side))).clip(0, n - 1)
+                         for c, side, n in zip(centres[min(i, len(boxes) - 1)], sides, frame.shape[:0:-1]))
+        crop = frame[:, rows][:, :, columns]
+        crop = F.interpolate(crop[None].float(), (256, 256), mode="bicubic", antialias=True)
+        return crop[0].round().clamp(0, 255).byte()
     return cut
 
 
@@ -2135,12 +2196,18 @@ def sample_syncnet(args):
         try:
             score = syncnet.score(model, crops, sound[first * SAMPLE_RATE // FPS:], args.max_shift, args.batch_size)
         except ValueError as e:
-            raise UserError(f"{video.path}: {e}; the video has {len(video)} frames, the sound "
-                            f"{len(sound) / SAMPLE_RATE:.2f} seconds") from None
+            why = (f"face {number}: {e}; it has {count or len(video)} frames from frame {first} on, and the sound ends "
+                   f"at {len(sound) / SAMPLE_RATE:.2f} s")
+            print(f"note: {why}", file=sys.stderr)
+            continue
+        if not math.isfinite(score.distance):
+            raise UserError(f"{name}: distances overflow in {args.dtype}: use --dtype fp32")
         scores.append(score)
         frames += score.clips
         print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score)}")
     seconds = time.perf_counter() - start
+    if not scores:
+        raise UserError(f"{video.path}: {why}")
     if len(scores) > 1:
         print("all {}: offset {:+d}, confidence {:.3f}, distance {:.3f}".format(len(scores), *syncnet.combine(scores)))
     if np.abs(sound).max() < 1e-3:

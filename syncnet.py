@@ -22,7 +22,7 @@ The finding of the paper is what training needs to converge. The loss soon falls
 half" to everything, and stays there for thousands of steps, or for ever, if batches are small, if sound and picture of
 the training videos are not in step, if faces are not aligned, if clips are short (too little to hear) or long (too hard
 to start with). Large batches, clean data and 16 frames break the plateau; so does another loss to start with
-(`contrast`). `train.py syncnet --study` shows it in small. Wav2Lip's plain convolutions are here to compare (`plain`).
+(`loss_of_moments`). `train.py syncnet --study` shows it in small, Wav2Lip's plain convolutions included (`plain`).
 
 **OriginalSyncNet** (Chung and Zisserman, "Out of time", 2016) is the judge of the lip-sync literature: 5 frames against
 0.2 s of MFCCs, trained so that vectors of matching pairs lie near each other. `score` slides it over a video and shifts
@@ -392,17 +392,30 @@ class StableSyncNet(nn.Module):
             loss = F.binary_cross_entropy(cosine, label.float())
         return loss, {"accuracy": ((cosine > 0.5) == (label > 0.5)).float().mean()}
 
-    def contrast(self, frames, mel, label, scale=10.0):
-        """A loss to start with (InfoNCE), arguments as of `loss`: find to each clip its sound among those of the batch,
-        and the other way round. Not the paper's. Cross entropy first makes all cosines one half, which is best as long
-        as nothing is known, and what the encoders could tell apart is lost with it: the plateau. Here only differences
-        count. Sounds of other videos are among the wrong ones, so a voice can give a match away: for a start only."""
-        label, right = label.float(), torch.arange(len(label), device=label.device)
-        logits = scale * self.embed_frames(frames) @ self.embed_audio(mel).T        # (B, B): clips x sounds
-        losses = sum(F.cross_entropy(rows, right, reduction="none") for rows in (logits, logits.T)) / 2
-        matching = label.sum().clamp(min=1)                                 # the others are there to be told apart
-        accuracy = ((logits.argmax(1) == right) * label).sum() / matching
-        return (losses * label).sum() / matching, {"accuracy": accuracy}
+    def loss_of_moments(self, frames, mel, contrast=False):
+        """(loss, {"accuracy"}) of B videos at K moments each, frames (B, K, 3F, H, W) and mel (B, K, 1, 80, columns): a
+        harder school than the paper's, for small machines. All K * K pairs of a video count, so that the same encodings
+        serve more often; the K that match weigh as much as the others together.
+
+        contrast: to start with, not cross entropy of each pair, but (InfoNCE) of finding each clip's sound among the K
+        of its video, and the other way round. Binary cross entropy first makes all cosines one half, which is best as
+        long as nothing is known, and what the encoders could tell apart is lost with it: the plateau. Here only
+        differences count.
+        """
+        B, K = frames.shape[:2]
+        vision = self.embed_frames(frames.flatten(0, 1)).unflatten(0, (B, K))
+        audio = self.embed_audio(mel.flatten(0, 1)).unflatten(0, (B, K))
+        cosine = (vision @ audio.transpose(1, 2)).clamp(0, 1)               # (B, K, K): clip, sound
+        match = torch.eye(K, device=cosine.device).expand(B, K, K)
+        with torch.autocast(cosine.device.type, enabled=False):
+            if contrast:                                                    # 10: the inverse of a temperature
+                rows = torch.cat([10 * cosine, 10 * cosine.transpose(1, 2)]).flatten(0, 1)
+                loss = F.cross_entropy(rows, torch.arange(K, device=rows.device).repeat(2 * B))
+            else:
+                weight = torch.where(match > 0, 0.5 * K, 0.5 * K / (K - 1))         # K * K on average 1
+                loss = F.binary_cross_entropy(cosine, match, weight)
+        right = ((cosine > 0.5) == (match > 0.5)).float()
+        return loss, {"accuracy": ((right * match).sum() / K + (right * (1 - match)).sum() / (K * K - K)) / (2 * B)}
 
     # what `score` needs, of both networks
 

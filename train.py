@@ -81,11 +81,11 @@ LLAMAGEN_EMOJI = dict(
 # The authors' rate, clipping and precision; the paper recommends 1024 pairs a step. How long they trained is not known
 SYNCNET = COMMON | dict(
     model="16_pixel_attn", steps=50000, batch_size=1024, lr=1e-5, schedule="const", warmup=0.0, wd=0.01,
-    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, contrast_steps=0,
+    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, moments=1, contrast_steps=0,
 )
 SYNCNET_HEADS = dict(
-    model="talking_head", steps=3000, batch_size=32, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
-    dtype="fp32", ema=0.998, val_pairs=800, contrast_steps=300,
+    model="talking_head", steps=3000, batch_size=8, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
+    dtype="fp32", ema=0.998, val_pairs=800, moments=4, contrast_steps=300,
 )
 RECIPES = {
     "vq": {
@@ -129,7 +129,7 @@ RECIPES = {
     },
     "syncnet": {
         "talking_head": SYNCNET | SYNCNET_HEADS,
-        "study": SYNCNET | SYNCNET_HEADS | dict(steps=300, batch_size=16, contrast_steps=100, val_pairs=240, ema=0.0),
+        "study": SYNCNET | SYNCNET_HEADS | dict(steps=240, batch_size=4, contrast_steps=80, val_pairs=240, ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
 }
@@ -221,7 +221,9 @@ def syncnet_args(add):
     add("--frames", type=int, help="of a clip")
     add("--embedding", type=int, help="numbers that a clip is described by")
     add("--attention", action=argparse.BooleanOptionalAction, help="--no-attention: residual blocks alone")
-    add("--contrast-steps", type=int, help="start with so many steps of a loss that knows no plateau; 0: as the paper")
+    add("--moments", type=int, metavar="K", help="clips of each video of a batch, whose K * K pairs all count; 1: one "
+        "pair, as in the paper")
+    add("--contrast-steps", type=int, help="with --moments: start with so many steps of a loss that knows no plateau")
     add("--audio-offset", type=int, default=0, metavar="FRAMES",
         help="spoil the data: shift the sound of each video, by up to so many frames to both sides")
     add("--unaligned", action="store_true", help="spoil the drawn videos: head and camera move")
@@ -832,8 +834,8 @@ class Clips:
     Subclasses have `name(i)`, `video(i)`, which gives its length in frames and functions of a start that give frames
     and spectrogram, and `whole(i)`, which gives all frames and the sound."""
 
-    def __init__(self, config, audio_offset):
-        self.config, self.audio_offset = config, audio_offset
+    def __init__(self, config, audio_offset=0, moments=1):
+        self.config, self.audio_offset, self.moments = config, audio_offset, moments
 
     def spoiled(self, index, sound):
         """The sound, for the study moved by up to audio_offset frames: by a number of its own for each video, as where
@@ -842,12 +844,19 @@ class Clips:
 
     def pair(self, index, seed):
         """(frames uint8 (F, 3, H, W), mel (80, columns), 1 if they belong together, else 0), each half of the time. The
-        sound stays; it is the frames that come from another start, any other."""
+        sound stays; it is the frames that come from another start, any other. Of several `moments`, all different, the
+        frames and the spectrograms, (K, F, 3, H, W) and (K, 80, columns), and 1."""
         rng, F = np.random.default_rng(seed), self.config.frames
         length, frames_at, mel_at = self.video(index)
         starts = length - F + 1
         if length < 2 * F:
             raise OSError("too short")
+        if self.moments > 1:
+            chosen = [int(start) for start in rng.choice(starts, self.moments, replace=False)]
+            clips, mels = [frames_at(start) for start in chosen], [mel_at(start) for start in chosen]
+            if any(len(clip) < F for clip in clips) or any(mel is None for mel in mels):
+                raise OSError("ends too soon")
+            return torch.stack(clips), torch.stack(mels), 1
         start, label = int(rng.integers(starts)), int(rng.integers(2))
         seen = start if label else (start + int(rng.integers(1, starts))) % starts
         frames, mel = frames_at(seen), mel_at(start)
@@ -893,10 +902,10 @@ class TalkingHeads(Clips):
 
     kinds = "drawn videos"
 
-    def __init__(self, config, count, first=0, audio_offset=0, unaligned=False):
-        super().__init__(config, audio_offset)
+    def __init__(self, config, count, first=0, unaligned=False, **options):
+        super().__init__(config, **options)
         self.count, self.first, self.unaligned, self.mels = count, first, unaligned, {}
-        self.fingerprint = f"talking heads {first}+{count} {config} {audio_offset} {unaligned}"
+        self.fingerprint = f"talking heads {first}+{count} {config} {options} {unaligned}"
 
     def __len__(self):
         return self.count
@@ -904,17 +913,17 @@ class TalkingHeads(Clips):
     def name(self, index):
         return f"talking head {self.first + index}"
 
-    def video(self, index):
+    def whole(self, index):
+        """(frames, sound) of a video, for syncnet.score."""
         height, width = self.config.picture
-        frames, sound = talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
+        return talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
+
+    def video(self, index):
+        frames, sound = self.whole(index)
         if index not in self.mels:
             self.mels[index] = syncnet.mel_spectrogram(self.spoiled(index, sound))
         window = lambda start: self.mels[index][:, (first := syncnet.mel_start(start)):first + self.config.columns]
         return len(frames), lambda start: frames[start:start + self.config.frames], window
-
-    def whole(self, index):
-        """(frames, sound) of a video, for syncnet.score."""
-        return talking_head(self.first + index, size=self.config.picture[1], rows=self.config.picture[0])
 
 
 class ClipFolder(Clips):
@@ -924,8 +933,8 @@ class ClipFolder(Clips):
     SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
     kinds = "videos"
 
-    def __init__(self, root, config, audio_offset=0, train=True, split=True):
-        super().__init__(config, audio_offset)
+    def __init__(self, root, config, train=True, split=True, **options):
+        super().__init__(config, **options)
         sample.pyav()
         files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
         if not files:
@@ -934,7 +943,7 @@ class ClipFolder(Clips):
             files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
         self.files = [str(file) for file in files]
         listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
-        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {config} {audio_offset}"
+        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {config} {options}"
 
     def __len__(self):
         return len(self.files)
@@ -949,21 +958,26 @@ class ClipFolder(Clips):
         return min(len(video), len(sound) * FPS // SAMPLE_RATE), clip, window
 
     def whole(self, index):
-        """(frames, sound) of a video, for syncnet.score."""
-        frames = map(torch.from_numpy, sample.Video(self.files[index]))
-        return [frame.permute(2, 0, 1) for frame in frames], sample.read_sound(self.files[index])
+        """(lower halves of the frames of at most 30 s, sound) of a video, for syncnet.score."""
+        frames = itertools.islice(sample.Video(self.files[index]), 30 * FPS)
+        halves = [syncnet.lower_halves(torch.from_numpy(f).permute(2, 0, 1)[None], self.config)[0] for f in frames]
+        return halves, sample.read_sound(self.files[index])
 
 
 def open_clips(args, config=None):
     """(training set, validation set) of --data and --val-data, for the network of the flags or of this config.
     Validation data are never spoiled."""
-    config = config or clip_config(args)
+    config, options = config or clip_config(args), dict(audio_offset=args.audio_offset, moments=args.moments)
+    if config.latent:
+        raise UserError("--model 16_latent: reads latents of LatentSync's autoencoder, which is not here yet")
     if args.data == "demo":
-        train = TalkingHeads(config, args.videos, FIRST_HEAD, args.audio_offset, args.unaligned)
+        if config.picture[1] > 64:
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; drawn ones have 64 x 64 pixels")
+        train = TalkingHeads(config, args.videos, FIRST_HEAD, args.unaligned, **options)
         return train, TalkingHeads(config, VAL_HEADS)
     if args.unaligned:
         raise UserError("--unaligned: is for the drawn videos; those in a folder are as aligned as they are")
-    folder = ClipFolder(args.data, config, args.audio_offset, split=not args.val_data)
+    folder = ClipFolder(args.data, config, split=not args.val_data, **options)
     return folder, ClipFolder(args.val_data or args.data, config, train=False, split=not args.val_data)
 
 
@@ -975,8 +989,6 @@ def clip_config(args):
         config = syncnet.variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
     except ValueError as e:
         raise UserError(f"--model {args.model}: {e}; leave --frames and --embedding out, or choose others") from None
-    if config.latent:
-        raise UserError(f"--model {args.model}: reads latents of LatentSync's autoencoder, which is not here yet")
     return config
 
 
@@ -1452,8 +1464,11 @@ class SyncNetTask(Task):
         return model.prepare(frames.to(self.device)), mel[:, None].to(self.device), labels.to(self.device)
 
     def loss(self, batch, step, g):
-        loss = self.model.contrast if step < self.args.contrast_steps else self.model.loss
-        return loss(*self._inputs(batch, self.model))
+        if self.args.moments == 1:
+            return self.model.loss(*self._inputs(batch, self.model))
+        (frames, mel), _, _ = batch                                         # (B, K, F, 3, H, W), (B, K, 80, columns)
+        frames = self.model.prepare(frames.to(self.device).flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return self.model.loss_of_moments(frames, mel[:, :, None].to(self.device), step < self.args.contrast_steps)
 
     @torch.no_grad()
     def validate(self, model):
@@ -1502,19 +1517,22 @@ def evaluate_syncnet(args):
 
 # The small version of the paper's empirical study: what of the recipe "study" is replaced in each run
 STUDY = {
-    "pairs in a batch": {"4": dict(batch_size=4), "16": {}, "64": dict(batch_size=64)},
+    "videos in a batch, of 4 clips each": {"1": dict(batch_size=1), "4": {}, "16": dict(batch_size=16)},
     "frames of a clip": {"5": dict(frames=5), "16": {}, "25": dict(frames=25)},
     "numbers of an embedding": {"64": dict(embedding=64), "256": {}, "512": dict(embedding=512)},
     "network": {"residual, attention": {}, "residual": dict(attention=False),
                 "Wav2Lip's kind": dict(model="talking_head_plain")},
     "training videos": {"clean": {}, "sound moved, up to 10 frames": dict(audio_offset=10),
                         "faces not aligned": dict(unaligned=True)},
-    "start": {"contrast, then cross entropy": {}, "cross entropy alone, as in the paper": dict(contrast_steps=0)},
+    "loss": {"contrast, then cross entropy": {}, "cross entropy alone": dict(contrast_steps=0),
+             "the same of 16 single pairs, as in the paper": dict(contrast_steps=0, moments=1, batch_size=16)},
 }
 
 
 def study_syncnet(args):
     """`train.py syncnet --study`: a short run of every setting in STUDY, study.csv with all curves, and a picture."""
+    if args.frames or args.embedding or args.attention is not None:
+        raise UserError("--study: varies --frames, --embedding and --attention itself; leave them out")
     out, rows, charts = sample.check_writable(args.out), [], []
     for panel, settings in STUDY.items():
         curves = {}
@@ -1523,10 +1541,8 @@ def study_syncnet(args):
             one = copy.copy(args)
             vars(one).update(changes, out=str(out / name), resume="auto", sample_every=0,
                              val_every=max(1, args.steps // 12))
-            if not (out / name / "done").exists():
-                print(f"{panel}: {label}")
-                train(one)
-                (out / name / "done").touch()
+            print(f"{panel}: {label}")
+            train(one)                                                      # goes on, if it was interrupted
             with open(out / name / "log.csv", encoding="utf-8") as f:
                 log = [row for row in csv.DictReader(f) if row["val_loss"]]
             rows += [{"panel": panel, "setting": label} | row for row in log]
@@ -1699,12 +1715,17 @@ class StopOnSignal:
             signal.signal(s, handler)
 
 
+SYNCNET_COUNTS = ("videos", "val_pairs", "frames", "embedding", "moments", "audio_offset", "contrast_steps")
+
+
 def check_args(args):
     """What argparse does not check."""
     at_least = {"batch_size": 1, "accum": 1}
     counts = ("steps", "epochs", "batch_size", "accum", "seed", "workers", "log_every", "val_every", "sample_every",
-              "save_every", "stop_after", "lr", "wd", "wd_end", "clip")
-    sample.check_ranges(*((f"--{k.replace('_', '-')}", getattr(args, k), at_least.get(k, 0), None) for k in counts),
+              "save_every", "stop_after", "lr", "wd", "wd_end", "clip", *SYNCNET_COUNTS)
+    at_least |= dict.fromkeys(SYNCNET_COUNTS, 1) | dict(audio_offset=0, contrast_steps=0)
+    sample.check_ranges(*((f"--{k.replace('_', '-')}", getattr(args, k, None), at_least.get(k, 0), None)
+                          for k in counts),
                         ("--warmup", args.warmup, 0, 1), ("--final-lr", args.final_lr, 0, 1), ("--ema", args.ema, 0, 1),
                         ("--dropout", getattr(args, "dropout", None), 0, 0.9))
     crops = getattr(args, "cache_crops", "0")
@@ -1734,7 +1755,7 @@ class Run:
     and `save` writes all that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
 
     SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "accum", "lr", "schedule", "warmup", "final_lr",
-                "wd", "wd_end", "clip", "ema", "dtype", "seed")             # a resumed run must have the same
+                "wd", "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps")       # resumed runs have the same
 
     def __init__(self, args):
         check_args(args)
@@ -1757,7 +1778,7 @@ class Run:
                                            enabled=args.dtype == "fp16")
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
         self.first, self.best = 0, -math.inf
-        self.settings = {k: getattr(args, k) for k in self.SETTINGS} | {"data": self.task.train_set.fingerprint}
+        self.settings = {k: getattr(args, k, None) for k in self.SETTINGS} | {"data": self.task.train_set.fingerprint}
         if args.resume == "auto" and (self.out / "state.pt").exists():
             self.restore()
         if self.rank == 0:
@@ -1907,6 +1928,9 @@ def main(args):
     """Trains, or what a flag asks for instead."""
     for flag, instead in (("evaluate", evaluate_syncnet), ("study", study_syncnet)):
         if getattr(args, flag, None):
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(f"--{flag}: runs in one process; start it without torchrun")
+            check_args(args)
             return instead(args)
     train(args)
 
