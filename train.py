@@ -81,7 +81,7 @@ LLAMAGEN_EMOJI = dict(
 # The authors' rate, clipping and precision; the paper recommends 1024 pairs a step. How long they trained is not known
 SYNCNET = COMMON | dict(
     model="16_pixel_attn", steps=50000, batch_size=1024, lr=1e-5, schedule="const", warmup=0.0, wd=0.01,
-    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, moments=1, contrast_steps=0,
+    betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, moments=1, contrast_steps=0, videos=800,
 )
 SYNCNET_HEADS = dict(
     model="talking_head", steps=3000, batch_size=8, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
@@ -129,7 +129,8 @@ RECIPES = {
     },
     "syncnet": {
         "talking_head": SYNCNET | SYNCNET_HEADS,
-        "study": SYNCNET | SYNCNET_HEADS | dict(steps=240, batch_size=4, contrast_steps=80, val_pairs=240, ema=0.0),
+        "study": SYNCNET | SYNCNET_HEADS | dict(steps=200, batch_size=3, contrast_steps=60, val_pairs=200, videos=300,
+                                                ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
 }
@@ -227,7 +228,7 @@ def syncnet_args(add):
     add("--audio-offset", type=int, default=0, metavar="FRAMES",
         help="spoil the data: shift the sound of each video, by up to so many frames to both sides")
     add("--unaligned", action="store_true", help="spoil the drawn videos: head and camera move")
-    add("--videos", type=int, default=800, help="how many are drawn for --data demo (1.2 MB of memory each)")
+    add("--videos", type=int, help="how many are drawn for --data demo (1.2 MB of memory each)")
     add("--val-pairs", type=int, help="pairs to validate with")
     add("--evaluate", metavar="FILE", help="train nothing: how well does this one do on unseen videos?")
     add("--study", action="store_true", help="the paper's study in small: short runs with other batches, clips, "
@@ -645,17 +646,18 @@ class FeatureCache:
 # Of each sound: the formants F1, F2, F3 in Hz; how loud voice and noise are, where the noise lies in Hz; and what the
 # mouth does: how far it opens, how wide it is (-1 rounded ... 1 spread), how much of the teeth shows
 PHONES = {
-    "a": (800, 1250, 2550, 1.0, 0.0, 0, 1.0, 0.1, 0.3), "e": (550, 1900, 2600, 0.9, 0.0, 0, 0.55, 0.7, 0.5),
-    "i": (300, 2300, 3000, 0.8, 0.0, 0, 0.25, 1.0, 0.7), "o": (500, 900, 2500, 0.9, 0.0, 0, 0.6, -0.8, 0.0),
-    "u": (320, 750, 2300, 0.8, 0.0, 0, 0.22, -1.0, 0.0), "schwa": (500, 1500, 2500, 0.7, 0.0, 0, 0.4, 0.0, 0.2),
-    "m": (250, 1000, 2200, 0.4, 0.0, 0, 0.0, 0.0, 0.0), "n": (250, 1600, 2600, 0.4, 0.0, 0, 0.2, 0.2, 0.5),
-    "l": (360, 1300, 2700, 0.6, 0.0, 0, 0.35, 0.1, 0.3), "p": (400, 900, 2300, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
-    "b": (250, 900, 2300, 0.1, 0.0, 0, 0.0, 0.0, 0.0), "t": (400, 1700, 2600, 0.0, 0.1, 4500, 0.15, 0.3, 0.7),
+    "a": (800, 1250, 2550, 1.0, 0.0, 0, 1.0, 0.1, 0.3), "e": (550, 1900, 2600, 0.75, 0.0, 0, 0.55, 0.7, 0.5),
+    "i": (300, 2300, 3000, 0.5, 0.0, 0, 0.25, 1.0, 0.7), "o": (500, 900, 2500, 0.8, 0.0, 0, 0.6, -0.8, 0.0),
+    "u": (320, 750, 2300, 0.45, 0.0, 0, 0.22, -1.0, 0.0), "schwa": (500, 1500, 2500, 0.6, 0.0, 0, 0.4, 0.0, 0.2),
+    "m": (250, 1000, 2200, 0.15, 0.0, 0, 0.0, 0.0, 0.0), "n": (250, 1600, 2600, 0.25, 0.0, 0, 0.2, 0.2, 0.5),
+    "l": (360, 1300, 2700, 0.45, 0.0, 0, 0.35, 0.1, 0.3), "p": (400, 900, 2300, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
+    "b": (250, 900, 2300, 0.05, 0.0, 0, 0.0, 0.0, 0.0), "t": (400, 1700, 2600, 0.0, 0.1, 4500, 0.15, 0.3, 0.7),
     "k": (400, 1900, 2500, 0.0, 0.1, 2500, 0.3, 0.1, 0.1), "s": (350, 1700, 2600, 0.0, 0.5, 6000, 0.12, 0.6, 1.0),
     "sh": (350, 1700, 2600, 0.0, 0.6, 3000, 0.2, -0.6, 0.9), "f": (350, 1100, 2400, 0.0, 0.25, 7000, 0.08, 0.2, 1.0),
-    "pause": (500, 1500, 2500, 0.0, 0.0, 0, 0.02, 0.0, 0.0),
+    "pause": (500, 1500, 2500, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
 }
-VOWELS, CONSONANTS = ("a", "e", "i", "o", "u", "schwa"), ("m", "n", "l", "p", "b", "t", "k", "s", "sh", "f")
+VOWELS = ("a", "e", "i", "o", "u", "schwa")
+CONSONANTS = ("m", "p", "b") * 2 + ("n", "l", "t", "k", "s", "sh", "f")                 # half of them close the lips
 RATE = 200                                                                  # numbers a second that describe speech
 
 
@@ -672,18 +674,19 @@ def speech_plan(rng, seconds):
     rows, tempo = [], rng.uniform(0.75, 1.35)
     steps = lambda low, high: int(rng.uniform(low, high) / tempo * RATE)
     while len(rows) < seconds * RATE:
-        if rng.random() < 0.3:
-            rows += [PHONES["pause"]] * steps(0.05, 0.3)
-        for _ in range(rng.integers(1, 5)):                                 # the syllables of a word
-            stress = np.array([1, 1, 1, *[rng.uniform(0.6, 1.2)] * 2, 1, rng.uniform(0.7, 1.15), 1, 1])
-            if rng.random() < 0.8:
-                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.05, 0.12)
-            rows += [PHONES[rng.choice(VOWELS)] * stress] * steps(0.08, 0.25)
-            if rng.random() < 0.4:
-                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.05, 0.12)
+        if rng.random() < 0.4:
+            rows += [PHONES["pause"]] * steps(0.08, 0.35)
+        for _ in range(rng.integers(1, 4)):                                 # the syllables of a word
+            stress = np.ones(9)
+            stress[[3, 4, 6]] = rng.uniform(0.5, 1.2)                       # what is louder opens the mouth wider
+            if rng.random() < 0.85:
+                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.06, 0.13)
+            rows += [PHONES[rng.choice(VOWELS)] * stress] * steps(0.06, 0.28)
+            if rng.random() < 0.3:
+                rows += [PHONES[rng.choice(CONSONANTS)]] * steps(0.06, 0.13)
     plan = np.array(rows[:int(seconds * RATE)], float)
     plan[:, :3], plan[:, 3:6], plan[:, 6:] = (smooth(plan[:, part], width * RATE) for part, width in (
-        (slice(0, 3), 0.06), (slice(3, 6), 0.025), (slice(6, 9), 0.1)))      # seconds
+        (slice(0, 3), 0.06), (slice(3, 6), 0.025), (slice(6, 9), 0.08)))      # seconds
     return plan
 
 
@@ -1517,7 +1520,7 @@ def evaluate_syncnet(args):
 
 # The small version of the paper's empirical study: what of the recipe "study" is replaced in each run
 STUDY = {
-    "videos in a batch, of 4 clips each": {"1": dict(batch_size=1), "4": {}, "16": dict(batch_size=16)},
+    "clips in a batch": {"4": dict(batch_size=1), "12": {}, "48": dict(batch_size=12)},
     "frames of a clip": {"5": dict(frames=5), "16": {}, "25": dict(frames=25)},
     "numbers of an embedding": {"64": dict(embedding=64), "256": {}, "512": dict(embedding=512)},
     "network": {"residual, attention": {}, "residual": dict(attention=False),
@@ -1525,7 +1528,7 @@ STUDY = {
     "training videos": {"clean": {}, "sound moved, up to 10 frames": dict(audio_offset=10),
                         "faces not aligned": dict(unaligned=True)},
     "loss": {"contrast, then cross entropy": {}, "cross entropy alone": dict(contrast_steps=0),
-             "the same of 16 single pairs, as in the paper": dict(contrast_steps=0, moments=1, batch_size=16)},
+             "the same of single pairs, as in the paper": dict(contrast_steps=0, moments=1, batch_size=12)},
 }
 
 
@@ -1540,7 +1543,7 @@ def study_syncnet(args):
             name = "_".join([f"{k}_{v}" for k, v in changes.items()]) or "base"     # what all panels share runs once
             one = copy.copy(args)
             vars(one).update(changes, out=str(out / name), resume="auto", sample_every=0,
-                             val_every=max(1, args.steps // 12))
+                             val_every=max(1, args.steps // 10))
             print(f"{panel}: {label}")
             train(one)                                                      # goes on, if it was interrupted
             with open(out / name / "log.csv", encoding="utf-8") as f:
