@@ -84,8 +84,8 @@ SYNCNET = COMMON | dict(
     betas=(0.9, 0.999), clip=1.0, dtype="fp16", val_pairs=2048, moments=1, contrast_steps=0, videos=800,
 )
 SYNCNET_HEADS = dict(
-    model="talking_head", steps=3000, batch_size=8, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
-    dtype="fp32", ema=0.998, val_pairs=800, moments=4, contrast_steps=300,
+    model="talking_head", steps=3000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
+    dtype="fp32", ema=0.998, val_pairs=800, moments=8, contrast_steps=300,
 )
 RECIPES = {
     "vq": {
@@ -129,7 +129,7 @@ RECIPES = {
     },
     "syncnet": {
         "talking_head": SYNCNET | SYNCNET_HEADS,
-        "study": SYNCNET | SYNCNET_HEADS | dict(steps=200, batch_size=3, contrast_steps=60, val_pairs=200, videos=300,
+        "study": SYNCNET | SYNCNET_HEADS | dict(steps=150, batch_size=3, moments=4, contrast_steps=50, val_pairs=160, videos=240,
                                                 ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
@@ -715,7 +715,7 @@ def synthesize(rng, plan):
     sound = out.flatten()[frame // 2:][:n]
     sound *= rng.uniform(0.02, 0.15) / (np.sqrt(np.mean(sound**2)) + 1e-6)
     noise = smooth(rng.standard_normal(n), rng.choice([3, 5, 11])) * np.std(sound)     # of the room
-    return np.clip(sound + noise * rng.uniform(0.02, 0.4), -1, 1).astype(np.float32)
+    return np.clip(sound + noise * rng.uniform(0.02, 0.2), -1, 1).astype(np.float32)
 
 
 class Canvas:
@@ -756,7 +756,7 @@ def draw_head(rng, mouth, pose, size, rows):
     = size is all of it. It stands nearly as an aligned one: brows at a fifth, nose at two fifths of the height."""
     T, canvas, uniform = len(mouth), Canvas(pose, size, rows), rng.uniform
     opening, wide, teeth = mouth.T                                          # (T,) each
-    skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.45, 0.30, 0.22]])[rng.integers(4)]
+    skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.55, 0.37, 0.27]])[rng.integers(4)]
     skin = np.clip(skin + uniform(-0.06, 0.06, 3), 0.1, 1)
     lips = np.clip(skin * [uniform(0.8, 1.0), uniform(0.5, 0.75), uniform(0.55, 0.8)], 0, 1)
     hair, shirt, wall, other = uniform(0.05, 0.6) * uniform(0.4, 1, 3), *uniform(0, 1, (3, 3))
@@ -792,21 +792,21 @@ def draw_head(rng, mouth, pose, size, rows):
     canvas.paint(canvas.ellipse(0, -0.22, nose, 0.16, sharp=0.2), np.ones(3), 0.25)
     canvas.paint(canvas.ellipse(0, -0.06, nose * 1.5, 0.05, sharp=0.4), skin * 0.6, 0.5)
     # mouth: lips, between them the dark, in it teeth and tongue. The lower lip moves more than the upper
-    half, thick, deep = uniform(0.25, 0.34), uniform(0.04, 0.08), uniform(0.19, 0.28)
+    half, thick, deep = uniform(0.26, 0.34), uniform(0.05, 0.08), uniform(0.24, 0.32)
     a = half * (1 + 0.25 * wide) * (1 - 0.12 * opening)
     gap = 0.012 + deep * opening
     y = uniform(0.30, 0.40) + 0.5 * gap
     canvas.paint(canvas.ellipse(0, y, a + 0.03, gap + thick), lips)
     inside = canvas.ellipse(0, y, a, gap)
-    canvas.paint(inside, np.array([0.2, 0.05, 0.06]))
+    canvas.paint(inside, np.array([0.12, 0.03, 0.04]))
     canvas.paint(inside * canvas.ellipse(0, y + 0.9 * gap, a * 0.6, gap * 0.7), np.array([0.75, 0.3, 0.32]), 0.8)
     upper = (0.5 + (torch.as_tensor(y - 0.3 * gap).float()[:, None, None] - canvas.y) / canvas.pixel).clamp(0, 1)
     shown = torch.as_tensor(np.maximum(teeth, 0.6 * opening).clip(0, 1)).float()[:, None, None]
     canvas.paint(inside * upper, np.ones(3) * 0.93, 0.9 * shown)
-    flicker = 1 + 0.04 * torch.from_numpy(smooth(rng.standard_normal(T), 9)).float()
+    flicker = 1 + 0.02 * torch.from_numpy(smooth(rng.standard_normal(T), 9)).float()
     canvas.light((flicker * uniform(0.7, 1.1))[:, None, None])
     grain = torch.randn(canvas.picture.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
-    return canvas.picture.add_(grain, alpha=uniform(0.005, 0.02)).mul_(255).round_().clamp_(0, 255).byte()
+    return canvas.picture.add_(grain, alpha=uniform(0.005, 0.015)).mul_(255).round_().clamp_(0, 255).byte()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -897,7 +897,7 @@ class Clips:
         return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
 
 
-VAL_HEADS, FIRST_HEAD = 200, 1000                                           # heads 0 .. 199 validate, 1000 .. train
+VAL_HEADS, FIRST_HEAD = 100, 1000                                           # heads 0 .. 99 validate, 1000 .. train
 
 
 class TalkingHeads(Clips):
@@ -905,10 +905,10 @@ class TalkingHeads(Clips):
 
     kinds = "drawn videos"
 
-    def __init__(self, config, count, first=0, unaligned=False, **options):
+    def __init__(self, config, count, first=0, seconds=4.8, unaligned=False, **options):
         super().__init__(config, **options)
-        self.count, self.first, self.unaligned, self.mels = count, first, unaligned, {}
-        self.fingerprint = f"talking heads {first}+{count} {config} {options} {unaligned}"
+        self.count, self.first, self.seconds, self.unaligned, self.mels = count, first, seconds, unaligned, {}
+        self.fingerprint = f"talking heads {first}+{count} {seconds} {config} {options} {unaligned}"
 
     def __len__(self):
         return self.count
@@ -919,7 +919,7 @@ class TalkingHeads(Clips):
     def whole(self, index):
         """(frames, sound) of a video, for syncnet.score."""
         height, width = self.config.picture
-        return talking_head(self.first + index, size=width, rows=height, unaligned=self.unaligned)
+        return talking_head(self.first + index, self.seconds, width, height, self.unaligned)
 
     def video(self, index):
         frames, sound = self.whole(index)
@@ -976,8 +976,8 @@ def open_clips(args, config=None):
     if args.data == "demo":
         if config.picture[1] > 64:
             raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; drawn ones have 64 x 64 pixels")
-        train = TalkingHeads(config, args.videos, FIRST_HEAD, args.unaligned, **options)
-        return train, TalkingHeads(config, VAL_HEADS)
+        train = TalkingHeads(config, args.videos, FIRST_HEAD, unaligned=args.unaligned, **options)
+        return train, TalkingHeads(config, VAL_HEADS, seconds=8.0)          # real ones have 5 to 10 s
     if args.unaligned:
         raise UserError("--unaligned: is for the drawn videos; those in a folder are as aligned as they are")
     folder = ClipFolder(args.data, config, split=not args.val_data, **options)
@@ -1543,7 +1543,7 @@ def study_syncnet(args):
             name = "_".join([f"{k}_{v}" for k, v in changes.items()]) or "base"     # what all panels share runs once
             one = copy.copy(args)
             vars(one).update(changes, out=str(out / name), resume="auto", sample_every=0,
-                             val_every=max(1, args.steps // 10))
+                             val_every=max(1, args.steps // 6))
             print(f"{panel}: {label}")
             train(one)                                                      # goes on, if it was interrupted
             with open(out / name / "log.csv", encoding="utf-8") as f:
