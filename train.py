@@ -129,7 +129,7 @@ RECIPES = {
     },
     "syncnet": {
         "talking_head": SYNCNET | SYNCNET_HEADS,
-        "study": SYNCNET | SYNCNET_HEADS | dict(steps=150, batch_size=3, moments=4, contrast_steps=50, val_pairs=160, videos=240,
+        "study": SYNCNET | SYNCNET_HEADS | dict(steps=100, batch_size=3, moments=4, contrast_steps=40, val_pairs=160, videos=240,
                                                 ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
@@ -1520,7 +1520,7 @@ def evaluate_syncnet(args):
 
 # The small version of the paper's empirical study: what of the recipe "study" is replaced in each run
 STUDY = {
-    "clips in a batch": {"4": dict(batch_size=1), "12": {}, "48": dict(batch_size=12)},
+    "clips in a batch": {"4": dict(batch_size=1), "12": {}, "36": dict(batch_size=9)},
     "frames of a clip": {"5": dict(frames=5), "16": {}, "25": dict(frames=25)},
     "numbers of an embedding": {"64": dict(embedding=64), "256": {}, "512": dict(embedding=512)},
     "network": {"residual, attention": {}, "residual": dict(attention=False),
