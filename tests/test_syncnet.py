@@ -581,6 +581,7 @@ SYNCNET = ("syncnet", "--videos", 6, "--val-pairs", 8, "--batch-size", 4, "--dev
 def tiny_network(monkeypatch):
     monkeypatch.setitem(syncnet.CONFIGS, "talking_head", TINY)
     monkeypatch.setattr(train, "VAL_HEADS", 4)
+    monkeypatch.setattr(train.TalkingHeads, "some", lambda self, n: [(f[:40], s) for f, s in [self.whole(0)]])
 
 
 @pytest.mark.parametrize("extra", [("--contrast-steps", 2), ("--moments", 1)], ids=["moments", "pairs"])
@@ -595,7 +596,7 @@ def test_resumed_syncnet_run_equals_an_uninterrupted_one(tiny_network, tmp_path,
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5] and 0 <= float(rows[-1]["val_accuracy"]) <= 1
     run(train, *SYNCNET, "--evaluate", tmp_path / "parts" / "model.safetensors")
     out = capsys.readouterr().out
-    assert "of 8 pairs told right" in out and "median error over all 60" in out
+    assert "of 8 pairs told right" in out and "median error over all 15" in out
 
 
 def test_pairs_of_clips_and_sounds():
