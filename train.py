@@ -1510,7 +1510,8 @@ def evaluate_syncnet(args):
     videos = [(frames[:4 * FPS], sound) for frames, sound in unseen.some(10)]
     for move, (frames, sound) in tqdm(list(itertools.product(moves, videos)), unit="video", leave=False):
         found.setdefault(move, []).append(syncnet.score(model, frames, moved(sound, move)).offset)
-    print(f"{'sound moved by':>14}{'offset found':>14}{'error':>8}{'exact':>8}     (medians of {len(videos)} videos, 4 s of each)")
+    print(f"{'sound moved by':>14}{'offset found':>14}{'error':>8}{'exact':>8}     "
+          f"(medians of {len(videos)} videos, 4 s of each)")
     for move, offsets in found.items():                                     # what comes late has a negative offset
         errors = np.abs(np.array(offsets) + move)
         print(f"{move:>+14d}{np.median(offsets):>+14.0f}{np.median(errors):>8.0f}{(errors == 0).mean():>8.0%}")
