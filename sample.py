@@ -66,6 +66,7 @@ def prompt_args(add):
 
 
 def var_args(add):
+    """Flags of `sample.py var` alone."""
     add("-n", type=int, help="how many pictures (default: one per class given, else 16)")
     add("--cfg", type=float, help=f"guidance at the last scale; {OWN} 4")
     add("--top-k", type=int, help=f"keep so many tokens, 0 = all; {OWN} 900")
@@ -79,6 +80,7 @@ def var_args(add):
 
 
 def infinity_args(add):
+    """Flags of `sample.py infinity` alone."""
     add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
     add("--negative", metavar="TEXT", help="what to stay away from")
     add("--face-suffix", action="store_true", help="the authors' addition to prompts about people")
@@ -97,6 +99,7 @@ def infinity_args(add):
 
 
 def llamagen_args(add):
+    """Flags of `sample.py llamagen` alone."""
     add("-n", type=int, help="how many pictures (default: one per class given, else 16), or of each prompt (default 1)")
     add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
         "captions it was trained with, which needs ftfy and beautifulsoup4")
@@ -110,11 +113,13 @@ def llamagen_args(add):
 
 
 def vq_args(add):
+    """Flags of `sample.py vq` alone."""
     add("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
     add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
 
 
 def syncnet_args(add):
+    """Flags of `sample.py syncnet` alone."""
     add("--video", metavar="FILE", help="default: the demo's")
     add("--audio", metavar="FILE", help="another sound than the video's own")
     add("--ckpt", metavar="FILE|NAME", help="syncnet_v2.model (Sync-C, Sync-D), stable_syncnet.pt, or one of train.py; "
@@ -130,6 +135,7 @@ def syncnet_args(add):
 
 
 def ops_args(add):
+    """Flags of `sample.py ops` alone."""
     add("--bench", nargs="*", metavar="OP", help="time these, or all, against plain and compiled torch")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"])
@@ -330,18 +336,23 @@ def fetch_folder(name, folder):
     repository, inside, files = FOLDERS[name]
     files = list(files)
     for file in files:                                                      # grows by what the index names
-        fetch_once(f"{repository}/resolve/main/{inside}{file}", folder / file)
+        fetch_once(address_of(repository, inside + file), folder / file)
         if file.endswith(".index.json"):
             files += sorted(set(json.loads((folder / file).read_text())["weight_map"].values()))
     return folder
 
 
+def address_of(home, file):
+    """Where a file lies whose home is a repository of the hub, or an address."""
+    if home.startswith("http"):
+        return home + file
+    return f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{home}/resolve/main/{file}"
+
+
 def fetch_once(address, path):
-    """A file of the hub (or of an address in full), unless it is there. Under torchrun the first process fetches and
-    the others wait."""
+    """A file, unless it is there. Under torchrun the first process fetches and the others wait."""
     if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
-        hub = "" if address.startswith("http") else f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/"
-        fetch(hub + address, path)
+        fetch(address, path)
     while not path.exists():
         time.sleep(1)
     return path
@@ -364,8 +375,7 @@ def find_checkpoint(name, download=True):
     cached = cache_folder() / released
     if not cached.exists() and not download:
         raise UserError(f"{name}: not here and not in {cached.parent}, and --no-download is set")
-    home = RELEASED[released]
-    return fetch_once(f"{home}{released}" if home.startswith("http") else f"{home}/resolve/main/{released}", cached)
+    return fetch_once(address_of(RELEASED[released], released), cached)
 
 
 def fetch(url, path):
@@ -2098,6 +2108,8 @@ def fit(picture, config, keep_size):
 # ----------------------------------------------------------------------------------------------------------------------
 # python sample.py syncnet
 
+SHIFTS = "frames by which the sound is moved to an earlier moment"           # what a chart of a Score has below
+
 
 def load_syncnet(args, device, dtype):
     """(network, its name) of --ckpt."""
@@ -2220,9 +2232,6 @@ def sample_syncnet(args):
                         marks=[(-best.offset, best.distance, f"offset {best.offset:+d}")]),
              {"model": "syncnet", "checkpoint": name, "video": video.path, "sound": args.audio or "its own"})
     print(last_line(device, device_why, dtype, dtype_why, (model,), seconds / frames, peak, out, unit="frame"))
-
-
-SHIFTS = "frames by which the sound is moved to an earlier moment"
 
 
 def describe_score(score):

@@ -12,7 +12,7 @@ move the lips.
                   | visual encoder: residual blocks that each               | audio encoder: the same kind
                   | shrink the map, self-attention at 8x8 and 4x4           |
     (B, 2048, 1, 1) -> ReLU -> length 1                             (B, 2048, 1, 1) -> ReLU -> length 1
-                  \\__________________ cosine of the two, in [0, 1] __________________/
+                  +------------------- cosine of the two, in [0, 1] -------------------+
 
 After a ReLU no number is negative, so neither is the cosine: it is taken for the probability that the two belong
 together, and trained as such, by binary cross entropy. Every second pair does not: it is the sound with frames of any
@@ -135,20 +135,18 @@ def variant(config, frames=None, embedding=None, attention=None):
 
 
 def windows(audio, size, hop, first, count, before=0):
-    """`count` windows of a signal (n,), from number `first` on: number i begins at sample i * hop - before. Zeros stand
-    where there is no signal. -> (count, size)"""
+    """`count` windows of sound (n,) -> (count, size), from number `first` on: number i begins at sample i * hop - before.
+
+    The sound is pre-emphasized, y[n] = x[n] - 0.97 x[n - 1]: speech has little energy in its high frequencies, and much
+    to tell there. Zeros stand where there is none. Only the part that these windows see is touched.
+    """
     start, length = first * hop - before, (count - 1) * hop + size
-    piece = np.zeros(length)
     low, high = max(start, 0), min(start + length, len(audio))
+    piece = np.zeros(length)
     if high > low:
-        piece[low - start:high - start] = audio[low:high]
+        x = np.concatenate([audio[low - 1:low] if low else [0.0], audio[low:high]]).astype(np.float64)
+        piece[low - start:high - start] = x[1:] - 0.97 * x[:-1]
     return np.lib.stride_tricks.sliding_window_view(piece, size)[::hop]
-
-
-def emphasized(audio):
-    """y[n] = x[n] - 0.97 x[n - 1]: speech has little energy in its high frequencies, and much to tell there."""
-    audio = np.asarray(audio, np.float64)
-    return np.concatenate([audio[:1], audio[1:] - 0.97 * audio[:-1]])
 
 
 def slaney_mels(bands=80, low=55.0, high=7600.0, n_fft=800):
@@ -174,10 +172,7 @@ def mel_spectrogram(audio, first=0, columns=None):
     other windows, zeros beyond the ends, magnitudes instead of powers.
     """
     columns = 1 + len(audio) // HOP - first if columns is None else columns
-    low = max(0, first * HOP - 401)                                         # what these columns see, and a sample more
-    seen = emphasized(audio[low:max(low, (first + columns) * HOP + 400)])
-    seen, start = (seen, 0) if low == 0 else (seen[1:], low + 1)            # that one lacked its predecessor
-    spectrum = np.abs(np.fft.rfft(windows(seen, 800, HOP, 0, columns, before=400 - first * HOP + start) * HANN))
+    spectrum = np.abs(np.fft.rfft(windows(audio, 800, HOP, first, columns, before=400) * HANN))     # centred
     level = 20 * np.log10(np.maximum(1e-5, spectrum @ MELS.T)) - 20         # dB, so that loud speech is near 0
     return torch.from_numpy(np.clip(8 * (level + 100) / 100 - 4, -4, 4).T.astype(np.float32))
 
@@ -203,10 +198,7 @@ def mfcc(audio, first=0, columns=None):
     """
     available = 1 + max(0, math.ceil((len(audio) - 400) / 160))
     columns = available - first if columns is None else columns
-    low = max(0, first * 160 - 1)
-    seen = emphasized(audio[low:(first + columns) * 160 + 400])
-    seen = seen if low == 0 else seen[1:]
-    power = np.abs(np.fft.rfft(windows(seen, 400, 160, 0, columns), 512)) ** 2 / 512
+    power = np.abs(np.fft.rfft(windows(audio, 400, 160, first, columns), 512)) ** 2 / 512
     edges = np.linspace(0, 2595 * math.log10(1 + 8000 / 700), 28)           # mel; up to half the sample rate
     edges = np.floor(513 * 700 * (10 ** (edges / 2595) - 1) / SAMPLE_RATE)
     f = np.arange(257)

@@ -188,6 +188,7 @@ def model_args(add, name):
 
 
 def vq_args(add):
+    """Flags of `train.py vq` alone."""
     add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
     for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
         add(f"--{flag}", type=float, help="weight of that loss")
@@ -201,6 +202,7 @@ def vq_args(add):
 
 
 def infinity_args(add):
+    """Flags of `train.py infinity` alone."""
     add("--pixels", metavar="SIZE", help="of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M")
     add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
     add("--reweight", action=argparse.BooleanOptionalAction, help="weigh the tokens of coarse scales more")
@@ -210,6 +212,7 @@ def infinity_args(add):
 
 
 def llamagen_args(add):
+    """Flags of `train.py llamagen` alone."""
     add("--clean", action=argparse.BooleanOptionalAction, default=True,
         help="clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)")
     add("--init-text", metavar="FILE", help="start the text encoder on bytes from that in this Infinity file")
@@ -217,6 +220,7 @@ def llamagen_args(add):
 
 
 def syncnet_args(add):
+    """Flags of `train.py syncnet` alone."""
     add("--init", metavar="FILE", help="start from these weights")
     add("--model", metavar="NAME", help="a network of syncnet.CONFIGS; talking_head_plain is Wav2Lip's kind")
     add("--frames", type=int, help="of a clip")
@@ -296,6 +300,25 @@ from syncnet import FPS, SAMPLE_RATE
 # Pictures
 
 
+def held_out(items, train):
+    """All but every 20th of a list, which is for validation, or those; of fewer than 20 all are for both."""
+    return [item for i, item in enumerate(items) if (i % 20 == 19) != train] or items
+
+
+def first_readable(read, candidates, name, broken):
+    """(index, read(index)) of the first candidate that can be read, or None; the others' names are added to broken."""
+    for index in candidates:
+        try:
+            return index, read(index)
+        except (UserError, *sample.UNREADABLE):
+            broken.append(name(index))
+
+
+def from_on(index, n):
+    """All of 0 .. n - 1, from index on and round: in place of a broken picture comes the next."""
+    return ((index + step) % n for step in range(n))
+
+
 class EmojiSheet:
     """The demo set: 1,906 emoji with a class (the subcategory) and a caption (the name) each; see demo/README.md."""
 
@@ -345,6 +368,7 @@ class PictureFolder:
     In place of an unreadable file comes the next readable one, and its path is handed on.
     """
 
+    READS_FILES = True                          # so that processes of their own are worth it
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     VIEWS = {"ten": 20, "flip": 2}      # corners, centre and these flipped, of 1.1 and of 1.05 * size; centre, flipped
 
@@ -359,7 +383,7 @@ class PictureFolder:
         if not files:
             raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp)")
         if split:
-            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files    # under 20: no hold-out
+            files = held_out(files, train)
         self.files = [str(p) for p, _ in files]
         self.labels = torch.tensor([c for _, c in files])
         self.size, self.zoom, self.flip = size, zoom, flip
@@ -397,16 +421,12 @@ class PictureFolder:
     def __getitems__(self, items):
         pixels, indices, broken = [], [], []
         for index, crop_seed in items:
-            for _ in range(len(self)):
-                try:
-                    pixels.append(self.read(index, crop_seed))
-                    break
-                except sample.UNREADABLE:
-                    broken.append(self.files[index])
-                    index = (index + 1) % len(self)
-            else:
+            found = first_readable(lambda i: self.read(i, crop_seed), from_on(index, len(self)),
+                                   self.files.__getitem__, broken)
+            if found is None:
                 raise UserError(f"{self.files[0]} and {len(self) - 1} others: not one picture can be read")
-            indices.append(index)
+            indices.append(found[0])
+            pixels.append(found[1])
         return torch.stack(pixels), self.labels[indices], broken
 
 
@@ -438,6 +458,8 @@ class CaptionedPictures:
     whole caption.
     """
 
+    READS_FILES = True
+
     def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None):
         self.pixels, self.short_captions, self.root, self.size = pixels, short_captions, Path(root), size
         files = [self.root] if self.root.is_file() else sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
@@ -455,8 +477,8 @@ class CaptionedPictures:
         if not self.rows:
             raise UserError(f"--data {root}: not one of {len(broken)} lines can be used; a line of a .tsv is a path, a "
                             "tab and a caption")
-        if split:                                                           # under 20: no hold-out
-            self.rows = [row for i, row in enumerate(self.rows) if (i % 20 == 19) != train] or self.rows
+        if split:
+            self.rows = held_out(self.rows, train)
         ratios = np.array([row[1] for row in self.rows])
         self.aspects = sorted(set(ratios.tolist()))
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
@@ -521,17 +543,12 @@ class CaptionedPictures:
         pixels, captions, broken = [], [], []
         group = next(g for g in self.groups if items[0][0] in g)
         for index, seed in items:
-            at = int(np.searchsorted(group, index))
-            for step in range(len(group)):
-                index = int(group[(at + step) % len(group)])                # in place of a broken one the next readable
-                try:
-                    pixels.append(self.read(index))
-                    break
-                except sample.UNREADABLE:
-                    broken.append(self.rows[index][0])
-            else:
+            places = from_on(int(np.searchsorted(group, index)), len(group))
+            found = first_readable(self.read, (int(group[at]) for at in places), lambda i: self.rows[i][0], broken)
+            if found is None:
                 raise UserError(f"{self.rows[index][0]} and {len(group) - 1} others: not one picture can be read")
-            captions.append(self.caption(index, seed))
+            pixels.append(found[1])
+            captions.append(self.caption(found[0], seed))
         return torch.stack(pixels), captions, broken
 
 
@@ -597,7 +614,7 @@ class TokenCache:
                 pixels = torch.cat([pixels for _, pixels in read])
                 tokens.append(torch.cat(tokenizer.tokenize(sample.to_input(pixels, device), patch_nums), 1).int().cpu())
                 indices += [i for i, _ in read]
-        report_broken(broken, len(pictures))
+        report_broken(broken, pictures)
         if not tokens:
             raise UserError(f"--data: of {len(pictures)} pictures not one can be read")
         with vq.atomic(path) as temporary:
@@ -855,17 +872,16 @@ class Clips:
         if length < 2 * F:
             raise OSError("too short")
         if self.moments > 1:
-            chosen = [int(start) for start in rng.choice(starts, self.moments, replace=False)]
-            clips, mels = [frames_at(start) for start in chosen], [mel_at(start) for start in chosen]
-            if any(len(clip) < F for clip in clips) or any(mel is None for mel in mels):
-                raise OSError("ends too soon")
-            return torch.stack(clips), torch.stack(mels), 1
-        start, label = int(rng.integers(starts)), int(rng.integers(2))
-        seen = start if label else (start + int(rng.integers(1, starts))) % starts
-        frames, mel = frames_at(seen), mel_at(start)
-        if len(frames) < F or mel is None:
+            seen = heard = rng.choice(starts, self.moments, replace=False).tolist()
+            label = 1
+        else:
+            heard, label = [int(rng.integers(starts))], int(rng.integers(2))
+            seen = heard if label else [(heard[0] + int(rng.integers(1, starts))) % starts]
+        clips, mels = [frames_at(start) for start in seen], [mel_at(start) for start in heard]
+        if any(len(clip) < F for clip in clips) or any(mel is None for mel in mels):
             raise OSError("ends too soon")
-        return frames, mel, label
+        clips, mels = torch.stack(clips), torch.stack(mels)
+        return (clips, mels, label) if self.moments > 1 else (clips[0], mels[0], label)
 
     def some(self, n):
         """(frames, sound) of the first n videos that can be used."""
@@ -883,16 +899,11 @@ class Clips:
     def __getitems__(self, items):
         pairs, broken = [], []
         for index, seed in items:
-            for _ in range(len(self)):                                      # in place of a broken one the next readable
-                try:
-                    pairs.append(self.pair(index, seed))
-                    break
-                except (UserError, *sample.UNREADABLE):
-                    broken.append(self.name(index))
-                    index = (index + 1) % len(self)
-            else:
+            found = first_readable(lambda i: self.pair(i, seed), from_on(index, len(self)), self.name, broken)
+            if found is None:
                 raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one of these videos can be used; each "
                                 f"has to have sound and {2 * self.config.frames} frames")
+            pairs.append(found[1])
         frames, mels, labels = zip(*pairs)
         return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
 
@@ -933,6 +944,7 @@ class ClipFolder(Clips):
     """A folder of videos with sound, whose faces are aligned and fill the picture, e.g. by LatentSync's preprocessing:
     short ones, since of each the whole sound is read for every pair. Every 20th is for validation."""
 
+    READS_FILES = True
     SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
     kinds = "videos"
 
@@ -942,8 +954,8 @@ class ClipFolder(Clips):
         files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
-        if split:                                                           # under 20: no hold-out
-            files = [f for i, f in enumerate(files) if (i % 20 == 19) != train] or files
+        if split:
+            files = held_out(files, train)
         self.files = [str(file) for file in files]
         listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {config} {options}"
@@ -995,10 +1007,11 @@ def clip_config(args):
     return config
 
 
-def report_broken(paths, total):
-    """Says which files could not be read."""
+def report_broken(paths, data):
+    """Says which files of a set could not be read."""
     if paths:
-        tqdm.write(f"skipped {len(paths)} unreadable of {total} pictures: " + ", ".join(sorted(paths)[:3]))
+        tqdm.write(f"skipped {len(paths)} unreadable of {len(data)} {data.kinds.split(',')[0]}: "
+                   + ", ".join(sorted(paths)[:3]))
 
 
 class Batches:
@@ -1832,7 +1845,7 @@ class Run:
         args, data = self.args, self.task.train_set
         groups = getattr(data, "groups", [np.arange(len(data))])
         order = Batches(groups, args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
-        workers = args.workers if isinstance(data, (PictureFolder, CaptionedPictures, ClipFolder)) else 0
+        workers = args.workers if getattr(data, "READS_FILES", False) else 0
         return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
                                worker_init_fn=leave_signals_to_parent))
 
@@ -1917,7 +1930,7 @@ def train(args):
             if run.rank == 0:
                 row["seconds"] = time.perf_counter() - started
                 run.report(done, done == end or stopping, stopping, row, log, bar)
-    report_broken(broken, len(run.task.train_set))
+    report_broken(broken, run.task.train_set)
     if run.rank == 0:
         how = "interrupted" if stopping else "stopped" if end < args.steps else "done"
         print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; weights in "
