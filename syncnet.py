@@ -135,7 +135,7 @@ def variant(config, frames=None, embedding=None, attention=None):
 
 
 def windows(audio, size, hop, first, count, before=0):
-    """`count` windows of sound (n,) -> (count, size), from number `first` on: number i begins at sample i * hop - before.
+    """`count` windows of sound (n,) -> (count, size), from number `first` on: i begins at sample i * hop - before.
 
     The sound is pre-emphasized, y[n] = x[n] - 0.97 x[n - 1]: speech has little energy in its high frequencies, and much
     to tell there. Zeros stand where there is none. Only the part that these windows see is touched.
@@ -149,18 +149,7 @@ def windows(audio, size, hop, first, count, before=0):
     return np.lib.stride_tricks.sliding_window_view(piece, size)[::hop]
 
 
-def slaney_mels(bands=80, low=55.0, high=7600.0, n_fft=800):
-    """Triangular filters (bands, n_fft / 2 + 1) of equal area, evenly spaced on Slaney's mel scale: linear up to 1 kHz,
-    logarithmic above."""
-    to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
-    mels = np.linspace(to_mel(low), to_mel(high), bands + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * math.log(6.4) / 27))
-    f = np.arange(n_fft // 2 + 1) * SAMPLE_RATE / n_fft
-    left, peak, right = (edges[i:bands + i, None] for i in range(3))
-    return np.maximum(0, np.minimum((f - left) / (peak - left), (right - f) / (right - peak))) * 2 / (right - left)
-
-
-MELS, HANN = slaney_mels(), 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(800) / 800)
+MELS, HANN = vq.slaney_mels(80, 55.0, 7600.0, 800, SAMPLE_RATE), 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(800) / 800)
 HOP = 200                                                                   # 80 columns a second, 3.2 a frame
 
 

@@ -38,6 +38,9 @@ VQ_EMOJI = dict(
 VQ_BITS = VQ | dict(warm_steps=0, restart_after=0)                          # bits need no care of a codebook
 # LlamaGen's. Its optimizer is Adam, whose weight decay is ignored; its codes on the unit sphere need no restarts
 VQ_SINGLE = VQ | dict(adaptive=False, restart_after=0, ema=0.0, warmup=0.0, zoom=(1.0, 1.25), flip=True)
+# An autoencoder for latent diffusion: LatentSync's was trained by others. kl_weight: of the divergence per number of a
+# picture; the rate is that of latent diffusion's authors
+KL = VQ | dict(model="sd-vae-ft-mse", l1=1.0, l2=0.0, lr=4.5e-6, kl_weight=1e-6, lpips_weight=1.0, disc_start=50000)
 # init_gamma: scale of the AdaLN gates at the start; sampling, show: what sample.py does with the model by default, its
 # settings and its classes (none: spread over all)
 VAR = COMMON | dict(
@@ -87,6 +90,15 @@ SYNCNET_HEADS = dict(
     model="talking_head", steps=3000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
     dtype="fp32", ema=0.998, val_pairs=800, moments=8, contrast_steps=300,
 )
+# The demo's ear, and the first stage of the demo's dubbing. Of the released sizes the authors say: rate 1e-5, no warm-up
+WHISPER = COMMON | dict(
+    model="talking_head", steps=2000, batch_size=16, lr=2e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
+    videos=600,
+)
+LATENTSYNC = COMMON | dict(
+    model="talking_head", steps=4000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, wd=0.01,
+    betas=(0.9, 0.999), clip=1.0, ema=0.998, videos=600, frames=4,
+)
 RECIPES = {
     "vq": {
         "emoji": VQ | VQ_EMOJI,
@@ -98,6 +110,9 @@ RECIPES = {
         "llamagen_ds16": VQ_SINGLE | dict(model="vq_ds16_c2i"),
         "llamagen_ds8": VQ_SINGLE | dict(model="vq_ds8_c2i"),
         "llamagen_ds16_t2i": VQ_SINGLE | dict(model="vq_ds16_t2i", disc_start=0),       # from the first, with --init
+        "talking_head": KL | VQ_EMOJI | dict(model="talking_head_kl", size=64, steps=4000, batch_size=8, lr=2e-3,
+                                             kl_weight=1e-3, ema=0.998),
+        "kl": KL,
     },
     "var": {
         "emoji": VAR | VAR_EMOJI,
@@ -133,6 +148,8 @@ RECIPES = {
                                                 videos=240, ema=0.0),
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
+    "whisper": {"talking_head": WHISPER},
+    "latentsync": {"talking_head": LATENTSYNC},
 }
 
 
@@ -190,7 +207,7 @@ def model_args(add, name):
 def vq_args(add):
     """Flags of `train.py vq` alone."""
     add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
-    for flag in ("l1", "l2", "lpips-weight", "disc-weight"):
+    for flag in ("l1", "l2", "lpips-weight", "disc-weight", "kl-weight"):
         add(f"--{flag}", type=float, help="weight of that loss")
     add("--disc-start", type=int, help="first step of the discriminator")
     add("--disc", choices=["patch", "style"], help="PatchGAN, or StyleGAN2's")
@@ -239,16 +256,31 @@ def syncnet_args(add):
         "networks and data; a table and a picture of the curves")
 
 
+def whisper_args(add):
+    """Flags of `train.py whisper` alone."""
+    add("--videos", type=int, help="how many voices are drawn")
+
+
+def latentsync_args(add):
+    """Flags of `train.py latentsync` alone."""
+    add("--vae", required=True, metavar="FILE", help="the autoencoder")
+    add("--whisper", required=True, metavar="FILE", help="the audio encoder")
+    add("--init", metavar="FILE", help="start from these weights")
+    add("--frames", type=int, help="of a clip")
+    add("--videos", type=int, help="how many heads are drawn (1.5 MB of memory each)")
+
+
 def parse_args(argv=None):
     """The command line; a recipe's entries fill what was not given."""
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
-    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args}
+    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args,
+           "whisper": whisper_args, "latentsync": latentsync_args}
     for name, recipes in RECIPES.items():
         add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
         run_args(add, name, recipes)
-        if name not in ("vq", "syncnet"):
+        if name in ("var", "infinity", "llamagen"):
             model_args(add, name)
         if name in own:
             own[name](add)
@@ -289,6 +321,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import latentsync
 import sample
 import syncnet
 import vq
@@ -554,6 +587,8 @@ class CaptionedPictures:
 
 def open_pictures(args):
     """(training set, validation set) of --data and --val-data."""
+    if args.data == "demo" and args.recipe == "talking_head":
+        return HeadPictures(FIRST_HEAD, 600), HeadPictures(0, VAL_HEADS)
     if args.data == "demo":
         if args.captions and (args.pixels or args.size > 64):
             raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
@@ -826,20 +861,32 @@ def draw_head(rng, mouth, pose, size, rows):
     return canvas.picture.add_(grain, alpha=uniform(0.005, 0.015)).mul_(255).round_().clamp_(0, 255).byte()
 
 
+def speech(seed, seconds=4.8):
+    """(random numbers to go on with, plan (RATE * seconds, 9), slow drift (25 * seconds, 4), sound (16000 * seconds,)):
+    of a talking head all but the picture, of which the plan tells the mouth."""
+    rng = np.random.default_rng(seed)
+    plan = speech_plan(rng, seconds)
+    times = frame_times(len(plan))
+    drift = smooth(rng.standard_normal((len(plan), 4)), 0.6 * RATE) * 6            # of deviation about 1
+    drift = (drift + rng.standard_normal(4) * 0.5)[times.astype(int)].clip(-2, 2)
+    return rng, plan, drift, synthesize(rng, plan)
+
+
+def frame_times(length):
+    """The middle of every frame's time, in rows of a plan of this length."""
+    return (np.arange(length * FPS // RATE) + 0.5) / FPS * RATE
+
+
 @functools.lru_cache(maxsize=4096)
 def talking_head(seed, seconds=4.8, size=64, rows=None, unaligned=False):
     """(frames uint8 (25 * seconds, 3, rows or size, size), sound (16000 * seconds,)) of a random person who says random
     syllables: a function of the seed alone. Sound and picture come from one plan, so they are exactly in step.
     unaligned: head and camera move, as in a video whose faces nobody aligned."""
-    rng = np.random.default_rng(seed)
-    plan = speech_plan(rng, seconds)
-    times = (np.arange(round(seconds * FPS)) + 0.5) / FPS * RATE      # the middle of a frame's time
+    rng, plan, drift, sound = speech(seed, seconds)
+    times = frame_times(len(plan))
     mouth = np.stack([np.interp(times, np.arange(len(plan)) + 0.5, plan[:, 6 + i]) for i in range(3)], 1)
-    drift = smooth(rng.standard_normal((len(plan), 4)), 0.6 * RATE) * 6            # of deviation about 1, slow
-    drift = (drift + rng.standard_normal(4) * 0.5)[times.astype(int)]
     reach = np.array([0.3, 0.3, 0.35, 0.15] if unaligned else [0.02, 0.02, 0.03, 0.02])
-    pose = torch.from_numpy(drift.clip(-2, 2) * reach + [0, 0, 0, 1]).float()
-    sound = synthesize(rng, plan)
+    pose = torch.from_numpy(drift * reach + [0, 0, 0, 1]).float()
     return draw_head(rng, mouth, pose, size, rows or size), sound
 
 
@@ -940,6 +987,73 @@ class TalkingHeads(Clips):
         return len(frames), lambda start: frames[start:start + self.config.frames], window
 
 
+class HeadPictures:
+    """Frames of drawn videos, 64 x 64 pixels, three of every person: for an autoencoder."""
+
+    kinds = "frames of drawn heads"
+
+    def __init__(self, first, people):
+        heads = tqdm(range(first, first + people), desc="drawing heads", unit="head", leave=False)
+        self.pixels = torch.cat([talking_head(seed)[0][10::40] for seed in heads])
+        self.fingerprint = f"frames of heads {first}+{people}"
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitems__(self, items):
+        return self.pixels[[i for i, _ in items]], torch.zeros(len(items)), []
+
+
+class HeadSpeech:
+    """The sound of drawn heads as log-mel spectrograms, and what the mouth does, 50 times a second: open, wide, teeth.
+    For an audio encoder."""
+
+    kinds = "drawn voices"
+
+    def __init__(self, first, people):
+        self.mels, self.mouths = [], []
+        for seed in tqdm(range(first, first + people), desc="synthesizing", unit="voice", leave=False):
+            _, plan, _, sound = speech(seed)
+            self.mels.append(latentsync.log_mel(sound))
+            self.mouths.append(torch.from_numpy(plan[::RATE // 50, 6:]).float())
+        self.fingerprint = f"voices {first}+{people}"
+
+    def __len__(self):
+        return len(self.mels)
+
+    def __getitems__(self, items):
+        index = [i for i, _ in items]
+        return torch.stack([self.mels[i] for i in index]), torch.stack([self.mouths[i] for i in index]), []
+
+
+class HeadDubs:
+    """Clips of drawn heads with a clip of the same person at another time, and the sound. Items are (index, seed)."""
+
+    kinds = "drawn heads"
+
+    def __init__(self, first, people, frames, seconds=4.8):
+        self.first, self.people, self.frames, self.seconds = first, people, frames, seconds
+        self.fingerprint = f"clips of heads {first}+{people} {frames} {seconds}"
+
+    def __len__(self):
+        return self.people
+
+    def __getitems__(self, items):
+        """(true frames uint8 (B, F, 3, 64, 64), reference frames alike), (sounds (B, n), first frames (B,)), []"""
+        clips, references, sounds, starts = [], [], [], []
+        for index, seed in items:
+            frames, sound = talking_head(self.first + index, self.seconds)
+            rng, count = np.random.default_rng(seed), len(frames) - self.frames + 1
+            start = int(rng.integers(count))
+            apart = [i for i in range(count) if abs(i - start) >= self.frames]      # not one frame in common
+            other = int(rng.choice(apart))
+            clips.append(frames[start:start + self.frames])
+            references.append(frames[other:other + self.frames])
+            sounds.append(torch.from_numpy(sound))
+            starts.append(start)
+        return (torch.stack(clips), torch.stack(references)), (torch.stack(sounds), starts), []
+
+
 class ClipFolder(Clips):
     """A folder of videos with sound, whose faces are aligned and fill the picture, e.g. by LatentSync's preprocessing:
     short ones, since of each the whole sound is read for every pair. Every 20th is for validation."""
@@ -994,6 +1108,19 @@ def open_clips(args, config=None):
         raise UserError("--unaligned: is for the drawn videos; those in a folder are as aligned as they are")
     folder = ClipFolder(args.data, config, split=not args.val_data, **options)
     return folder, ClipFolder(args.val_data or args.data, config, train=False, split=not args.val_data)
+
+
+def open_data(args):
+    """(training set, validation set) of a command line."""
+    if args.model_name == "syncnet":
+        return open_clips(args)
+    if args.model_name not in ("whisper", "latentsync"):
+        return open_pictures(args)
+    if args.data != "demo":
+        raise UserError(f"--data {args.data}: {args.model_name} can only be trained on the drawn heads so far: demo")
+    if args.model_name == "whisper":
+        return HeadSpeech(FIRST_HEAD, args.videos), HeadSpeech(0, VAL_HEADS)
+    return HeadDubs(FIRST_HEAD, args.videos, args.frames), HeadDubs(0, VAL_HEADS, args.frames)
 
 
 def clip_config(args):
@@ -1112,6 +1239,7 @@ class Task:
 class TokenizerTask(Task):
     """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses; codes start from features and are restarted."""
 
+    NETWORK = vq.VQVAE
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
     val_metrics = ["psnr", "usage"]
 
@@ -1122,11 +1250,8 @@ class TokenizerTask(Task):
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = vq.CONFIGS[args.model]
-        cells, _ = vq.as_pairs(config.patch_nums)[-1]
-        if args.size != config.stride * cells:
-            raise UserError(f"--size {args.size}: recipe {args.recipe} has stride {config.stride} and ends with a "
-                            f"{cells}x{cells} map; use --size {config.stride * cells}")
-        self.model = vq.build(vq.VQVAE, config).to(device)
+        self.check_size(config)
+        self.model = vq.build(self.NETWORK, config).to(device)
         self.model.init_weights(g)
         if args.init:
             warm_start(self.model, vq.load(args.init), f"--init {args.init}")
@@ -1145,6 +1270,13 @@ class TokenizerTask(Task):
         self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
                                           disc_weight=args.disc_weight, disc_start=args.disc_start,
                                           adaptive=args.adaptive, gan=args.gan)
+
+    def check_size(self, config):
+        """Makes sure that --size is that of the schedule."""
+        cells, _ = vq.as_pairs(config.patch_nums)[-1]
+        if self.args.size != config.stride * cells:
+            raise UserError(f"--size {self.args.size}: recipe {self.args.recipe} has stride {config.stride} and ends "
+                            f"with a {cells}x{cells} map; use --size {config.stride * cells}")
 
     def loss(self, batch, step, g):
         image = sample.to_input(batch[0], self.device)
@@ -1226,6 +1358,45 @@ class TokenizerTask(Task):
         if self.disc_optimizer is not None:
             self.criterion.discriminator.load_state_dict(state["disc"])
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+
+
+class AutoencoderTask(TokenizerTask):
+    """`train.py vq` with a KL head: the same losses, the divergence instead of the quantizer's."""
+
+    NETWORK = vq.KLAutoencoder
+    metrics = ["l1", "l2", "lpips", "adv", "vq", "disc"]
+    val_metrics = ["psnr", "std"]
+
+    def check_size(self, config):
+        if self.args.size % config.stride:
+            raise UserError(f"--size {self.args.size}: expected a multiple of {config.stride}")
+
+    def loss(self, batch, step, g):
+        image = sample.to_input(batch[0], self.device)
+        rec, kl = self.model(image, g)
+        self.pairs.append((image, rec.detach().float()))
+        return self.criterion(image, rec.float(), self.args.kl_weight * kl, step, self.model.decoder.conv_out.weight)
+
+    def after_step(self, step, lr, g):
+        metrics = {"disc": self._update_discriminator(lr)} if self.criterion.adversarial(step) else {}
+        self.pairs = []
+        return metrics
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean PSNR in dB over the validation pictures, and the standard deviation of scaled latents."""
+        psnr, latents, items = [], [], spread(len(self.val_set), 1024)
+        for start in range(0, len(items), 32):
+            image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
+            latents.append(model.encode(image).sample())
+            psnr.append(sample.psnr(model.decode(latents[-1]).clamp(-1, 1), image))
+        return {"psnr": torch.cat(psnr).mean().item(), "std": torch.cat(latents).std().item()}
+
+    def save(self, model, path, dtype):
+        """With the scaling that gives latents a standard deviation of 1, measured on the validation pictures."""
+        scaling = model.config.scaling / max(self.validate(model)["std"], 1e-6)
+        model.config = replace(model.config, scaling=scaling)
+        super().save(model, path, dtype)
 
 
 class VARTask(Task):
@@ -1506,6 +1677,125 @@ class SyncNetTask(Task):
         syncnet.save(model, path, dtype)
 
 
+class MouthReader(torch.nn.Module):
+    """Whisper's encoder, and a linear layer that reads off its last block what the mouth does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.whisper, self.head = latentsync.Whisper(config), torch.nn.Linear(config.width, 3)
+
+    def forward(self, mel):
+        """(B, mels, n) -> (B, n / 2, 3), n at most 2 * positions; what is missing is filled up as when dubbing."""
+        room = 2 * self.whisper.config.positions - mel.shape[2]
+        last = self.whisper(torch.nn.functional.pad(mel, (0, room)))[:, :mel.shape[2] // 2, -1]
+        return self.head(self.whisper.ln_post(last))
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """PyTorch's default, drawn from `generator`."""
+        vq.init_default(self, generator)
+
+
+class WhisperTask(Task):
+    """`train.py whisper`: an ear for the demo. OpenAI's learnt to write down speech; this one, from synthesized voices,
+    to tell what the mouth does."""
+
+    metrics = []
+
+    def __init__(self, args, train_set, val_set, device, g):
+        self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
+        self.model = vq.build(MouthReader, latentsync.WHISPERS[args.model]).to(device)
+        self.model.init_weights(g)
+
+    def _loss(self, batch, model):
+        return torch.nn.functional.mse_loss(model(batch[0].to(self.device)), batch[1].to(self.device))
+
+    def loss(self, batch, step, g):
+        return self._loss(batch, self.model), {}
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean squared error on voices that it never heard."""
+        items = [(i, None) for i in range(len(self.val_set))]
+        return {"loss": self._loss(self.val_set.__getitems__(items), model).item()}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """How far the mouth of an unheard voice opens, and what was understood."""
+        mel, mouth, _ = self.val_set.__getitems__([(0, None)])
+        seconds = [i / 50 for i in range(mouth.shape[1])]
+        found = model(mel.to(self.device))[0, :, 0].tolist()
+        return sample.chart({"true": (seconds, mouth[0, :, 0].tolist()), "heard": (seconds, found)},
+                            "an unheard voice", "s", "mouth open", y_range=(-0.2, 1.4))
+
+    def save(self, model, path, dtype):
+        latentsync.save(model.whisper, path, dtype)
+
+
+class LatentSyncTask(Task):
+    """`train.py latentsync`, stage 1: the noise of true frames, given them masked, other frames and the sound. The
+    autoencoder and the audio encoder are frozen."""
+
+    metrics = []
+
+    def __init__(self, args, train_set, val_set, device, g):
+        self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
+        config = latentsync.CONFIGS[args.model]
+        self.autoencoder = vq.load(sample.find_checkpoint(args.vae)).to(device).requires_grad_(False)
+        self.whisper = latentsync.load_whisper(sample.find_checkpoint(args.whisper), device=device).requires_grad_(False)
+        self.mask = latentsync.face_mask(config.resolution).to(device)
+        self.model = vq.build(latentsync.UNet, config).to(device)
+        self.model.init_weights(g)
+        if args.init:
+            warm_start(self.model, latentsync.load(args.init), f"--init {args.init}")
+
+    @torch.no_grad()
+    def _prepare(self, batch, g):
+        """Latents (B, 4, F, h, w), condition (B, 9, F, h, w), audio (B, F, 50, C)."""
+        (clips, references), (sounds, starts), _ = batch
+        B, frames = clips.shape[:2]
+        true, others = (x.to(self.device).flatten(0, 1) / 127.5 - 1 for x in (clips, references))
+        encode = lambda x: self.autoencoder.encode(x).sample(g)
+        z, masked, reference = (encode(x) for x in (true, true * self.mask, others))
+        mask = torch.nn.functional.interpolate(self.mask.expand(len(z), 1, *self.mask.shape), z.shape[2:])
+        to_clips = lambda x: x.unflatten(0, (B, frames)).transpose(1, 2)
+        audio = []
+        for sound, start in zip(sounds, starts):
+            rows = torch.cat(list(self.whisper.pieces(sound)))
+            index = [latentsync.window_rows(start + i, len(rows)) for i in range(frames)]
+            audio.append(rows[np.stack(index)].flatten(1, 2))
+        return to_clips(z), to_clips(torch.cat([mask, masked, reference], 1)), torch.stack(audio)
+
+    def loss(self, batch, step, g):
+        return self.model.noise_loss(*self._prepare(batch, g), g), {}
+
+    @torch.no_grad()
+    def validate(self, model):
+        """The same loss on unseen people, always with the same noise."""
+        g, losses = torch.Generator(self.device).manual_seed(0), []
+        for start in range(0, 64, 16):
+            items = [(i % len(self.val_set), (i,)) for i in range(start, start + 16)]
+            losses.append(model.noise_loss(*self._prepare(self.val_set.__getitems__(items), g), g))
+        return {"loss": torch.stack(losses).mean().item()}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """Unseen people: above as they are, below as they are dubbed with their own sound."""
+        rows, g = [], torch.Generator(self.device).manual_seed(0)
+        for i in range(3):
+            frames, sound = talking_head(self.val_set.first + i, 4.8)
+            faces = frames[20:20 + model.config.frames].to(self.device) / 127.5 - 1
+            audio = torch.stack(list(itertools.islice(latentsync.windows(self.whisper, sound), 20, 20 + len(faces))))
+            side = model.config.resolution // self.autoencoder.config.stride
+            z = torch.randn(1, 4, 1, side, side, generator=g, device=self.device)
+            painted, _ = latentsync.paint(model, self.autoencoder, faces, audio, z, self.mask, g, cfg=1.0)
+            rows += [faces[:8], painted[:8]]
+        return sample.grid(sample.to_pixels(torch.cat(rows).add(1).div(2)), 8)
+
+    def save(self, model, path, dtype):
+        latentsync.save(model, path, dtype, tokenizer=vq.fingerprint(self.autoencoder))
+
+
 def evaluate_syncnet(args):
     """`train.py syncnet --evaluate FILE`: accuracy on pairs of unseen videos, and the offsets found where their sound
     was moved by -7 ... 7 frames."""
@@ -1577,7 +1867,13 @@ def study_syncnet(args):
 
 
 TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask,
-         "syncnet": SyncNetTask}
+         "syncnet": SyncNetTask, "whisper": WhisperTask, "latentsync": LatentSyncTask}
+
+
+def task_of(args):
+    """The Task of a command line."""
+    kl = args.model_name == "vq" and isinstance(vq.CONFIGS[args.model], vq.KLConfig)
+    return AutoencoderTask if kl else TASKS[args.model_name]
 
 
 @torch.no_grad()
@@ -1785,9 +2081,9 @@ class Run:
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.out = prepare_folder(args)
-        train_set, val_set = open_clips(args) if args.model_name == "syncnet" else open_pictures(args)
+        train_set, val_set = open_data(args)
         self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every rank
-        self.task = TASKS[args.model_name](args, train_set, val_set, self.device, self.g)
+        self.task = task_of(args)(args, train_set, val_set, self.device, self.g)
         self.model = self.task.model
         args.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), args.lr, args.betas, eps=1e-8, fused=True)

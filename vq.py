@@ -35,6 +35,14 @@ FoundationVision/LlamaGen; vq_ds16_t2i.pt, 72 M, stride 16, peizesun/llamagen_t2
     tokenizer, scales = vq.load("infinity_vae_d32.pth"), vq.schedule(aspect=1.5, pixels="0.25M")
     bits = tokenizer.tokenize(image, scales)    # image (B, 3, 624, 416) -> list of K (B, h * w, 32) bool
 
+LatentSync's autoencoder, Stable Diffusion's, has no tokens: a picture becomes a Gaussian over latents of 4 channels,
+held near the standard one by a KL divergence (latent diffusion, arXiv 2112.10752). Folder sd-vae-ft-mse, 84 M
+parameters, stride 8, stabilityai/sd-vae-ft-mse.
+
+    autoencoder = vq.load("sd-vae-ft-mse")
+    z = autoencoder.encode(image).sample(generator)     # (B, 3, 256, 256) in [-1, 1] -> (B, 4, 32, 32), scaled to std 1
+    image = autoencoder.decode(z)
+
 At the end stands what every model file shares: reading checkpoints safely, renaming keys, loading strictly, saving.
 """
 import argparse
@@ -46,7 +54,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -122,6 +130,19 @@ class Config:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+@dataclass(frozen=True)
+class KLConfig:
+    """Sizes of an autoencoder with a KL head. Files tell all but scaling."""
+
+    ch: int = 128
+    ch_mult: tuple = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    scaling: float = 0.18215                    # 1 / standard deviation of its latents
+
+    stride = Config.stride
+
+
 def _bits(d, **changes):
     """Infinity's tokenizers: bits, and attention nowhere."""
     base = dict(ch=128, ch_mult=(1, 2, 4, 4, 4), attn_lowest=False, attn_mid=False, vocab_size=0, phi_count=0,
@@ -149,6 +170,8 @@ CONFIGS = {
                        patch_nums=(1, 2, 3, 4, 6, 8)),      # 32 x 32 pixels, trained in demo/
     "emoji_vq_single": _single(8, (1, 2, 4), ch=32, num_res_blocks=1, attn_lowest=False, hidden_channels=64,
                                vocab_size=2048),                            # likewise
+    "sd-vae-ft-mse": KLConfig(),
+    "talking_head_kl": KLConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, scaling=1.0),   # 64 x 64 pixels, in demo/
     "emoji_bsq": _bits(16, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, patch_nums=(1, 2, 4, 6, 8)),     # likewise
 }
 
@@ -756,6 +779,63 @@ class VQVAE(nn.Module):
             self.quantize.codebook.normal_(0, self.config.z_channels ** -0.5, generator=generator)
 
 
+class Posterior(namedtuple("Posterior", "mean std scaling")):
+    """What an encoder knows about a picture's latent: a Gaussian for every number. mean, std: (B, C, H, W)."""
+
+    def sample(self, generator=None):
+        """A latent (B, C, H, W), scaled; drawn with `generator`, or without one its mean."""
+        if generator is None:
+            return self.mean * self.scaling
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return (self.mean + self.std * noise) * self.scaling
+
+    def kl(self):
+        """Divergence from the standard normal, (B,): summed over all numbers of a latent."""
+        variance = self.std.square()
+        return 0.5 * (self.mean.square() + variance - 1 - variance.log()).sum((1, 2, 3))
+
+
+class KLAutoencoder(nn.Module):
+    """Encoder, Gaussian latent, decoder (latent diffusion, section 3.1). Images are (B, 3, h, w) in [-1, 1], h and w
+    divisible by the stride; latents (B, 4, h / stride, w / stride), scaled to a standard deviation of about 1."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, sizes = config.z_channels, (config.ch, config.ch_mult, config.num_res_blocks)
+        self.encoder = Encoder(*sizes, 2 * C, attn_lowest=False)
+        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1)
+        self.post_quant_conv = nn.Conv2d(C, C, 1)
+        self.decoder = Decoder(*sizes, C, attn_lowest=False)
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, image):
+        """Image -> Posterior of its latent."""
+        image = image.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, 1)
+        return Posterior(mean, (0.5 * log_variance.clamp(-30, 20)).exp(), self.config.scaling)
+
+    def decode(self, z):
+        """Scaled latents (B, C, H, W) -> image, float32, not clamped."""
+        z = (z / self.config.scaling).to(self.quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z).to(memory_format=torch.channels_last)).float()
+
+    def forward(self, image, generator=None):
+        """Training pass -> (reconstruction, not clamped; KL divergence per number of the picture, a scalar)."""
+        posterior = self.encode(image)
+        return self.decode(posterior.sample(generator)), posterior.kl().mean() / image[0].numel()
+
+    @torch.no_grad()
+    def reconstruct(self, image):
+        """Image -> what its mean latent keeps of it, clamped to [-1, 1]."""
+        return self.decode(self.encode(image).sample()).clamp(-1, 1)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """PyTorch's default for convolutions, drawn from `generator`."""
+        init_default(self, generator)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training losses of a tokenizer: pixels, LPIPS, patch discriminator
 
@@ -889,10 +969,11 @@ class Blur(nn.Module):
 def init_default(module, generator=None):
     """PyTorch's default initialisation, drawn from `generator`; norms 1 and 0."""
     for m in module.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             bound = m.weight[0].numel() ** -0.5                             # Kaiming uniform with a = sqrt(5)
             m.weight.uniform_(-bound, bound, generator=generator)
-            m.bias.uniform_(-bound, bound, generator=generator)
+            if m.bias is not None:
+                m.bias.uniform_(-bound, bound, generator=generator)
         elif isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)):
             m.weight.fill_(1)
             m.bias.zero_()
@@ -1031,12 +1112,15 @@ def infer_config(state, path, patch_nums=None):
 
 
 def load(path, config=None, patch_nums=None, dtype=torch.float32):
-    """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours.
+    """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours; of
+    sd-vae-ft-mse and its like a KLAutoencoder.
 
-    path: .pth or .safetensors; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
-    dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
+    path: .pth or .safetensors, or a folder; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
+    dtype: of the decoder only, since tokens need a float32 encoder; latents do not. Raises CheckpointError.
     """
     state, saved = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local"), ("state_dict",), ("model",)))
+    if "encoder.mid_block.resnets.0.norm1.weight" in state:
+        return _load_kl(state, config or (config_from_json(KLConfig, saved, path) if saved else None), path, dtype)
     state = rename_keys({k: v for k, v in state.items() if not k.endswith("lfq.mask")}, UNWRAP)
     require(state, "encoder.conv_in.weight", *["quantize.embedding.weight"] * ("quant_conv.weight" in state), path=path,
             what="an image tokenizer (VQVAE)")
@@ -1054,6 +1138,53 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     return set_decoder_dtype(model.eval(), dtype)
 
 
+# Stable Diffusion's names, as diffusers has them, in the order in which they are replaced
+KL_RENAMES = (
+    [("encoder.down_blocks", "encoder.down"), ("mid_block.resnets.0", "mid.block_1"),
+     ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"), ("conv_norm_out", "norm_out")],
+    [("resnets", "block"), ("downsamplers.0.conv", "downsample.conv"), ("upsamplers.0.conv", "upsample.conv"),
+     ("group_norm", "norm"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")],
+    [("conv_shortcut", "nin_shortcut")],
+)
+KL_NEWER = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]       # a later spelling
+
+
+def _kl_tables(levels):
+    """KL_RENAMES for that many levels, of which the decoder counts the coarsest as 0."""
+    up = [(f"decoder.up_blocks.{i}", f"decoder.up.{levels - 1 - i}") for i in range(levels)]
+    return [KL_RENAMES[0] + up, *KL_RENAMES[1:]]
+
+
+def _load_kl(state, config, path, dtype):
+    """A KLAutoencoder from diffusers' state dict."""
+    if config is None:
+        widths, n = [], 0
+        while f"encoder.down_blocks.{n}.resnets.0.conv1.weight" in state:
+            widths.append(len(state[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"]))
+            n += 1
+        require(state, "quant_conv.weight", "encoder.conv_in.weight", path=path, what="an autoencoder (sd-vae-ft-mse)")
+        blocks = sum(bool(re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", k)) for k in state)
+        ch = len(state["encoder.conv_in.weight"])
+        config = KLConfig(ch, tuple(w // ch for w in widths), blocks, len(state["quant_conv.weight"]) // 2)
+    state = rename_keys(state, KL_NEWER)
+    for table in _kl_tables(len(config.ch_mult)):
+        state = rename_keys(state, table)
+    # its attention multiplies matrices where ours convolves: the same numbers
+    state = {k: v[..., None, None] if "attn_1" in k and v.dim() == 2 else v for k, v in state.items()}
+    model = build(KLAutoencoder, config)
+    load_strict(model, join_rows(state, *QKV), path)
+    return model.eval().to(dtype)
+
+
+def _export_kl(model):
+    """The state dict of a KLAutoencoder as sd-vae-ft-mse has it, in float32."""
+    state = split_rows({k: v.float() for k, v in model.state_dict().items()}, *QKV)
+    state = {k: v.flatten(1) if "attn_1" in k and v.dim() == 4 else v for k, v in state.items()}
+    for table in reversed(_kl_tables(len(model.config.ch_mult))):
+        state = rename_keys(state, table, inverse=True)
+    return {k: v.contiguous() for k, v in state.items()}
+
+
 def set_decoder_dtype(model, dtype):
     """Lets the decoder compute in another dtype; encoder and quantizer stay in float32."""
     model.post_quant_conv.to(dtype)
@@ -1062,13 +1193,16 @@ def set_decoder_dtype(model, dtype):
 
 
 def fingerprint(model):
-    """A short name for a tokenizer, the same in every precision: tells whether tokens belong to it."""
-    weight = model.quantize.codebook if model.config.vocab_size else model.encoder.conv_out.weight
+    """A short name for a tokenizer, the same in every precision: tells whether tokens or latents belong to it."""
+    has_codes = getattr(model.config, "vocab_size", 0)
+    weight = model.quantize.codebook if has_codes else model.encoder.conv_out.weight
     return hashlib.sha256(weight.detach().half().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def export(model):
-    """The official state dict of a VQVAE, in float32: what the original code loads strictly."""
+    """The official state dict of a tokenizer, in float32: what the original code loads strictly."""
+    if isinstance(model, KLAutoencoder):
+        return _export_kl(model)
     state = {k: v.float().contiguous() for k, v in model.state_dict().items() if k not in BOOKKEEPING}
     state = split_rows(state, *QKV) if model.config.single_scale else state
     state = rename_keys(state, renames(model.config), inverse=True)
@@ -1099,7 +1233,18 @@ def load_lpips(vgg_path, heads_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What every model file shares: checkpoints
+# What model files share: a filter bank, and checkpoints
+
+
+def slaney_mels(bands, low, high, n_fft, rate):
+    """Triangular filters (bands, n_fft / 2 + 1) of equal area from `low` to `high` Hz, evenly spaced on Slaney's mel
+    scale: linear up to 1 kHz, logarithmic above. What turns a spectrum of sound into what its networks hear."""
+    to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
+    mels = np.linspace(to_mel(low), to_mel(high), bands + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * math.log(6.4) / 27))
+    f = np.arange(n_fft // 2 + 1) * rate / n_fft
+    left, peak, right = (edges[i:bands + i, None] for i in range(3))
+    return np.maximum(0, np.minimum((f - left) / (peak - left), (right - f) / (right - peak))) * 2 / (right - left)
 
 
 class CheckpointError(ValueError):
@@ -1234,7 +1379,8 @@ class _NoInit(TorchFunctionMode):
 def rename_keys(state, table, inverse=False):
     """Keys rewritten by a table of (official, ours) pairs of key fragments; others unchanged.
 
-    A fragment is one or more whole dotted parts of a key, {} standing for a number. The first pair that occurs applies.
+    A fragment is one or more whole dotted parts of a key, {} standing for a number; several come in the same order in
+    both. The first pair that occurs applies.
     inverse: from ours to official.
     """
     rules = []
@@ -1242,7 +1388,8 @@ def rename_keys(state, table, inverse=False):
         old, new = (ours, official) if inverse else (official, ours)
         number = re.escape(old).replace(r"\{\}", r"(\d+)")
         end = "" if old.endswith(".") else r"(?=\.|$)"
-        rules.append((re.compile(rf"(?:^|(?<=\.)){number}{end}"), new.replace("{}", r"\1")))
+        rules.append((re.compile(rf"(?:^|(?<=\.)){number}{end}"), "".join(f"{part}\\{i}" for i, part in
+                      enumerate(new.split("{}")[:-1], 1)) + new.split("{}")[-1]))
     renamed = {}
     for key, value in state.items():
         for pattern, new in rules:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 import infinity
+import latentsync
 import llamagen
 import sample
 import syncnet
@@ -725,6 +727,272 @@ def syncnet_original(meta, t, tmp_path):
     close(score.curve, t["out.mean_dists"], what="distances")
     assert score.offset == t["out.offset"].item()
     close(torch.tensor([score.confidence, score.distance]), torch.cat([t["out.sync_c"], t["out.sync_d"]]), what="score")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LatentSync
+
+
+def load_kl(state, c, path):
+    """The autoencoder, written as the release would be, in both spellings of its attention."""
+    torch.save(state, path)
+    model = vq.load(path)
+    assert [w // model.config.ch for w in c["width"]] == list(model.config.ch_mult), "inferred widths"
+    assert model.config.num_res_blocks == c["layers_per_block"], "inferred blocks"
+    check_export(vq.export(model), state)
+    newer = vq.rename_keys(state, vq.KL_NEWER, inverse=True)
+    assert set(newer) != set(state)
+    torch.save(newer, path)
+    check_export(vq.export(vq.load(path)), state)
+    return model
+
+
+@runner("latentsync.vae")
+def latentsync_vae(meta, t, tmp_path):
+    model = load_kl(fill_state_dict(meta["manifest"]), meta["config"], tmp_path / "vae.pth")
+    assert model.config.scaling == meta["config"]["scaling_factor"]
+    with torch.no_grad():
+        posterior = model.encode(noted(meta, "in.image"))
+        close(posterior.mean, t["out.mean"], what="mean")
+        close(posterior.std, t["out.std"], what="std")
+        z = noise("in.latent", tuple(t["out.mean"].shape))
+        close(model.decode(z * model.config.scaling), t["out.decoded"], what="decoded")
+
+
+def part_of(meta, t, prefix=""):
+    """The official state dict of a model of a case; tables that the original computes are in `buffers_as_built`."""
+    kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
+    state = fill_state_dict(meta["manifest"], kept)
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def load_unet(state, c, path, resolution=256):
+    """A video UNet, written as the release would be; its export has the same keys and bits, and tables besides."""
+    config = latentsync.Config(
+        tuple(c["width"]), c["layers_per_block"], c["heads"], c["audio_dim"],
+        "none" if not c["motion"] else "up" if c["motion_decoder_only"] else "all", c["motion_heads"],
+        c["motion_max_len"], resolution, in_channels=c["in_channels"], out_channels=c["out_channels"])
+    torch.save({"global_step": 1, "state_dict": state}, path)
+    model = latentsync.load(path, config)
+    exported = latentsync.export(model)
+    tables = {k for k in exported if k.endswith("pos_encoder.pe")}
+    check_export({k: v for k, v in exported.items() if k in state or k not in tables}, state)
+    known = {config.widths: latentsync.Config(heads=c["heads"], motion_heads=c["motion_heads"], resolution=resolution)}
+    with pytest.MonkeyPatch.context() as patch:                             # what shapes tell is read from them
+        entries = {"case": replace(known[config.widths], widths=config.widths)}
+        patch.setattr(latentsync, "CONFIGS", entries)
+        inferred = latentsync.infer_config(state, path)
+    assert replace(inferred, motion_length=config.motion_length) == config, "inferred config"
+    return model
+
+
+@runner("latentsync.unet")
+def latentsync_unet(meta, t, tmp_path):
+    model = load_unet(part_of(meta, t), meta["config"], tmp_path / "unet.pt")
+    x, audio = noted(meta, "in.sample"), noted(meta, "in.audio").flatten(2, 3)[..., None]
+    audio = noted(meta, "in.audio")
+    (step,), found = meta["timesteps"], {}
+    names = {k.removeprefix("out.act."): v for k, v in t.items() if k.startswith("out.act.")}
+    for name in names:
+        ours = next(iter(vq.rename_keys({name.replace("samplers.0", "samplers.0.conv"): None}, latentsync.RENAMES)))
+        ours = ours.removesuffix(".conv") if "upsample" in ours else ours
+        hook = lambda module, given, out, name=name: found.__setitem__(name, out if out.dim() < 4 else out.mean((2, 3)))
+        model.get_submodule(ours).register_forward_hook(hook)
+    with torch.no_grad():
+        out = model(x, step, audio)
+        # conv_norm_out and the norms of residual blocks are applied without calling their modules
+        missing = set(names) - set(found)
+        assert missing <= {"conv_norm_out"}, missing
+        for name in found:
+            close(found[name], names[name], what=name)
+        close(out, t["out.sample"], what="sample")
+        close(model(x, step, torch.zeros_like(audio)), t["out.sample_zero_audio"], what="zeros for audio")
+        close(model(x, step, None), t["out.sample_no_audio"], what="no audio")
+
+
+@runner("latentsync.unet_blocks")
+def latentsync_unet_blocks(meta, t, tmp_path):
+    c, state = meta["config"], part_of(meta, t)
+    x, time, audio = noted(meta, "in.x"), noted(meta, "in.temb"), noted(meta, "in.audio")
+    (B, _, frames, *_), flat = x.shape, rearrange(x, "b c f h w -> (b f) c h w")
+    r, s, m = c["resnet"], c["transformer"], c["motion"]
+
+    def check(name, module, *inputs, key=None, part=None):
+        place = {"transformer": "attentions.0.", "motion": "motion_modules.0."}.get(name, "")
+        own = {k.replace(f"{name}.", place, 1): v for k, v in state.items() if k.startswith(f"{name}.")}
+        own = {k.removeprefix(place): v for k, v in latentsync._to_ours(own).items()}
+        vq.load_strict(module, own, name, optional=latentsync._tables(module))
+        with torch.no_grad():
+            out = module.eval()(*inputs)
+        out = rearrange(out, "(b f) c h w -> b c f h w", f=frames)
+        close(out, t[f"out.{key or name}"], what=key or name)
+    check("resnet", latentsync.ResBlock(r["cin"], r["cout"], r["temb"]), flat, time)
+    check("resnet_inflated", latentsync.ResBlock(r["cin"], r["cin"], r["temb"]), flat,
+          time.repeat_interleave(frames, 0))                                # each frame a clip of its own
+    check("transformer", latentsync.SpatialTransformer(s["channels"], s["heads"], s["audio_dim"]), flat,
+          audio.flatten(0, 1))
+    check("motion", latentsync.MotionModule(m["channels"], m["heads"], m["max_len"]), flat, B)
+    down = torch.nn.Sequential()
+    down.conv = torch.nn.Conv2d(c["down"]["cin"], c["down"]["cout"], 3, stride=2, padding=1)
+    check("down", down, flat)
+    up = latentsync.Upsample(c["up"]["cin"])
+    up.conv = torch.nn.Conv2d(c["up"]["cin"], c["up"]["cout"], 3, padding=1)
+    check("up", up, flat, (2 * x.shape[3], 2 * x.shape[4]))
+    check("up", up, flat, (11, 7), key="up_to_11x7")
+    close(latentsync.sinusoids(torch.tensor([0, 1, 500, 999]), 64), t["out.time_proj_64"], what="time")
+
+
+@runner("latentsync.ddim")
+def latentsync_ddim(meta, t, tmp_path):
+    close(latentsync.ALPHAS, t["out.alphas_cumprod"], what="alphas")
+    close(latentsync.ALPHAS[:1], t["out.final_alpha_cumprod"], what="the last alpha")
+    x, eps = noted(meta, "in.x"), 1.7 * noise("in.eps", tuple(t["out.trajectory_20"].shape[1:]))
+    for key, expected in t.items():
+        if key.startswith("out.timesteps_"):
+            equal(torch.tensor(latentsync.time_steps(len(expected))), expected, key)
+        if key.startswith("out.trajectory_"):
+            z, states = x, []
+            for step in latentsync.time_steps(len(expected)):
+                z = latentsync.ddim_step(z, eps, step, len(expected))
+                states.append(z)
+            close(torch.stack(states), expected, what=key)
+    steps, shape = torch.tensor([0, 500, 999]), tuple(t["out.add_noise"].shape)
+    x3, eps3 = noise("in.x3", shape), noise("in.eps3", shape)
+    close(latentsync.add_noise(x3, eps3, steps), t["out.add_noise"], what="add_noise")
+    close(latentsync.remove_noise(x3, eps3, steps), t["out.x0_from_eps"], what="remove_noise")
+
+
+@runner("latentsync.denoise")
+def latentsync_denoise(meta, t, tmp_path):
+    c = meta["config"]
+    model = load_unet(part_of(meta, t), c["unet"], tmp_path / "unet.pt")
+    shape = t["out.latents_0"].shape
+    z = noise("in.z", (*shape[:2], 1, *shape[3:])).expand(shape)
+    mask = (noise("in.mask", (1, 1, *shape[2:])) > 0).float()
+    condition = torch.cat([mask, noise("in.masked", tuple(shape)), noise("in.ref", tuple(shape))], 1)
+    every = c["deepcache"]["cache_interval"] if c["deepcache"] else 1
+    with torch.no_grad():
+        states = latentsync.denoise(model, z, condition, noted(meta, "in.audio"), c["steps"], c["guidance"], every)
+        for i, z in enumerate(states):
+            close(z, t[f"out.latents_{i}"], what=f"latents after step {i}")
+    assert i == c["steps"] - 1
+
+
+def load_ear(state, c, path):
+    """A Whisper encoder, written as OpenAI's file."""
+    torch.save({"dims": c, "model_state_dict": state}, path)
+    config = latentsync.WhisperConfig(c["n_mels"], c["n_audio_ctx"], c["n_audio_state"], c["n_audio_head"],
+                                      c["n_audio_layer"])
+    model = latentsync.load_whisper(path, config)
+    assert replace(latentsync.load_whisper(path, None).config, heads=config.heads) == config \
+        if "encoder.positional_embedding" in state and c["n_audio_state"] >= 64 else True
+    exported = latentsync.export(model)
+    check_export({k: v for k, v in exported.items() if k in state},
+                 {k: v for k, v in state.items() if k.startswith("encoder.")})
+    return model
+
+
+@runner("latentsync.whisper_encoder")
+def latentsync_whisper_encoder(meta, t, tmp_path):
+    model = load_ear(part_of(meta, t), meta["config"], tmp_path / "tiny.pt")
+    mel = latentsync.log_mel(t["in.audio"])
+    close(mel, t["in.mel"], what="mel")
+    mel = F.pad(mel, (0, 2 * meta["config"]["n_audio_ctx"] - mel.shape[1]))
+    with torch.no_grad():
+        found = model(mel[None])
+        close(found.transpose(1, 2)[:, :, meta["rows"]], t["out.embeddings"], what="embeddings")
+        close(model.ln_post(found[:, :, -1])[:, meta["rows"]], t["out.final"], what="final")
+
+
+@runner("latentsync.whisper_features")
+def latentsync_whisper_features(meta, t, tmp_path):
+    model = load_ear(part_of(meta, t), meta["config"], tmp_path / "tiny.pt")
+    sound = t["in.audio"]
+    close(latentsync.log_mel(sound)[:, ::8], t["out.mel"], what="mel")
+    features = torch.cat(list(model.pieces(sound)))
+    assert len(features) == t["out.length"].item() == latentsync.count_rows(len(sound), meta["config"]["n_audio_ctx"])
+    close(features[meta["rows"]], t["out.features"], what="features")
+
+
+@runner("latentsync.whisper_windows")
+def latentsync_whisper_windows(meta, t, tmp_path):
+    c = meta["config"]
+    rows, layers, C = c["feature_frames"], c["layers"] + 1, c["state"]
+    grid = torch.meshgrid(1.0 * torch.arange(rows), 0.01 * torch.arange(layers), 1e-4 * torch.arange(C), indexing="ij")
+    features, count = sum(grid), latentsync.count_frames(rows, c["fps"])
+    assert count == t["out.num_chunks"].item()
+    index = [latentsync.window_rows(frame, rows, c["fps"]) for frame in range(count)]
+    equal(torch.tensor(np.stack(index)), t["out.index"], "rows")
+
+    class Ear:
+        config = latentsync.WhisperConfig()
+
+        def pieces(self, sound):
+            return iter(features.split(5))                                  # in pieces, as long sounds have them
+    found = list(latentsync.windows(Ear(), torch.zeros(rows * 320), c["fps"]))
+    assert len(found) == count
+    close(found[0], t["out.chunk_first"], what="first")
+    close(found[-1], t["out.chunk_last"], what="last")
+    train = [features[latentsync.window_rows(c["start_index"] + i, rows)].flatten(0, 1) for i in (0, c["num_frames"] - 1)]
+    close(train[0], t["out.train_window_first"], what="first of a training clip")
+    close(train[1], t["out.train_window_last"], what="last of a training clip")
+
+
+def noted_pictures(name, n, h, w):
+    """Smooth pictures with some grain, uint8 (n, h, w, 3), as the note of latentsync_affine describes them."""
+    base = F.interpolate(noise(name, (n, 3, 7, 7)), (h, w), mode="bicubic", align_corners=False) * 0.5 + 0.5
+    grain = 0.5 * noise(f"{name}.fine", (n, 3, h, w)) + 0.5
+    return ((0.9 * base + 0.1 * grain).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+
+
+def close_pictures(found, expected, what):
+    """uint8: within 1, on at most 0.2 % of the pixels."""
+    off = (torch.as_tensor(found).int() - expected.int()).abs()
+    assert off.max() <= 1 and (off > 0).any(-1).float().mean() <= 0.002, (
+        what, off.max().item(), (off > 0).any(-1).float().mean().item())
+
+
+@runner("latentsync.affine")
+def latentsync_affine(meta, t, tmp_path):
+    c = meta["config"]
+    align = latentsync.Aligner(c["resolution"])
+    assert [*align.canvas][::-1] == c["face_size_wh"]
+    close(align.template, t["out.template"], what="template")
+    for i, picture in enumerate(noted_pictures("in.images", c["frames"], *c["image"])):
+        matrix = align(t["in.landmarks3"][i])
+        close(matrix, t["out.matrix"][i], what=f"matrix {i}")
+        face = latentsync.warp(picture.permute(2, 0, 1).float(), matrix, align.canvas, 127.0).byte()
+        close_pictures(face.permute(1, 2, 0), t["out.face"][i], f"face {i}")
+        aligned = latentsync.align_face(picture, matrix, align.canvas, c["resolution"])
+        close_pictures(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
+        res = c["resolution"]
+        painted = 0.3 * noise(f"in.face.{i}", (3, res, res)) + t["out.face_resized"][i].permute(2, 0, 1) / 127.5 - 1
+        close_pictures(latentsync.paste_back(picture, painted, matrix, align.canvas), t["out.restored"][i], f"paste {i}")
+
+
+@runner("latentsync.pipeline")
+def latentsync_pipeline(meta, t, tmp_path):
+    c = meta["config"]
+    unet = load_unet(part_of(meta, t, "unet."), c["unet"], tmp_path / "unet.pt", c["resolution"])
+    unet.config = replace(unet.config, frames=c["num_frames"])
+    autoencoder = load_kl(part_of(meta, t, "vae."), c["vae"], tmp_path / "vae.pt")
+    ear = load_ear(part_of(meta, t, "whisper."), c["whisper"], tmp_path / "tiny.pt")
+    video = list(noted_pictures("in.video", c["video_frames"], *c["image"]))
+    align = latentsync.Aligner(c["resolution"])
+    frames = [(picture, align(points)) for picture, points in zip(video, t["in.landmarks3"])]
+    count = latentsync.count_frames(latentsync.count_rows(len(t["in.audio"])))
+    assert count == t["out.num_frames"].item()
+    assert int(count / 25 * 16000) == t["out.audio_length"].item() or len(t["in.audio"]) == t["out.audio_length"].item()
+    frames = [frames[i] for i in itertools.islice(latentsync.to_and_fro(len(video)), count)]
+    latents, decode = [], autoencoder.decode
+    autoencoder.decode = lambda z: latents.append(z) or decode(z)
+    found = list(latentsync.lipsync(unet, autoencoder, frames, latentsync.windows(ear, t["in.audio"]),
+                                    torch.Generator().manual_seed(c["seed"]), steps=c["steps"], cfg=c["guidance"]))
+    close(torch.cat(latents), t["out.latents"], what="latents")
+    faces = torch.stack([dubbed.generated for dubbed in found])
+    close(F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1]), t["out.faces_mean8"], what="faces")
+    for row, expected in zip(meta["rows"], t["out.frames"]):
+        close_pictures(found[row].picture, expected, f"frame {row}")
 
 
 @pytest.mark.parametrize("path", list(cases()))
