@@ -446,18 +446,24 @@ def ddim_step(z, noise, t, count):
     return add_noise(remove_noise(z, noise, t), noise.float(), before)
 
 
-def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1):
+def call(function, constants, *tensors):
+    """How `denoise` has the UNet called. Anything else of this signature may capture it once and replay it."""
+    return function(*constants, *tensors)
+
+
+def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=call):
     """Yields the latents (1, 4, F, h, w) after each step, float32; the last are the result.
 
     z: noise (1, 4, F, h, w); condition (1, 9, F, h, w); audio (1, F, 50, 384). cfg: guidance, 1 is none; cache_every:
-    run the deep part of the network in every such step only, 3 for DeepCache.
+    run the deep part of the network in every such step only, 3 for DeepCache; run: see `call`.
     """
     guided = cfg > 1
     if guided:                                                              # both branches as one batch
         audio, condition = torch.cat([torch.zeros_like(audio), audio]), condition.expand(2, *condition.shape[1:])
     for i, t in enumerate(time_steps(steps)):
         x = torch.cat([z.expand(len(condition), *z.shape[1:]), condition], 1)
-        noise, deep = unet.with_cache(x, t, audio, deep if i % cache_every else None)
+        at = torch.full((len(x),), t, device=x.device)
+        noise, deep = run(unet.with_cache, (), x, at, audio, deep if i % cache_every else None)
         if guided:
             silent, noise = noise.float().chunk(2)
             noise = silent + cfg * (noise - silent)
@@ -664,7 +670,7 @@ class Aligner:
 
     def __init__(self, resolution):
         scale = 2.8 * resolution / 256
-        self.template = torch.tensor([(17, 20), (58, 20), (37.5, 40)]) * scale
+        self.resolution, self.template = resolution, torch.tensor([(17, 20), (58, 20), (37.5, 40)]) * scale
         self.canvas, self.bias = (int(100 * scale), int(75 * scale)), None
 
     def __call__(self, points):
@@ -765,21 +771,13 @@ def blur(x, radius):
 # The pipeline
 
 
-def to_and_fro(count):
-    """Numbers of a video's frames for a sound that lasts longer: forth, back, forth ... The frames at both ends come
-    twice."""
-    while True:
-        yield from range(count)
-        yield from reversed(range(count))
-
-
 Dubbed = namedtuple("Dubbed", "picture source face masked generated")
 Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same before. The aligned face, masked,
 and as it was painted, (3, resolution, resolution) in [-1, 1]: None where there was no face, and nothing was done."""
 
 
 @torch.no_grad()
-def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4):
+def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4, run=call):
     """Aligned faces (F, 3, r, r) in [-1, 1], audio (F, 50, 384), noise z (1, 4, 1, h, w) -> (faces painted anew, masked
     faces), both (F, 3, r, r). mask: (r, r); slices: faces that the decoder gets at a time."""
     masked = faces * mask
@@ -789,7 +787,7 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     condition = torch.cat([small.to(faces.device), *latents], 1)            # (F, 9, h, w)
     to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
-    for z in denoise(unet, z, to_clip(condition), audio[None], steps, cfg, cache_every):
+    for z in denoise(unet, z, to_clip(condition), audio[None], steps, cfg, cache_every, run):
         pass
     z = rearrange(z, "1 c f h w -> f c h w")
     painted = torch.cat([autoencoder.decode(part) for part in z.split(slices)])

@@ -12,6 +12,8 @@
     python sample.py llamagen --prompt "red heart"                  text -> emoji, likewise
     python sample.py llamagen --ckpt c2i_L_384.pt --classes 207 360
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
+    python sample.py latentsync                                     a drawn head says something else
+    python sample.py latentsync --ckpt latentsync_1.5.pt --video talk.mp4 --audio speech.wav --out dubbed.mp4
     python sample.py syncnet --video clip.mp4                       is its sound in step? offset, confidence, distance
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
@@ -134,6 +136,41 @@ def syncnet_args(add):
     add("--no-download", action="store_true", help="never fetch anything")
 
 
+def latentsync_args(add):
+    """Flags of `sample.py latentsync` alone."""
+    add("--video", metavar="FILE", help="who is to speak; default: the demo's")
+    add("--audio", metavar="FILE", help="what: a sound file, or a video with sound; default: the demo's")
+    add("--ckpt", metavar="FILE|NAME", help="weights: a file, or latentsync_1.0.pt, latentsync_1.5.pt, "
+        "latentsync_1.6.pt; default: demo/")
+    add("--vae", metavar="DIR|NAME", help="the autoencoder; default: sd-vae-ft-mse")
+    add("--whisper", metavar="FILE|NAME", help="the audio encoder; default: beside --ckpt, else whisper_tiny.pt")
+    add("--resolution", type=int, choices=[256, 512], help="of the faces; default: 512 if --ckpt names version 1.6")
+    add("--out", metavar="FILE", help="an .mp4; default: out/latentsync.mp4")
+    add("--steps", type=int, default=20, help="of diffusion (default 20)")
+    add("--cfg", type=float, help="guidance, 1 .. 3; default: the demo's own, else 1.5")
+    add("--seed", type=int, default=1247, help="draws what the original draws (default 1247)")
+    add("--deep-cache", action="store_true", help="most of the network in every third step only: faster, nearly as good")
+    add("--overlap", type=int, default=0, metavar="FRAMES",
+        help="paint the last frames of each 16 again with the next ones, and cross-fade: no seams (default 0)")
+    add("--face", type=int, default=1, metavar="N", help="of several faces the N-th largest (default 1)")
+    add("--landmarks", metavar="FILE.npz", help="instead of looking for faces: an array `landmarks` (frames, N, 2) in "
+        "pixels, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")
+    add("--aligned", action="store_true", help="the video shows nothing but an aligned face")
+    add("--detect-every", type=int, metavar="FRAMES", help="look for faces in every such frame; default: 1, on a CPU 3")
+    add("--decode", type=int, default=4, metavar="FRAMES", help="decoded at a time: less memory if fewer (default 4)")
+    add("--crf", type=int, default=13, help="quality of the video that is written, 0 best, 51 worst (default 13)")
+    add("--steps-grid", action="store_true", help="write face, masked, painted, and pasted back, side by side")
+    add("--syncnet", metavar="FILE|NAME", help="judge the video before and after by this stable_syncnet.pt")
+    add("--compile", action="store_true", help="warm up longer, then paint faster: CUDA graphs; else torch.compile")
+    add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
+    add("--frames", type=int, default=16, help="with --bench: of the clip (default 16)")
+    add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
+    add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. latentsync_1.5")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--no-download", action="store_true", help="never fetch anything")
+
+
 def ops_args(add):
     """Flags of `sample.py ops` alone."""
     add("--bench", nargs="*", metavar="OP", help="time these, or all, against plain and compiled torch")
@@ -147,6 +184,7 @@ COMMANDS = {  # name: what it does, whose flags it has
     "infinity": ("text -> image", common_args, generator_args, prompt_args, infinity_args),
     "llamagen": ("class or text -> image", common_args, generator_args, class_args, prompt_args, llamagen_args),
     "vq": ("image -> tokens -> image", common_args, vq_args),
+    "latentsync": ("video and speech -> the video says it", latentsync_args),
     "syncnet": ("does this mouth say this sound?", syncnet_args),
     "ops": ("what the ops of triton_ops.py move, and how fast they are", ops_args),
 }
@@ -193,6 +231,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import infinity
+import latentsync
 import llamagen
 import syncnet
 import var
@@ -316,12 +355,17 @@ RELEASED = {  # file -> repository on the model hub, or address
         "c2i_3B_384")},
     **{f"{name}.pt": "peizesun/llamagen_t2i" for name in ("vq_ds16_t2i", "t2i_XL_stage1_256", "t2i_XL_stage2_512")},
     "stable_syncnet.pt": "ByteDance/LatentSync-1.6",
+    "latentsync_1.0.pt": "ByteDance/LatentSync:latentsync_unet.pt",         # of these the names say too little
+    "latentsync_1.5.pt": "ByteDance/LatentSync-1.5:latentsync_unet.pt",
+    "latentsync_1.6.pt": "ByteDance/LatentSync-1.6:latentsync_unet.pt",
+    "whisper_tiny.pt": "ByteDance/LatentSync-1.6:whisper/tiny.pt",
     "syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data/",
 }
 FOLDERS = {  # folder -> repository and folder in it, files; shards come as the index names them
     "infinity_8b_weights": ("FoundationVision/Infinity", "infinity_8b_weights/", ["model.safetensors.index.json"]),
     "infinity_8b_512x512_weights": ("FoundationVision/Infinity", "infinity_8b_512x512_weights/",
                                     ["model.safetensors.index.json"]),
+    "sd-vae-ft-mse": ("stabilityai/sd-vae-ft-mse", "", ["config.json", "diffusion_pytorch_model.safetensors"]),
     "flan-t5-xl": ("google/flan-t5-xl", "", ["tokenizer.json", "model.safetensors.index.json"]),
 }
 
@@ -343,9 +387,11 @@ def fetch_folder(name, folder):
 
 
 def address_of(home, file):
-    """Where a file lies whose home is a repository of the hub, or an address."""
+    """Where a file lies whose home is an address, or a repository of the hub, maybe with the file's name there."""
     if home.startswith("http"):
         return home + file
+    home, _, there = home.partition(":")
+    file = there or file
     return f"{os.environ.get('LEGIBLE_HUB', 'https://huggingface.co')}/{home}/resolve/main/{file}"
 
 
@@ -421,7 +467,7 @@ def find_companion(given, beside, fallback, download, flag):
         return Path(beside).parent / fallback
     if fallback in RELEASED or fallback in FOLDERS:
         return find_checkpoint(fallback, download)
-    raise UserError(f"{beside}: which tokenizer? None named {fallback} lies beside it; give {flag} FILE")
+    raise UserError(f"{beside}: which {'tokenizer' if flag == '--vae' else flag}? None named {fallback} lies beside it; give {flag} FILE")
 
 
 def read_metadata(path):
@@ -692,13 +738,13 @@ def pyav():
 SOUND_FILES = {".wav", ".flac", ".ogg"}                                     # what soundfile reads; the rest is PyAV's
 
 
-def read_sound(path):
-    """The sound of a file, videos included, as (n,) float32 in [-1, 1] at 16 kHz: channels are averaged, other rates
-    resampled. That of a video begins where its picture does."""
+def read_sound(path, rate=SAMPLE_RATE):
+    """The sound of a file, videos included, as (n,) float32 in [-1, 1] at 16 kHz, or another rate: channels are
+    averaged, other rates resampled. That of a video begins where its picture does."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    sound = _read_sound_file(path) if path.suffix.lower() in SOUND_FILES else _read_sound_track(path)
+    sound = (_read_sound_file if path.suffix.lower() in SOUND_FILES else _read_sound_track)(path, rate)
     if not len(sound):
         raise UserError(f"{path}: there is no sound in it, not one sample")
     if not np.isfinite(sound).all():
@@ -706,23 +752,23 @@ def read_sound(path):
     return sound
 
 
-def _read_sound_file(path):
+def _read_sound_file(path, rate):
     import soundfile
     from scipy.signal import resample_poly
     try:
-        sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        sound, own = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as e:
         try:
-            return _read_sound_track(path)                                  # it knows more kinds of wav
+            return _read_sound_track(path, rate)                            # it knows more kinds of wav
         except UserError:
             raise UserError(f"{path}: not a readable sound file ({e})") from None
-    sound, common = sound.mean(1), math.gcd(rate, SAMPLE_RATE)
-    if rate != SAMPLE_RATE and len(sound):
-        sound = resample_poly(sound, SAMPLE_RATE // common, rate // common).astype(np.float32)
+    sound, common = sound.mean(1), math.gcd(own, rate)
+    if own != rate and len(sound):
+        sound = resample_poly(sound, rate // common, own // common).astype(np.float32)
     return sound
 
 
-def _read_sound_track(path):
+def _read_sound_track(path, rate):
     av = pyav()
     with open_container(path) as container:
         stream, picture = container.streams.best("audio"), container.streams.best("video")
@@ -741,13 +787,13 @@ def _read_sound_track(path):
                 if (frame.rate, frame.format.name, frame.layout.name) != kind:      # files that were joined may change
                     add(resampler.resample(None) if resampler else ())
                     kind = frame.rate, frame.format.name, frame.layout.name
-                    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+                    resampler = av.AudioResampler(format="fltp", rate=rate)
                 if frame.time is not None:
                     origin = frame.time if origin is None else origin
-                    at = round((frame.time - origin) * SAMPLE_RATE)
+                    at = round((frame.time - origin) * rate)
                     if not pieces:
                         begin = now = at
-                    elif at - now > SAMPLE_RATE // 50:                      # something is missing: silence
+                    elif at - now > rate // 50:                             # something is missing: silence
                         pieces.append(np.zeros(at - now, np.float32))
                         now = at
                 elif not pieces:
@@ -876,11 +922,12 @@ class VideoWriter:
     """An mp4 whose pictures are encoded once, H.264, as they come, and whose sound is muxed with them.
 
     with VideoWriter(path, height, width, sound=samples) as video: video.write(picture), uint8 (h, w, 3). sound: (n,) in
-    [-1, 1] at 16 kHz, cut to the length of the pictures. The file appears when it is complete.
+    [-1, 1] at `rate`, cut to the length of the pictures. The file appears when it is complete.
     """
 
-    def __init__(self, path, height, width, fps=FPS, sound=None, crf=18):
+    def __init__(self, path, height, width, fps=FPS, sound=None, crf=18, rate=SAMPLE_RATE):
         self.path, self.fps, self.sound, self.written, self.heard = Path(path), fps, sound, 0, 0
+        self.rate = rate
         self.even = height + height % 2, width + width % 2                  # the format halves colors
         self.crf = crf
 
@@ -893,7 +940,7 @@ class VideoWriter:
         self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
         self.stream.height, self.stream.width, self.stream.pix_fmt = *self.even, "yuv420p"
         if self.sound is not None:
-            self.track = self.container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+            self.track = self.container.add_stream("aac", rate=self.rate, layout="mono")
         return self
 
     def __exit__(self, *error):
@@ -917,7 +964,7 @@ class VideoWriter:
         frame.pts, frame.time_base = self.written, Fraction(1, self.fps)
         self.container.mux(self.stream.encode(frame))
         self.written += 1
-        self._write_sound(self.written * SAMPLE_RATE // self.fps)
+        self._write_sound(self.written * self.rate // self.fps)
 
     def _write_sound(self, until):
         """The sound up to a sample: silence where there is none any more."""
@@ -927,7 +974,7 @@ class VideoWriter:
         there = np.asarray(self.sound[self.heard:until], np.float32)
         piece[0, :len(there)] = there
         frame = self.av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, self.heard, Fraction(1, SAMPLE_RATE)
+        frame.sample_rate, frame.pts, frame.time_base = self.rate, self.heard, Fraction(1, self.rate)
         self.container.mux(self.track.encode(frame))
         self.heard = until
 
@@ -1208,16 +1255,16 @@ def race(run, variants, pictures, device, rounds=3):
     return results
 
 
-def print_bench(b, tokens):
-    """The table of a bench."""
+def print_bench(b, tokens=0):
+    """The table of a bench; tokens: of a picture."""
     print(f"{b['model']}  {b['device']}, {b['dtype']}, torch {b['torch']}, batch {b['pictures']}")
     print(f"{'stage':<14}{'s/picture':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'GB':>7}{'GB/s':>7}{'share of the limit':>21}")
     for stage, s in [*b["stages"].items(), ("total", b | {"seconds": b["seconds_per_image"]})]:
         print(f"{stage:<14}{s['seconds']:>10.3f}{s['flops'] / 1e9:>9.1f}{s['flops'] / s['seconds'] / 1e9:>9.0f}"
               f"{s['bytes'] / 1e9:>7.1f}{s['bytes'] / s['seconds'] / 1e9:>7.1f}{s['share']:>21.2f}")
     warmup = b["warmup_seconds"] / b["pictures"]
-    speed = tokens / b["seconds_per_image"]
-    print(f"{speed:.1f} tokens/s; first run {warmup:.2f} s/picture; the share is the time of the bare\n"
+    speed = f"{tokens / b['seconds_per_image']:.1f} tokens/s; " if tokens else ""
+    print(f"{speed}first run {warmup:.2f} s/picture; the share is the time of the bare\n"
           "matrix products, convolutions and attention calls / the time of the run; a large copy\nreads and writes "
           f"{b['copy_bytes_per_second'] / 1e9:.1f} GB/s")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
@@ -2054,6 +2101,8 @@ def sample_vq(args):
     tokenizer = vq.load(
         find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors", dtype=dtype
     )
+    if isinstance(tokenizer, vq.KLAutoencoder):
+        raise UserError(f"{args.ckpt}: an autoencoder without tokens; it is for sample.py latentsync --vae")
     c, tokenizer = tokenizer.config, tokenizer.to(device)
     tiles = [read_picture(file) for file in args.image] if args.image else demo_tiles()[0][19::240]
     rows, scores, tokens, seconds = [], [], [], 0.0
@@ -2120,13 +2169,14 @@ def load_syncnet(args, device, dtype):
     return model, Path(path).name
 
 
-def find_faces(video, device, every=5):
-    """Boxes (x0, y0, x1, y1) of the faces in every fifth frame, none in others, and the frames where scenes begin."""
+def find_faces(video, device, every=5, instead="--face X0 Y0 X1 Y1, in pixels, or --face whole"):
+    """Of the faces in every fifth frame, none in others: (x0, y0, x1, y1, and x, y of both eyes, the nose, both mouth
+    corners); and the frames where scenes begin. instead: what to do without the package."""
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
         raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; "
-                        "or say where the face is: --face X0 Y0 X1 Y1, in pixels, or --face whole") from None
+                        f"or say where the face is: {instead}") from None
     detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")     # sees 20 pixels and more
     shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 640), [], [], None
     for i, frame in enumerate(tqdm(video, total=len(video), desc="looking for faces", unit="frame", leave=False)):
@@ -2135,8 +2185,9 @@ def find_faces(video, device, every=5):
         if before is not None and np.abs(colors - before).mean() > 27:      # another scene
             cuts.append(i)
         before = colors
-        found, sure = detector.detect(picture) if i % every == 0 else (None, None)
-        boxes.append([] if found is None else [tuple(box * shrink) for box, p in zip(found, sure) if p >= 0.9])
+        found, sure, points = detector.detect(picture, landmarks=True) if i % every == 0 else (None, None, None)
+        boxes.append([] if found is None else [(*(box * shrink), *(at.flatten() * shrink)) for box, p, at in
+                                               zip(found, sure, points) if p >= 0.9])
     return boxes, cuts
 
 
@@ -2146,7 +2197,7 @@ def faces_of(video, args, device, model):
         return [(0, lambda frame, i: frame, None)]
     if args.face in (["auto"], ["detect"]):
         boxes, cuts = find_faces(video, device)
-        tracks = syncnet.face_tracks(boxes, cuts)
+        tracks = [(first, rows[:, :4]) for first, rows in syncnet.face_tracks(boxes, cuts)]
         if not tracks:
             seen, looked = sum(map(bool, boxes)), -(-len(boxes) // 5)
             raise UserError(f"{video.path}: no face to judge: expected one of 100 pixels or more that stays for 2 s; "
@@ -2239,6 +2290,309 @@ def describe_score(score):
     milliseconds = abs(score.offset) * 1000 // FPS
     when = f" (the sound is {milliseconds} ms too {'early' if score.offset > 0 else 'late'})" if score.offset else ""
     return f"offset {score.offset:+d} frames{when}, confidence {score.confidence:.3f}, distance {score.distance:.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py latentsync
+
+
+class Dubbing:
+    """The three models of a dub, and where they came from."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device, self.device_why = choose_device(args.device)
+        self.dtype, self.dtype_why = choose_dtype(args.dtype, self.device)
+        self.peak = PeakMemory(self.device)
+        (self.random if args.random_weights else self.load)(args)
+        self.unet, self.autoencoder = (model.to(self.device, self.dtype) for model in (self.unet, self.autoencoder))
+        self.whisper = self.whisper.to(self.device)                         # small, and exact in float32
+        self.parts = self.unet, self.autoencoder, self.whisper
+        if args.frames > self.unet.config.motion_length:
+            raise UserError(f"--frames {args.frames}: expected at most {self.unet.config.motion_length}, the frames "
+                            "that its motion modules can tell apart")
+
+    def random(self, args):
+        self.name, g = args.random_weights, torch.Generator().manual_seed(args.seed)
+        if self.name not in latentsync.CONFIGS:
+            raise UserError(f"--random-weights {self.name}: choose one of {', '.join(latentsync.CONFIGS)}")
+        demo, config = self.name == "talking_head", latentsync.CONFIGS[self.name]
+        self.unet = vq.build(latentsync.UNet, replace(config, resolution=args.resolution or config.resolution))
+        self.autoencoder = vq.build(vq.KLAutoencoder, vq.CONFIGS["talking_head_kl" if demo else "sd-vae-ft-mse"])
+        self.whisper = vq.build(latentsync.Whisper, latentsync.WHISPERS["talking_head" if demo else "tiny"])
+        for model in (self.unet, self.autoencoder, self.whisper):
+            model.eval().init_weights(g)
+        self.cfg = 1.5 if args.cfg is None else args.cfg
+
+    def load(self, args):
+        find = lambda name: find_checkpoint(name, not args.no_download)
+        companion = lambda given, fallback, flag: find_companion(given, self.ckpt, fallback, not args.no_download, flag)
+        self.ckpt = Path(find(args.ckpt) if args.ckpt else DEMO / "talking_head_latentsync.safetensors")
+        resolution = args.resolution or (512 if "1.6" in str(self.ckpt) else None)
+        self.unet = latentsync.load(self.ckpt, resolution=resolution)
+        self.name, metadata = self.ckpt.name, read_metadata(self.ckpt)
+        ours = "tokenizer" in metadata                                      # written by train.py
+        vae = companion(args.vae, "talking_head_kl.safetensors" if ours else "sd-vae-ft-mse", "--vae")
+        ears = "talking_head_whisper.safetensors" if ours else "whisper_tiny.pt"
+        if not ours and not args.whisper and (self.ckpt.parent / "whisper" / "tiny.pt").exists():
+            args.whisper = self.ckpt.parent / "whisper" / "tiny.pt"         # as the authors lay it
+        ear = companion(args.whisper, ears, "--whisper")
+        self.autoencoder, self.whisper = vq.load(vae), latentsync.load_whisper(ear)
+        if not isinstance(self.autoencoder, vq.KLAutoencoder):
+            raise UserError(f"{vae}: a tokenizer; expected an autoencoder such as sd-vae-ft-mse as --vae")
+        check_fingerprint(self.autoencoder, vae, metadata, self.ckpt)
+        if self.whisper.config.width != self.unet.config.audio_width:
+            raise UserError(f"{ear}: its features are {self.whisper.config.width} wide, but {self.ckpt} listens to "
+                            f"{self.unet.config.audio_width}; give the encoder it was trained with as --whisper")
+        self.cfg = args.cfg if args.cfg is not None else metadata.get("sampling", {}).get("cfg", 1.5)
+
+    def options(self):
+        """Of latentsync.lipsync."""
+        args = self.args
+        return dict(steps=args.steps, cfg=self.cfg, cache_every=3 if args.deep_cache else 1, slices=args.decode,
+                    overlap=args.overlap)
+
+    def generator(self):
+        return torch.Generator(self.device).manual_seed(self.args.seed)
+
+    def faster(self):
+        """{name: how its UNet is called}, the best first."""
+        ways = {"graph": CUDAGraphs()} if self.device.type == "cuda" else {}
+        compiled = torch.compile(self.unet.with_cache)
+        return ways | {"compile": lambda function, constants, *tensors: compiled(*tensors)}
+
+    def dub(self, frames, windows, run=latentsync.call):
+        return latentsync.lipsync(self.unet, self.autoencoder, frames, windows, self.generator(), run=run,
+                                  **self.options())
+
+
+def detected_points(video, device, args):
+    """Three points for each frame of a video, (frames, 3, 2), nan where there is no face; and how many frames have been
+    looked at. Of several faces that of rank --face, followed through each scene."""
+    every = args.detect_every or (1 if device.type == "cuda" else 3)
+    rows, cuts = find_faces(video, device, every, "--landmarks FILE.npz, or --aligned")
+    tracks = syncnet.face_tracks(rows, cuts, longest_gap=2 * every, shortest=0, smallest=50)
+    if not tracks:
+        seen = sum(map(bool, rows))
+        raise UserError(f"{video.path}: no face of 50 pixels or more in any of {len(rows)} frames"
+                        + (f" (smaller ones in {seen})" if seen else "") + "; nothing was written; if there is one, "
+                        "give --landmarks FILE.npz")
+    bounds, ranks = [0, *cuts, len(rows)], []                               # ranks: the largest face, the second ...
+    for first, found in sorted(tracks, key=lambda t: -np.prod(t[1][:, 2:4] - t[1][:, :2], 1).sum()):
+        points = latentsync.three_points(found[:, 4:].reshape(-1, 5, 2))
+        if every == 1 and len(points) > 4:                                  # the detector trembles
+            padded = np.pad(points, ((1, 1), (0, 0), (0, 0)), mode="edge")
+            points = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
+        # between two looks a face may have come or gone: as long as the scene lasts it is held to both sides
+        low = max(first - every + 1, max(b for b in bounds if b <= first))
+        high = min(first + len(points) + every - 1, min(b for b in bounds if b >= first + len(points)))
+        points = np.pad(points, ((first - low, high - first - len(points)), (0, 0), (0, 0)), mode="edge")
+        for rank in ranks:
+            if np.isnan(rank[low:high]).all():
+                break
+        else:
+            ranks.append(rank := np.full((len(rows), 3, 2), np.nan))
+        rank[low:high] = np.where(np.isnan(rank[low:high]), points, rank[low:high])
+    if args.face > len(ranks):
+        raise UserError(f"--face {args.face}: there are never more than {len(ranks)} faces at a time in {video.path}")
+    return ranks[args.face - 1]
+
+
+def given_points(path):
+    """Three points for each frame, from an .npz file."""
+    try:
+        with np.load(path) as arrays:
+            landmarks = arrays["landmarks"]
+        points = latentsync.three_points(np.where(np.isfinite(landmarks), landmarks, np.nan))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, TypeError) as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else str(e)
+        raise UserError(f"--landmarks {path}: {reason}; expected an .npz with an array 'landmarks' (frames, N, 2), N = "
+                        "3, 5, 106 or 478") from None
+    if points.ndim != 3 or np.isnan(points).any((1, 2)).all():
+        raise UserError(f"--landmarks {path}: expected (frames, N, 2), with a face in one frame at least, found an "
+                        f"array of {landmarks.shape}")
+    return points
+
+
+class Faces:
+    """For every frame of a video the map to its aligned face, or None. Maps are found in the order of the frames."""
+
+    def __init__(self, video, device, args, resolution):
+        self.video, self.maps, self.align = video, [], latentsync.Aligner(resolution)
+        if args.aligned:
+            (h, w), (H, W) = self.align.canvas, (video.height, video.width)
+            self.whole = torch.tensor([[(w - 1) / max(W - 1, 1), 0, 0], [0, (h - 1) / max(H - 1, 1), 0]])
+            self.points = None
+        else:
+            landmarks = args.landmarks or (DEMO / "talking_scene.npz" if args.video is None else None)
+            self.points = given_points(landmarks) if landmarks else detected_points(video, device, args)
+
+    def __call__(self, number):
+        """The map of frame `number`, of which all earlier ones have been asked for before."""
+        if self.points is None:
+            return self.whole
+        if number >= len(self.points):
+            raise UserError(f"--landmarks: are for {len(self.points)} frames, but {self.video.path} has more (at "
+                            f"{self.video.fps} a second)")
+        while len(self.maps) <= number:
+            points = self.points[len(self.maps)]
+            self.maps.append(None if np.isnan(points).any() else self.align(points))
+        return self.maps[number]
+
+
+def to_and_fro(video, count, held=2**27):
+    """`count` times (number, frame) of a video: forth, and if it is shorter back, forth ... In the way back it is decoded
+    in pieces from their start on, each of at most `held` bytes."""
+    numbered, last, n = enumerate(video), -1, 0
+    for last, picture in numbered:
+        if n == count:
+            return
+        yield last, picture
+        n += 1
+    piece = max(1, held // (3 * video.height * video.width))
+    while n < count:
+        for end in range(last + 1, 0, -piece):
+            start = max(end - piece, 0)
+            pictures = list(itertools.islice(video.frames(start), end - start))
+            for number in reversed(range(start, start + len(pictures))):
+                if n == count:
+                    return
+                yield number, pictures[number - start]
+                n += 1
+        for number, picture in itertools.islice(enumerate(video), count - n):
+            yield number, picture
+            n += 1
+
+
+def check_latentsync_args(args):
+    """What argparse does not check."""
+    check_ranges(("--steps", args.steps, 1, 1000), ("--cfg", args.cfg, 0, None), ("--seed", args.seed, 0, None),
+                 ("--overlap", args.overlap, 0, 15), ("--face", args.face, 1, None), ("--crf", args.crf, 0, 51),
+                 ("--detect-every", args.detect_every, 1, 25), ("--decode", args.decode, 1, None),
+                 ("--frames", args.frames, 1, None))
+    exclude = [("--ckpt", "--random-weights"), ("--landmarks", "--aligned")]
+    for pair in exclude:
+        if all(getattr(args, flag[2:].replace("-", "_")) for flag in pair):
+            raise UserError(" and ".join(pair) + " exclude each other")
+    if args.video and not args.audio and not args.bench:
+        raise UserError("--audio FILE: what is to be said? A sound file, or a video with sound (the same one, to repaint "
+                        "what it says)")
+    if args.landmarks and not args.video:
+        raise UserError("--landmarks: belongs to a --video FILE")
+
+
+def sample_latentsync(args):
+    """A video in which somebody says what somebody else said."""
+    check_latentsync_args(args)
+    job = Dubbing(args)
+    if args.bench:
+        return bench_latentsync(job)
+    out = check_writable(args.out or "out/latentsync.mp4", suffix=".mp4")
+    path, audio = Path(args.video or DEMO / "talking_scene.mp4"), Path(args.audio or DEMO / "other_speech.flac")
+    video, sound, rate = Video(path), read_sound(audio), 48000
+    if path.resolve() == out.resolve() or audio.resolve() == out.resolve():
+        raise UserError(f"--out {out}: would replace what it is made from; choose another name")
+    if len(sound) < SAMPLE_RATE // 25:
+        raise UserError(f"{audio}: {len(sound) * 1000 // SAMPLE_RATE} ms of sound; expected 40, a frame, at least")
+    rows = latentsync.count_rows(len(sound), job.whisper.config.positions)
+    count, faces = latentsync.count_frames(rows), Faces(video, job.device, args, job.unet.config.resolution)
+    numbers, empty, start = [], 0, time.perf_counter()                      # numbers: of the frames that are shown
+
+    def frames():
+        for number, picture in to_and_fro(video, count):
+            numbers.append(number)
+            yield picture, faces(number)
+    run = next(iter(job.faster().values())) if args.compile else latentsync.call
+    dubbed = job.dub(frames(), latentsync.windows(job.whisper, sound), run)
+    size = (video.height, video.width) if not args.steps_grid else panel_size(job, video)
+    with VideoWriter(out, *size, sound=read_sound(audio, rate), crf=args.crf, rate=rate) as writer:
+        for frame in tqdm(dubbed, total=count, desc="dubbing", unit="frame", smoothing=0.05):
+            writer.write(panels(frame, size) if args.steps_grid else frame.picture)
+            empty += frame.generated is None
+    seconds = time.perf_counter() - start
+    if empty:
+        print(f"note: {empty} of {len(numbers)} frames have no face; they stay as they were", file=sys.stderr)
+    if not args.steps_grid and (args.syncnet or not args.video):
+        judge_dub(job, video, out, numbers, faces, sound)
+    print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, job.parts, seconds / max(len(numbers), 1),
+                    job.peak, out, f"{len(numbers)} frames of {len(numbers) / FPS:.2f} s, ", unit="frame"))
+
+
+def panel_size(job, video):
+    """(height, width) of four panels: three of a face's size, at least 128, and the frame, as high."""
+    side = max(128, job.unet.config.resolution)
+    return side, 3 * side + round(video.width / video.height * side)
+
+
+def panels(frame, size):
+    """Face, masked, painted, and the frame with it, side by side; grey where there is none."""
+    side = size[0]
+    resize = lambda picture, w: np.asarray(Image.fromarray(picture).resize((w, side), Image.LANCZOS))
+    faces = [np.full((side, side, 3), 127, np.uint8) if face is None else
+             resize(to_pixels(face[None].add(1).div(2).clamp(0, 1))[0], side)
+             for face in (frame.face, frame.masked, frame.generated)]
+    return np.concatenate([*faces, resize(frame.picture, size[1] - 3 * side)], 1)
+
+
+def judge_dub(job, video, out, numbers, faces, sound):
+    """Prints what SyncNet says about the sound with the video as it was, and as it is now."""
+    args, align = job.args, faces.align
+    path = find_checkpoint(args.syncnet, not args.no_download) if args.syncnet else (
+        DEMO / "talking_head_syncnet.safetensors")
+    judge = syncnet.load(path, device=job.device)
+    if isinstance(judge, syncnet.OriginalSyncNet) or judge.config.latent:
+        raise UserError(f"{path}: expected a StableSyncNet that sees aligned faces, such as stable_syncnet.pt")
+    side = judge.config.picture[1]
+
+    def aligned(pictures):
+        for number, picture in zip(numbers, pictures):
+            if (found := faces(number)) is not None:                        # without a face it keeps the last one
+                whole = torch.as_tensor(picture, device=job.device)
+                face = latentsync.align_face(whole, found, align.canvas, align.resolution)[None]
+                face = F.interpolate(face, (side, side), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+            yield face.byte()
+    for what, pictures in (("before", (p for _, p in to_and_fro(video, len(numbers)))), ("after", Video(out))):
+        try:
+            score = syncnet.score(judge, aligned(pictures), sound)
+            print(f"{what + ':':<8}{describe_score(score)}")
+        except (ValueError, UnboundLocalError):
+            print(f"note: too short to be judged by {path.name}", file=sys.stderr)
+            return
+
+
+def bench_latentsync(job):
+    """--bench: some frames of a drawn-up video with a face, from sound and pictures to pictures."""
+    args, c = job.args, job.unet.config
+    if args.random_weights == "talking_head" or c.resolution < 128:
+        height = 160
+    else:
+        height = 960
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, height, height * 9 // 16, 3), dtype=np.uint8)
+    points = np.array([(0.4, 0.35), (0.6, 0.35), (0.5, 0.45)]) * (height * 9 // 16, height * 9 // 16)
+    sound = 0.1 * rng.standard_normal(SAMPLE_RATE * (args.frames - 1) // FPS).astype(np.float32)
+    count = args.frames
+
+    def run(how=latentsync.call):
+        align = latentsync.Aligner(c.resolution)
+        frames = ((pictures[i % 2], align(points)) for i in range(count))
+        windows = latentsync.windows(job.whisper, np.pad(sound, (0, SAMPLE_RATE)))
+        faces = [frame.generated for frame in job.dub(frames, itertools.islice(windows, count), how)]
+        return torch.stack(faces).float().cpu()
+    stages = {"whisper": [(job.whisper, "forward")], "encoder": [(job.autoencoder, "encode")],
+              "unet": [(job.unet, "with_cache")], "decoder": [(job.autoencoder, "decode")]}
+    parameters = [p for model in job.parts for p in model.parameters()]
+    result = bench(job.name, run, stages, "rest", parameters, job.device, job.dtype, count, job.peak,
+                   rounds=1 if job.device.type == "cpu" else 3)
+    result |= {"steps": args.steps, "cfg": job.cfg, "deep_cache": args.deep_cache, "resolution": c.resolution}
+    if args.compile:
+        ways = {name: lambda how=how: run(how) for name, how in job.faster().items()}
+        result["variants"] |= race(run, ways, count, job.device)
+    print(f"{c.resolution} pixels, {count} frames in a clip, {args.steps} steps, guidance {job.cfg}")
+    print_bench(result)
+    if args.json:
+        with vq.atomic(args.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2399,8 +2753,8 @@ def sample_ops(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "syncnet": sample_syncnet,
-          "vq": sample_vq, "ops": sample_ops}
+MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen,
+          "latentsync": sample_latentsync, "syncnet": sample_syncnet, "vq": sample_vq, "ops": sample_ops}
 
 
 def guarded(run, args):

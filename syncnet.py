@@ -573,6 +573,7 @@ def overlap(a, b):
 
 def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, smallest=100):
     """Follows faces through a video: per frame a list of boxes (x0, y0, x1, y1) in pixels -> [(first frame, (n, 4))].
+    Numbers that follow those of a box, such as its landmarks, go along.
 
     A box continues the track whose last box it overlaps most, more than least_overlap, at most longest_gap frames ago
     and on the same side of all `cuts` (frames with which a new scene begins). Tracks have more than `shortest` frames
@@ -596,8 +597,8 @@ def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, 
     for track in tracks:
         times, corners = np.array([t for t, _ in track]), np.array([box for _, box in track], float)
         every = np.arange(times[0], times[-1] + 1)
-        filled = np.stack([np.interp(every, times, corners[:, i]) for i in range(4)], 1)
-        sides = filled[:, 2:] - filled[:, :2]
+        filled = np.stack([np.interp(every, times, column) for column in corners.T], 1)
+        sides = filled[:, 2:4] - filled[:, :2]
         if len(filled) > shortest and sides.mean(0).max() > smallest:
             result.append((int(times[0]), filled))
     return result

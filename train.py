@@ -773,13 +773,18 @@ def synthesize(rng, plan):
 class Canvas:
     """Pictures (T, 3, h, w) in [0, 1] to paint ellipses on, in coordinates of a face that moves: -1 to 1."""
 
-    def __init__(self, pose, size, rows):
-        """pose (T, 4): shift in x and y, angle, scale; rows: how many of the lowest rows of the square are drawn."""
+    WIDE = 1.45                                 # of an aligned face, in which a circle is so much wider than high
+    STRETCH = 70 / 52                           # how much of that is alignment's
+
+    def __init__(self, pose, size, rows, aligned=True):
+        """pose (T, 4): shift in x and y, angle, scale; rows: how many of the lowest rows of the square are drawn.
+        aligned: stretched to a square, as aligned faces are; else as in a picture that somebody took."""
         at = (torch.arange(size) + 0.5) * 2 / size - 1
         y, x = torch.meshgrid(at[-rows:], at, indexing="ij")
         dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
-        x, y = (x - dx) / scale / 1.45, (y - dy) / scale                    # aligned faces are stretched to a square
+        x, y = (x - dx) / scale / (self.WIDE if aligned else 1), (y - dy) / scale
         self.x, self.y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+        self.x = self.x if aligned else self.x / self.WIDE * self.STRETCH
         self.pixel, self.top = 2 / size, float(self.y.min())
         self.picture = torch.zeros(len(pose), 3, rows, size)
 
@@ -803,10 +808,10 @@ class Canvas:
         self.picture *= gain[:, None]
 
 
-def draw_head(rng, mouth, pose, size, rows):
+def draw_head(rng, mouth, pose, size, rows, aligned=True):
     """A random face that speaks: mouth (T, 3) open, wide, teeth; pose (T, 4) -> uint8 (T, 3, rows, size), of which rows
-    = size is all of it. It stands nearly as an aligned one: brows at a fifth, nose at two fifths of the height."""
-    T, canvas, uniform = len(mouth), Canvas(pose, size, rows), rng.uniform
+    = size is all of it. Aligned, it stands nearly as an aligned one: brows at a fifth, nose at two fifths of the height."""
+    T, canvas, uniform = len(mouth), Canvas(pose, size, rows, aligned), rng.uniform
     opening, wide, teeth = mouth.T                                          # (T,) each
     skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.55, 0.37, 0.27]])[rng.integers(4)]
     skin = np.clip(skin + uniform(-0.06, 0.06, 3), 0.1, 1)
@@ -883,11 +888,29 @@ def talking_head(seed, seconds=4.8, size=64, rows=None, unaligned=False):
     syllables: a function of the seed alone. Sound and picture come from one plan, so they are exactly in step.
     unaligned: head and camera move, as in a video whose faces nobody aligned."""
     rng, plan, drift, sound = speech(seed, seconds)
-    times = frame_times(len(plan))
-    mouth = np.stack([np.interp(times, np.arange(len(plan)) + 0.5, plan[:, 6 + i]) for i in range(3)], 1)
+    mouth = mouth_of(plan)
     reach = np.array([0.3, 0.3, 0.35, 0.15] if unaligned else [0.02, 0.02, 0.03, 0.02])
     pose = torch.from_numpy(drift * reach + [0, 0, 0, 1]).float()
     return draw_head(rng, mouth, pose, size, rows or size), sound
+
+
+def mouth_of(plan):
+    """(frames, 3): open, wide, teeth in the middle of every frame."""
+    at = np.arange(len(plan)) + 0.5
+    return np.stack([np.interp(frame_times(len(plan)), at, plan[:, 6 + i]) for i in range(3)], 1)
+
+
+def talking_scene(seed, seconds, size=128):
+    """(frames uint8 (T, 3, size, size), sound, points (T, 3, 2)) of a talking head that somebody filmed: small, and it
+    moves. points: where the brows and the nose are, in pixels, for latentsync.Aligner."""
+    rng, plan, drift, sound = speech(seed, seconds)
+    pose = drift * [0.09, 0.06, 0.1, 0.02] + [0, 0.1, 0, 0.55]
+    face = np.array([(-0.361, -0.586), (0.4, -0.586), (0.02, -0.186)]) * [Canvas.WIDE / Canvas.STRETCH, 1]
+    dx, dy, angle, scale = pose.T[:, :, None]
+    x = (face[:, 0] * np.cos(angle) - face[:, 1] * np.sin(angle)) * scale + dx      # (T, 3)
+    y = (face[:, 0] * np.sin(angle) + face[:, 1] * np.cos(angle)) * scale + dy
+    points = (np.stack([x, y], -1) + 1) * size / 2 - 0.5
+    return draw_head(rng, mouth_of(plan), torch.from_numpy(pose).float(), size, size, aligned=False), sound, points
 
 
 def moved(sound, frames):
