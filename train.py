@@ -1796,8 +1796,8 @@ class LatentSyncTask(Task):
     def validate(self, model):
         """The same loss on unseen people, always with the same noise."""
         g, losses = torch.Generator(self.device).manual_seed(0), []
-        for start in range(0, 64, 16):
-            items = [(i % len(self.val_set), (i,)) for i in range(start, start + 16)]
+        for start in range(0, min(64, 4 * len(self.val_set)), 8):
+            items = [(i % len(self.val_set), (i,)) for i in range(start, start + 8)]
             losses.append(model.noise_loss(*self._prepare(self.val_set.__getitems__(items), g), g))
         return {"loss": torch.stack(losses).mean().item()}
 
