@@ -1,9 +1,9 @@
-"""LatentSync: a talking head says something else. Full definition of the model and its pipeline, all of it in this file.
+"""LatentSync: a talking head says something else. Full definition of model and pipeline, all of it in this file.
 
-A diffusion model repaints the lower half of a face, frame by frame, while it listens. It is Stable Diffusion 1.5's UNet,
-with three changes: besides the noisy latent it sees the masked picture and a reference picture, as further channels of
-its input; where that read a text it reads sound; and from version 1.5 on modules between the frames of a clip keep them
-from flickering.
+A diffusion model repaints the lower half of a face, frame by frame, while it listens. It is Stable Diffusion 1.5's
+UNet, with three changes: besides the noisy latent it sees the masked picture and a reference picture, as further
+channels of its input; where that read a text it reads sound; and from version 1.5 on modules between the frames of a
+clip keep them from flickering.
 
     video, 25 frames a second                                               speech, 16 kHz
       | three points of each face -> a similarity transform                   | log-mel, 100 columns a second
@@ -201,7 +201,7 @@ class SpatialTransformer(nn.Module):
 
 
 def frame_positions(length, C):
-    """Table (1, length, C): the sine of a frame's number times 10000 ** (-2 i / C) at channel 2 i, its cosine beside."""
+    """Table (1, length, C): the sine of a frame's number * 10000 ** (-2 i / C) at channel 2 i, its cosine beside."""
     angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, C, 2) * (-math.log(10000.0) / C))
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None]
 
@@ -537,7 +537,7 @@ class Whisper(nn.Module):
             -math.log(10000) / (C // 2 - 1) * torch.arange(C // 2))
         self.register_buffer("positional_embedding", torch.cat([angle.sin(), angle.cos()], 1))
         self.blocks = nn.ModuleList(WhisperBlock(C, config.heads) for _ in range(config.layers))
-        self.ln_post = nn.LayerNorm(C)                                      # for the recogniser's decoder; not heard here
+        self.ln_post = nn.LayerNorm(C)                                      # before the recogniser's decoder: not used
 
     def forward(self, mel):
         """(B, mels, 2 * positions) -> (B, positions, layers + 1, C): the input of the first block, and what each makes
@@ -551,8 +551,8 @@ class Whisper(nn.Module):
 
     @torch.no_grad()
     def pieces(self, sound):
-        """Features of a sound (n,) in pieces (rows, layers + 1, C), of at most 30 s; 50 rows a second. The last piece is
-        filled up with zeros in the mel spectrogram: Whisper's own way, silence, would be -1.5 there or so."""
+        """Features of a sound (n,) in pieces (rows, layers + 1, C), of at most 30 s; 50 rows a second. The last piece
+        is filled up with zeros in the mel spectrogram. (Whisper itself would add silence, about -1.5 there.)"""
         mel, size = log_mel(sound, self.config.mels), 2 * self.config.positions
         for part in mel.split(size, 1):
             part = part.to(self.conv1.weight.device)
@@ -600,10 +600,10 @@ def windows(whisper, sound, fps=FPS):
 # Faces: the mask, the way to the aligned face and back
 
 # By how much the lower part of the mask narrows from row to row, at its left and at its right
-LEFT = ("0000000100000000000001000000000000010000001010101011010110101111011111111011111121112112122121222222222223233245"
-        "4")
-RIGHT = ("000000100000000000001000000000000010000001010101011011011011011011011111011111111111112112112121221222232322322"
-         "444")
+LEFT = ("000000010000000000000100000000000001000000101010101101011010111101111111101111112111211212212122222222222323"
+        "32454")
+RIGHT = ("00000010000000000000100000000000001000000101010101101101101101101101111101111111111111211211212122122223232"
+         "2322444")
 
 
 def face_mask(size=256):
@@ -772,8 +772,9 @@ def blur(x, radius):
 
 
 Dubbed = namedtuple("Dubbed", "picture source face masked generated")
-Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same before. The aligned face, masked,
-and as it was painted, (3, resolution, resolution) in [-1, 1]: None where there was no face, and nothing was done."""
+Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same before. face, masked, generated:
+the aligned face, its masked version, and as it was painted, surroundings included, (3, resolution, resolution) in
+[-1, 1]; None where there was no face, and nothing was done."""
 
 
 @torch.no_grad()
@@ -841,7 +842,7 @@ def _paint_clip(unet, autoencoder, clip, known, canvas, options):
     audio = torch.stack([clip[i][2] for i in seen]).to(device)
     generated, masked = paint(unet, autoencoder, faces, audio, **options)
     for i, *found in zip(seen, faces, masked, generated):
-        if i < known and clip[i][3]:                                        # the nearer to this clip's own, the more of it
+        if i < known and clip[i][3]:                                        # the later, the more of this clip's
             found[2] = torch.lerp(clip[i][3][2], found[2], (i + 1) / (known + 1))
         clip[i][3] = found
 
@@ -871,14 +872,15 @@ QKV, KV = ("qkv", ("q", "k", "v")), ("key_value", ("key", "value"))
 
 
 def infer_config(state, path):
-    """The Config of an official state dict, read from its shapes; the rest is that of the entry of CONFIGS with the same
-    widths, for which no entry means that config= must be given."""
+    """The Config of an official state dict, read from its shapes. What these do not tell is that of the first entry of
+    CONFIGS with the same widths; without one config= must be given."""
     count = lambda pattern: next(i for i in range(100) if pattern.format(i) not in state)
     levels = count("down_blocks.{}.resnets.0.conv1.weight")
     widths = tuple(len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
     known = next((config for config in CONFIGS.values() if config.widths == widths), None)
     if known is None:
-        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}, whose number of heads no tensor tells: pass config=")
+        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}, whose number of heads no tensor tells: "
+                                 "pass config=")
     moving = {key.split("_")[0] for key in state if ".motion_modules." in key}              # down, up
     tables = [v.shape[1] for k, v in state.items() if k.endswith("pos_encoder.pe")]
     return replace(known, layers=count("down_blocks.0.resnets.{}.conv1.weight"),
@@ -942,7 +944,8 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
         config = vq.config_from_json(WhisperConfig, saved, path)
     elif config is None:
         width, mels, _ = state["conv1.weight"].shape
-        config = WhisperConfig(mels, len(state["positional_embedding"]), width, width // 64,     # in all that OpenAI made
+        heads = width // 64                                                 # in all that OpenAI made
+        config = WhisperConfig(mels, len(state["positional_embedding"]), width, heads,
                                sum(k.endswith(".attn.query.weight") for k in state))
     model = vq.build(Whisper, config)
     vq.load_strict(model, state, path, optional=_tables(model))

@@ -149,7 +149,7 @@ def latentsync_args(add):
     add("--steps", type=int, default=20, help="of diffusion (default 20)")
     add("--cfg", type=float, help="guidance, 1 .. 3; default: the demo's own, else 1.5")
     add("--seed", type=int, default=1247, help="draws what the original draws (default 1247)")
-    add("--deep-cache", action="store_true", help="most of the network in every third step only: faster, nearly as good")
+    add("--deep-cache", action="store_true", help="most of the network in every third step only: faster, nearly alike")
     add("--overlap", type=int, default=0, metavar="FRAMES",
         help="paint the last frames of each 16 again with the next ones, and cross-fade: no seams (default 0)")
     add("--face", type=int, default=1, metavar="N", help="of several faces the N-th largest (default 1)")
@@ -467,7 +467,8 @@ def find_companion(given, beside, fallback, download, flag):
         return Path(beside).parent / fallback
     if fallback in RELEASED or fallback in FOLDERS:
         return find_checkpoint(fallback, download)
-    raise UserError(f"{beside}: which {'tokenizer' if flag == '--vae' else flag}? None named {fallback} lies beside it; give {flag} FILE")
+    what = "tokenizer" if flag == "--vae" else flag[2:]
+    raise UserError(f"{beside}: which {what}? None named {fallback} lies beside it; give {flag} FILE")
 
 
 def read_metadata(path):
@@ -2441,8 +2442,8 @@ class Faces:
 
 
 def to_and_fro(video, count, held=2**27):
-    """`count` times (number, frame) of a video: forth, and if it is shorter back, forth ... In the way back it is decoded
-    in pieces from their start on, each of at most `held` bytes."""
+    """`count` times (number, frame) of a video: forth, and if it is shorter back, forth ... On the way back it is
+    decoded in pieces from their start on, each of at most `held` bytes."""
     numbered, last, n = enumerate(video), -1, 0
     for last, picture in numbered:
         if n == count:
@@ -2475,8 +2476,7 @@ def check_latentsync_args(args):
         if all(getattr(args, flag[2:].replace("-", "_")) for flag in pair):
             raise UserError(" and ".join(pair) + " exclude each other")
     if args.video and not args.audio and not args.bench:
-        raise UserError("--audio FILE: what is to be said? A sound file, or a video with sound (the same one, to repaint "
-                        "what it says)")
+        raise UserError("--audio FILE: what is to be said? A sound file, or a video with sound")
     if args.landmarks and not args.video:
         raise UserError("--landmarks: belongs to a --video FILE")
 

@@ -90,7 +90,7 @@ SYNCNET_HEADS = dict(
     model="talking_head", steps=3000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
     dtype="fp32", ema=0.998, val_pairs=800, moments=8, contrast_steps=300,
 )
-# The demo's ear, and the first stage of the demo's dubbing. Of the released sizes the authors say: rate 1e-5, no warm-up
+# The demo's ear, and stage 1 of the demo's dubbing
 WHISPER = COMMON | dict(
     model="talking_head", steps=2000, batch_size=16, lr=2e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
     videos=600,
@@ -810,7 +810,7 @@ class Canvas:
 
 def draw_head(rng, mouth, pose, size, rows, aligned=True):
     """A random face that speaks: mouth (T, 3) open, wide, teeth; pose (T, 4) -> uint8 (T, 3, rows, size), of which rows
-    = size is all of it. Aligned, it stands nearly as an aligned one: brows at a fifth, nose at two fifths of the height."""
+    = size is all of it. Aligned, it has brows and nose where an aligned face has them: at 1/5 and 2/5 of the height."""
     T, canvas, uniform = len(mouth), Canvas(pose, size, rows, aligned), rng.uniform
     opening, wide, teeth = mouth.T                                          # (T,) each
     skin = np.array([[0.96, 0.80, 0.69], [0.87, 0.67, 0.53], [0.71, 0.49, 0.36], [0.55, 0.37, 0.27]])[rng.integers(4)]
@@ -1765,7 +1765,8 @@ class LatentSyncTask(Task):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = latentsync.CONFIGS[args.model]
         self.autoencoder = vq.load(sample.find_checkpoint(args.vae)).to(device).requires_grad_(False)
-        self.whisper = latentsync.load_whisper(sample.find_checkpoint(args.whisper), device=device).requires_grad_(False)
+        self.whisper = latentsync.load_whisper(sample.find_checkpoint(args.whisper), device=device)
+        self.whisper.requires_grad_(False)
         self.mask = latentsync.face_mask(config.resolution).to(device)
         self.model = vq.build(latentsync.UNet, config).to(device)
         self.model.init_weights(g)

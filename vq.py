@@ -1115,8 +1115,9 @@ def load(path, config=None, patch_nums=None, dtype=torch.float32):
     """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours; of
     sd-vae-ft-mse and its like a KLAutoencoder.
 
-    path: .pth or .safetensors, or a folder; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
-    dtype: of the decoder only, since tokens need a float32 encoder; latents do not. Raises CheckpointError.
+    path: .pth, .safetensors or a folder; config: instead of the inferred one; patch_nums: another schedule, such as
+    PATCH_NUMS[512]; dtype: of the decoder only, since tokens need a float32 encoder, or of a KLAutoencoder. Raises
+    CheckpointError.
     """
     state, saved = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local"), ("state_dict",), ("model",)))
     if "encoder.mid_block.resnets.0.norm1.weight" in state:
