@@ -20,24 +20,28 @@ clip keep them from flickering.
     generated faces (F, 3, 256, 256) -> the surroundings of the mask are the original's -> warped back into the frames
 
 What to look out for when reading:
-- The sound of a frame is 0.2 s of it, the outputs of all of Whisper's layers, so it may choose between sound and words.
+- A frame hears ten rows of features, 0.2 s around it, each with the outputs of all of Whisper's layers: the network may
+  choose between sound and word. (A row has seen the whole piece of up to 30 s, by Whisper's own attention.)
 - Faces are aligned so that brows and nose stand still, and the mask hides most of what moves with speech: else the
-  network guesses the mouth from cheeks and head instead of the sound (the paper's "shortcut"). In training SyncNet
-  looks at the decoded pixels for the same reason (section 3.3). The reference is a frame of another moment in training,
-  but the frame itself when dubbing: the network has learnt to copy its looks and never its mouth.
-- GroupNorm in residual blocks takes its statistics over all frames of a clip, in attention blocks per frame.
+  network guesses the mouth from cheeks and head instead of the sound (the paper's "shortcut"). For the same reason a
+  SyncNet (syncnet.py) looks at the decoded pixels in the second stage of training (section 3.3). The reference is a
+  frame of another moment in training, `train.py latentsync`, but the frame itself when dubbing: the network has learnt
+  to take looks from it, not the mouth.
+- GroupNorm in residual blocks takes its statistics over all frames of a clip, in attention blocks per frame. So a
+  clip of other frames, or of fewer, gives other pictures.
 - Guidance compares with zeros for sound, although no training step ever dropped the sound.
 - All frames of a video start from one noise, drawn once: a face that does not move is painted alike.
 
-Letters: B clips, F frames of each (16), C width, h w size of a feature map, H heads, T rows of audio features. Paper:
-arXiv 2412.09262. Released weights: latentsync_unet.pt of repositories ByteDance/LatentSync (1.0: 850 M parameters, 256
-pixels, no motion modules), ByteDance/LatentSync-1.5 (1267 M, 256) and ByteDance/LatentSync-1.6 (the same network at
-512); with them whisper/tiny.pt, and stabilityai/sd-vae-ft-mse.
+Letters: B clips, F frames of each (16), C width, h w size of a feature map, H W of a picture, T rows of audio features;
+in patterns of einops h are heads, d numbers of a head. Paper: arXiv 2412.09262. Released weights: latentsync_unet.pt of
+repositories ByteDance/LatentSync (1.0: 850 M parameters, 256 pixels, no motion modules), ByteDance/LatentSync-1.5
+(1267 M, 256) and ByteDance/LatentSync-1.6 (the same network at 512); with them whisper/tiny.pt, and
+stabilityai/sd-vae-ft-mse.
 
     unet, whisper = latentsync.load("latentsync_unet.pt"), latentsync.load_whisper("tiny.pt")
-    autoencoder = vq.load("sd-vae-ft-mse")
+    autoencoder = vq.load_autoencoder("sd-vae-ft-mse")                      # version 1.6: load(..., resolution=512)
     align = latentsync.Aligner(unet.config.resolution)
-    frames = ((picture, align(points)) for picture, points in video)        # uint8 (H, W, 3), and (3, 2) or None
+    frames = ((picture, align(points)) for picture, points in video)        # uint8 (H, W, 3); see three_points, or None
     for dubbed in latentsync.lipsync(unet, autoencoder, frames, latentsync.windows(whisper, sound), generator):
         dubbed.picture                                                      # uint8 (H, W, 3)
 """
@@ -60,7 +64,7 @@ FPS, SAMPLE_RATE = 25, 16000
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a video UNet. Files tell all but heads, resolution and frames."""
+    """Sizes of a video UNet. Files tell all but the numbers of heads, resolution and frames."""
 
     widths: tuple = (320, 640, 1280, 1280)      # of the levels, fine to coarse; each but the last halves the map
     layers: int = 2                             # per level on the way down; one more on the way up
@@ -90,8 +94,8 @@ CONFIGS = {
     "latentsync_1.5": Config(),
     "latentsync_1.6": Config(resolution=512),
     "latentsync_1.0": Config(motion="none"),
-    "latentsync_1.5_efficient": Config(motion="up"),                        # what stage2_efficient trains
-    "talking_head": Config((64, 96, 128), 1, 4, 64, "none", 4, resolution=64),             # the demo's
+    "latentsync_1.5_efficient": Config(motion="up"),                        # the authors' cheaper training of stage 2
+    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", resolution=64),   # demo
 }
 WHISPERS = {
     "tiny": WhisperConfig(),
@@ -134,7 +138,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens (N, L, C) to each other; scale D ** -0.5."""
+    """Multi-head attention of tokens (N, L, C) to each other."""
 
     def __init__(self, C, heads):
         super().__init__()
@@ -189,8 +193,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(C, C, 1)
 
     def forward(self, x, audio=None):
-        """x (N, C, h, w), audio (N, 50, c_audio): one window per frame. Without audio that attention is left out, which
-        is not what zeros do: it has a bias."""
+        """x (N, C, h, w), audio (N, 50, c_audio): one window per frame. Without audio that attention is left out; zeros
+        for audio would still add its output's bias."""
         h = self.proj_in(vq.norm_silu(self.norm, x, silu=False))
         tokens = rearrange(h, "n c h w -> n (h w) c")
         tokens = tokens + self.attn1(self.norm1(tokens))
@@ -198,6 +202,13 @@ class SpatialTransformer(nn.Module):
             tokens = tokens + self.attn2(self.norm2(tokens), audio)
         tokens = tokens + self.ff(self.norm3(tokens))
         return x + self.proj_out(rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2]))
+
+
+def sinusoids(t, C):
+    """(B,) -> (B, C): cosines first, then sines, of t * 10000 ** (-2 i / C)."""
+    frequency = torch.exp(torch.arange(C // 2, device=t.device) * (-math.log(10000) / (C // 2)))
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def frame_positions(length, C):
@@ -296,13 +307,6 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoids(t, self.C).to(self.linear_1.weight.dtype))))
 
 
-def sinusoids(t, C):
-    """(B,) -> (B, C): cosines first, then sines, of t * 10000 ** (-2 i / C)."""
-    frequency = torch.exp(torch.arange(C // 2, device=t.device) * (-math.log(10000) / (C // 2)))
-    angle = t[:, None].float() * frequency
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -348,8 +352,8 @@ class UNet(nn.Module):
         return self.with_cache(x, t, audio)[0]
 
     def with_cache(self, x, t, audio=None, deep=None):
-        """DeepCache (arXiv 2312.00858): (noise, deep), where deep is what all but the outermost layer found. Given from
-        an earlier, similar step it is taken as it is: 1/15 of the work."""
+        """(noise, deep), where deep is what all but the last layer of the last level made: its input. DeepCache (arXiv
+        2312.00858) takes it from an earlier step, as it changes little from one to the next: 1/15 of the work."""
         B, _, frames, h, w = x.shape
         time = self.time_embedding(torch.as_tensor(t, device=x.device).expand(B))
         x = rearrange(x, "b c f h w -> (b f) c h w").to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
@@ -364,7 +368,7 @@ class UNet(nn.Module):
         return rearrange(x, "(b f) c h w -> b c f h w", b=B), deep
 
     def _all_but_last_layer(self, skips, time, audio):
-        """Down, middle, and up but for the last layer of the last level. Of `skips` remains the first."""
+        """Down, middle, and up but for the last layer of the last level. Of `skips` it leaves the first."""
         x, last = skips[0], len(self.up_blocks) - 1
         for i, level in enumerate(self.down_blocks):
             for j in range(len(level.resnets)):
@@ -391,7 +395,7 @@ class UNet(nn.Module):
             layer.bias.zero_()
 
     def noise_loss(self, z, condition, audio, generator=None):
-        """The loss of stage 1, a scalar: squared error of the noise that is predicted at a random time step.
+        """The loss of stage 1 of training, a scalar: squared error of the noise predicted at a random time step.
 
         z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents.
         """
@@ -427,35 +431,37 @@ def remove_noise(z, noise, t):
 
 
 def mixed_noise(shape, generator=None, device=None, share=1.0):
-    """Noise (B, C, F, h, w) whose frames are alike: a part of its own for each, and `share` times as much that all
-    frames of a clip have in common; of variance 1."""
+    """Noise (B, C, F, h, w) for training: a part of its own for each frame, and `share` times as much that all frames
+    of a clip have in common; of variance 1. (When dubbing all of it is common.)"""
     own = torch.randn(shape, generator=generator, device=device)
     common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, device=device)
     return (own + share * common) / math.sqrt(1 + share**2)
 
 
 def time_steps(count):
-    """Those of a sampler with `count` steps: 951, 901, ... 1 for 20."""
+    """Those of a sampler with `count` steps, 1 .. 999: 951, 901, ... 1 for 20."""
+    if not 1 <= count <= 999:
+        raise ValueError(f"{count} steps: expected 1 .. 999")
     return [1 + i * (1000 // count) for i in reversed(range(count))]
 
 
 def ddim_step(z, noise, t, count):
     """The latents one of `count` steps earlier than t: the picture that z and its noise amount to, with less of the
     same noise (DDIM, arXiv 2010.02502, eq. 12, eta 0)."""
-    before = max(t - 1000 // count, 0)                                      # the last step ends at 0, not at no noise
+    before = max(t - 1000 // count, 0)                                      # in the end 0, where a little is left
     return add_noise(remove_noise(z, noise, t), noise.float(), before)
 
 
 def call(function, constants, *tensors):
-    """How `denoise` has the UNet called. Anything else of this signature may capture it once and replay it."""
+    """How `denoise` has the UNet called. Another function of this signature may capture it in a CUDA graph."""
     return function(*constants, *tensors)
 
 
 def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=call):
     """Yields the latents (1, 4, F, h, w) after each step, float32; the last are the result.
 
-    z: noise (1, 4, F, h, w); condition (1, 9, F, h, w); audio (1, F, 50, 384). cfg: guidance, 1 is none; cache_every:
-    run the deep part of the network in every such step only, 3 for DeepCache; run: see `call`.
+    z: noise (1, 4, F, h, w); condition (1, 9, F, h, w); audio (1, F, 50, 384). cfg: guidance, up to 1 none;
+    cache_every: run the deep part of the network in every such step only, 3 for DeepCache; run: see `call`.
     """
     guided = cfg > 1
     if guided:                                                              # both branches as one batch
@@ -479,7 +485,7 @@ def log_mel(sound, bands=80):
     """Sound (n,) in [-1, 1] -> tensor (bands, n // 160): what Whisper hears, 100 columns a second.
 
     Powers of windows of 400 samples, in mel bands, as logarithms down to 8 decades below the loudest of the whole
-    signal. Not SyncNet's: that has other windows, and amplitudes. Computed block by block, for long signals.
+    signal. Computed block by block, for long signals.
     """
     sound = torch.as_tensor(sound, dtype=torch.float32)
     columns = len(sound) // 160
@@ -572,7 +578,7 @@ def count_rows(samples, positions=1500):
 
 def count_frames(rows, fps=FPS):
     """Frames that are made for so many rows: up to two more than the sound lasts, as in the original."""
-    return next(i for i in range(int(rows * fps / 50) + 3) if int(i * 50 / fps) > rows) + 1
+    return next(i for i in range(math.ceil((rows + 1) * fps / 50) + 1) if int(i * 50 / fps) > rows) + 1
 
 
 def window_rows(frame, rows, fps=FPS):
@@ -630,9 +636,9 @@ def lanczos_resize(pictures, size):
         taps = centre.floor()[:, None] + torch.arange(-3, 5)
         distance = centre[:, None] - taps
         w = torch.sinc(distance) * torch.sinc(distance / 4)
-        w = ((w / w.sum(1, keepdim=True)).float() * 2048).round().double() / 2048      # 2047.49996 is 2047.5 in float32
+        w = ((w / w.sum(1, keepdim=True)).float() * 2048).round().double() / 2048      # in float32, as there: ties
         return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
-    down, across = (weights(n).to(pictures) for n in pictures.shape[-2:])
+    down, across = (weights(n).float().to(pictures) for n in pictures.shape[-2:])           # mps has no float64
     return (down @ pictures @ across.T + 0.5).floor().clamp(0, 255)
 
 
@@ -665,7 +671,8 @@ class Aligner:
     """Finds for each frame of a video the map to the aligned face. Call it in order: it smoothes a little.
 
     align(points (3, 2)) -> tensor (2, 3), or None for None: pixels of the frame, as (x, y, 1), to pixels of a canvas of
-    size `canvas` (height, width), on which brows and nose stand where they stand in all faces.
+    size `canvas` (height, width), on which brows and nose stand where they stand in all faces. The canvas is higher
+    than wide, 280 x 210, and then squeezed into a square of 256. Raises ValueError for points that coincide.
     """
 
     def __init__(self, resolution):
@@ -680,12 +687,15 @@ class Aligner:
         c1, c2 = points.mean(0), self.template.mean(0)
         source, target = points - c1, self.template - c2
         s1, s2 = source.std(), target.std()
+        if not s1 > 0:
+            raise ValueError(f"these are not three points of a face: {points.tolist()}")
         source, target = source / s1, target / s2
         U, _, Vt = torch.linalg.svd(source.T @ target)                      # the rotation between the two (Procrustes)
         R = Vt.T @ U.T
         if R.det() < 0:                                                     # a mirror image: the nearest without
             R = Vt.T * torch.tensor([1, -1]) @ U.T
-        # the original's smoothing: the nose's part of the misfit, a fraction of a pixel, averaged over frames
+        # the original's smoothing, which users see: how far the noses are apart, before turning and in units of s2, is
+        # averaged over frames and added as pixels; less than one, for upright heads
         misfit = target[2] - source[2]
         self.bias = misfit if self.bias is None else 0.2 * self.bias + 0.8 * misfit
         move = c2 - s2 / s1 * (R @ c1) + self.bias
@@ -693,7 +703,7 @@ class Aligner:
 
 
 def inverse(matrix):
-    """Of a map (2, 3)."""
+    """The inverse of a map (2, 3)."""
     return homogeneous(matrix).inverse()[:2]
 
 
@@ -705,7 +715,7 @@ def homogeneous(matrix):
 def warp(picture, matrix, size, fill):
     """Moves a picture (C, h, w) by a map (2, 3) of its pixels (x, y, 1) -> (C, *size), bilinear; `fill` outside.
 
-    In float32, step by step as kornia does it: results are truncated to whole numbers, and where they are whole already
+    In float32, step by step as kornia does it: callers truncate to whole numbers, and where it is one already
     (saturated colors) the last bit decides.
     """
     def to_unit(h, w):                                                      # pixels to -1 .. 1, corners to corners
@@ -738,9 +748,9 @@ def paste_back(picture, face, matrix, canvas):
     back = inverse(matrix) - torch.tensor([[0, 0, x0], [0, 0, y0]])
     size = y1 - y0, x1 - x0
     face = F.interpolate(face[None].float(), canvas, mode="bicubic", antialias=True, align_corners=False)[0]
-    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255
+    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255           # 127: white, but not for long:
     covered = warp(torch.ones(1, *canvas, device=face.device), back, size, fill=0.0)
-    covered = erode(covered, 2)
+    covered = erode(covered, 2)                                             # pixels with a part of it are left out
     e = int(float(covered.sum()) ** 0.5) // 20
     soft = blur(erode(covered, 2 * e), e) if e else covered
     part = picture[y0:y1, x0:x1].permute(2, 0, 1).float()
@@ -758,7 +768,7 @@ def erode(x, n):
 
 def blur(x, radius):
     """(1, h, w) under a Gaussian of that radius in pixels; edges are reflected."""
-    sigma = 0.3 * (2 * radius * 0.5 - 1) + 0.8
+    sigma = 0.3 * (radius - 1) + 0.8
     bell = torch.exp(-torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) ** 2 / (2 * sigma**2))
     bell = bell / bell.sum()
     room = [min(radius, n - 1) for n in x.shape[1:]]                        # a reflection is no longer than the picture
@@ -774,18 +784,19 @@ def blur(x, radius):
 Dubbed = namedtuple("Dubbed", "picture source face masked generated")
 Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same before. face, masked, generated:
 the aligned face, its masked version, and as it was painted, surroundings included, (3, resolution, resolution) in
-[-1, 1]; None where there was no face, and nothing was done."""
+about [-1, 1]; None where there was no face, and nothing was done."""
 
 
 @torch.no_grad()
 def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4, run=call):
     """Aligned faces (F, 3, r, r) in [-1, 1], audio (F, 50, 384), noise z (1, 4, 1, h, w) -> (faces painted anew, masked
-    faces), both (F, 3, r, r). mask: (r, r); slices: faces that the decoder gets at a time."""
+    faces), both (F, 3, r, r). mask: (r, r); slices: faces that the autoencoder gets at a time."""
     masked = faces * mask
     # latents are drawn, not means; in this order
-    latents = [autoencoder.encode(pictures).sample(generator) for pictures in (masked, faces)]
+    latents = [encode_slices(autoencoder, pictures, slices).sample(generator) for pictures in (masked, faces)]
     small = F.interpolate(mask.expand(len(faces), 1, *mask.shape), latents[0].shape[2:])
-    condition = torch.cat([small.to(faces.device), *latents], 1)            # (F, 9, h, w)
+    condition = torch.cat([small, *latents], 1)                             # (F, 9, h, w)
+    run = run if len(faces) == unet.config.frames else call                 # other lengths are too rare to capture
     to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
     for z in denoise(unet, z, to_clip(condition), audio[None], steps, cfg, cache_every, run):
@@ -795,14 +806,21 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     return painted * (1 - mask) + faces * mask, masked
 
 
+def encode_slices(autoencoder, pictures, slices):
+    """The Posterior of all pictures, so many at a time: at full resolution each takes much memory."""
+    parts = [autoencoder.encode(part) for part in pictures.split(slices)]
+    return vq.Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]), parts[0].scaling)
+
+
 @torch.no_grad()
-def lipsync(unet, autoencoder, frames, windows, generator=None, *, overlap=0, **options):
+def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options):
     """Dubs a video -> yields Dubbed, as many as the shorter of the two inputs has. Holds one clip of frames at a time.
 
-    frames: iterable of (picture uint8 (H, W, 3), its map from an Aligner, or None where there is no face: it stays as
-    it is). windows: iterable of (50, 384), see `windows`. overlap: so many frames are painted in both of two successive
-    clips, and cross-faded; 0 is the original's way, and leaves a seam every 16 frames. options: of `paint`.
-    With 0, and a face in every frame, random numbers are drawn as the original draws them.
+    frames: iterable of (picture uint8 (H, W, 3), its map from an Aligner of the UNet's resolution, or None where there
+    is no face: it stays as it is, and its neighbours are neighbours in the clip). sound: iterable of (50, 384), see
+    `windows`. overlap: so many frames are painted in two successive clips, and cross-faded; 0 is the original's way,
+    and leaves a seam every 16 frames. options: of `paint`. With 0, and a face in every frame, random numbers are drawn
+    as the original draws them: the noise, then for each clip those of the masked faces' latents and of the faces'.
     """
     c, device = unet.config, unet.conv_in.weight.device
     if not 0 <= overlap < c.frames:
@@ -811,27 +829,24 @@ def lipsync(unet, autoencoder, frames, windows, generator=None, *, overlap=0, **
     side = c.resolution // autoencoder.config.stride
     z = torch.randn(1, c.out_channels, 1, side, side, generator=generator, device=device)       # one for all frames
     options = dict(z=z, mask=mask, generator=generator) | options
-    stream, held = zip(frames, windows), []                                 # held: painted, but not yet handed out
-    while True:
-        fresh = list(islice(stream, c.frames - len(held)))
+    def finished(picture, matrix, _, found):
+        if found is None:
+            return Dubbed(picture, picture, None, None, None)
+        result = paste_back(torch.as_tensor(picture, device=device), found[2], matrix, canvas)
+        return Dubbed(result.cpu().numpy(), picture, *found)
+    stream, held = zip(frames, sound), []                                   # held: painted, but not yet handed out
+    while fresh := list(islice(stream, c.frames - len(held))):
         clip = held + [[picture, matrix, audio, None] for (picture, matrix), audio in fresh]
-        if fresh:
-            _paint_clip(unet, autoencoder, clip, len(held), canvas, options)
-        done = len(clip) - overlap if len(clip) == c.frames and fresh else len(clip)
-        for picture, matrix, _, found in clip[:done]:
-            if found is None:
-                yield Dubbed(picture, picture, None, None, None)
-                continue
-            face, masked, generated = found
-            result = paste_back(torch.as_tensor(picture, device=device), generated, matrix, canvas)
-            yield Dubbed(result.cpu().numpy(), picture, face, masked, generated)
+        _paint_clip(unet, autoencoder, clip, len(held), canvas, options)
+        done = len(clip) - overlap if len(clip) == c.frames else len(clip)
+        yield from (finished(*one) for one in clip[:done])
         held = clip[done:]
-        if not held and len(clip) < c.frames:
-            return
+    yield from (finished(*one) for one in held)
 
 
 def _paint_clip(unet, autoencoder, clip, known, canvas, options):
-    """Fills in the faces of a clip, [picture, map, window, found]; the first `known` have been painted before."""
+    """Fills in `found`, (face, masked, generated), in a clip of [picture, map, window, found]; of the first `known`
+    frames it has been found before, and the two are cross-faded."""
     device = unet.conv_in.weight.device
     seen = [i for i, (_, matrix, _, _) in enumerate(clip) if matrix is not None]
     if not seen:
@@ -852,13 +867,15 @@ def _paint_clip(unet, autoencoder, clip, known, canvas, options):
 
 _BLOCK = "transformer_blocks.0"
 _FEED_FORWARD = [("ff.net.0.proj", "ff.value_gate"), ("ff.net.2", "ff.out")]
-_SPATIAL = [(f"attn1.to_{x}", f"attn1.{x}") for x in "qkv"] + [("attn1.to_out.0", "attn1.proj")] + [
-    (f"attn2.to_{x[0]}", f"attn2.{x}") for x in ("query", "key", "value")] + [("attn2.to_out.0", "attn2.proj")] + [
-    (f"norm{i}", f"norm{i}") for i in (1, 2, 3)] + _FEED_FORWARD
-_TEMPORAL = [(f"attention_blocks.{{}}.to_{x}", f"attention.{{}}.attn.{x}") for x in "qkv"] + [
+_SPATIAL = [
+    *[(f"attn1.to_{x}", f"attn1.{x}") for x in "qkv"], ("attn1.to_out.0", "attn1.proj"),
+    ("attn2.to_q", "attn2.query"), ("attn2.to_k", "attn2.key"), ("attn2.to_v", "attn2.value"),
+    ("attn2.to_out.0", "attn2.proj"), *[(f"norm{i}", f"norm{i}") for i in (1, 2, 3)], *_FEED_FORWARD]
+_TEMPORAL = [
+    *[(f"attention_blocks.{{}}.to_{x}", f"attention.{{}}.attn.{x}") for x in "qkv"],
     ("attention_blocks.{}.to_out.0", "attention.{}.attn.proj"),
     ("attention_blocks.{}.pos_encoder.pe", "attention.{}.positions"),
-    ("norms.{}", "norms.{}"), ("ff_norm", "ff_norm")] + _FEED_FORWARD
+    ("norms.{}", "norms.{}"), ("ff_norm", "ff_norm"), *_FEED_FORWARD]
 _ATTENTION, _MOTION = "attentions.{}.", "motion_modules.{}."
 RENAMES = [     # official fragment of a key, ours
     *[(f"{_ATTENTION}{_BLOCK}.{theirs}", f"{_ATTENTION}{ours}") for theirs, ours in _SPATIAL],
@@ -886,7 +903,8 @@ def infer_config(state, path):
     return replace(known, layers=count("down_blocks.0.resnets.{}.conv1.weight"),
                    audio_width=state[f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight"].shape[1],
                    motion="all" if "down" in moving else "up" if moving else "none",
-                   motion_length=tables[0] if tables else known.motion_length)
+                   motion_length=tables[0] if tables else known.motion_length,
+                   in_channels=state["conv_in.weight"].shape[1], out_channels=len(state["conv_out.weight"]))
 
 
 def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
@@ -898,7 +916,7 @@ def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
     state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
     state = vq.rename_keys(state, VERSION_1_0)
     vq.require(state, "conv_in.weight", "down_blocks.0.resnets.0.conv1.weight",
-               f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
+               "conv_out.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
                what="a UNet of LatentSync (latentsync_unet.pt, or one of train.py)")
     config = config or (vq.config_from_json(Config, saved, path) if saved else infer_config(state, path))
     if resolution:
@@ -919,8 +937,8 @@ def _tables(model):
 
 def start_from_stable_diffusion(model, path):
     """Fills a UNet with the weights of Stable Diffusion 1.5's, a folder or file in diffusers' layout, where they fit:
-    not its first convolution, which had 4 channels and starts at zero, nor what it made of text. That, and motion
-    modules, stay as they are. Raises vq.CheckpointError."""
+    not its first convolution, which saw 4 channels and is set to zero, nor the keys and values of text: those of sound,
+    and motion modules, stay as they are. Raises vq.CheckpointError."""
     state, _ = vq.read_checkpoint(path)
     vq.require(state, "conv_in.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
                what="the UNet of Stable Diffusion 1.5")
@@ -953,7 +971,7 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
 
 
 def export(model):
-    """The official state dict of a UNet, in float32, or what a Whisper has of it."""
+    """The official state dict of a UNet, in float32 and with the keys of version 1.5, or what a Whisper has of it."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
     if isinstance(model, Whisper):
         return {f"encoder.{k}": v for k, v in state.items()}

@@ -139,7 +139,8 @@ def syncnet_args(add):
 def latentsync_args(add):
     """Flags of `sample.py latentsync` alone."""
     add("--video", metavar="FILE", help="who is to speak; default: the demo's")
-    add("--audio", metavar="FILE", help="what: a sound file, or a video with sound; default: the demo's")
+    add("--audio", metavar="FILE", help="what: a sound file, or a video with sound (for the demo's video the demo's); "
+        "the result has it in mono")
     add("--ckpt", metavar="FILE|NAME", help="weights: a file, or latentsync_1.0.pt, latentsync_1.5.pt, "
         "latentsync_1.6.pt; default: demo/")
     add("--vae", metavar="DIR|NAME", help="the autoencoder; default: sd-vae-ft-mse")
@@ -147,23 +148,24 @@ def latentsync_args(add):
     add("--resolution", type=int, choices=[256, 512], help="of the faces; default: 512 if --ckpt names version 1.6")
     add("--out", metavar="FILE", help="an .mp4; default: out/latentsync.mp4")
     add("--steps", type=int, default=20, help="of diffusion (default 20)")
-    add("--cfg", type=float, help="guidance, 1 .. 3; default: the demo's own, else 1.5")
+    add("--cfg", type=float, help="guidance, useful from 1, none, to 3; default: the demo's own, else 1.5")
     add("--seed", type=int, default=1247, help="draws what the original draws (default 1247)")
     add("--deep-cache", action="store_true", help="most of the network in every third step only: faster, nearly alike")
     add("--overlap", type=int, default=0, metavar="FRAMES",
         help="paint the last frames of each 16 again with the next ones, and cross-fade: no seams (default 0)")
     add("--face", type=int, default=1, metavar="N", help="of several faces the N-th largest (default 1)")
     add("--landmarks", metavar="FILE.npz", help="instead of looking for faces: an array `landmarks` (frames, N, 2) in "
-        "pixels, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")
+        "pixels, 25 frames a second, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")
     add("--aligned", action="store_true", help="the video shows nothing but an aligned face")
     add("--detect-every", type=int, metavar="FRAMES", help="look for faces in every such frame; default: 1, on a CPU 3")
-    add("--decode", type=int, default=4, metavar="FRAMES", help="decoded at a time: less memory if fewer (default 4)")
+    add("--decode", type=int, default=4, metavar="FRAMES",
+        help="that the autoencoder gets at a time: less memory if fewer (default 4)")
     add("--crf", type=int, default=13, help="quality of the video that is written, 0 best, 51 worst (default 13)")
     add("--steps-grid", action="store_true", help="write face, masked, painted, and pasted back, side by side")
     add("--syncnet", metavar="FILE|NAME", help="judge the video before and after by this stable_syncnet.pt")
     add("--compile", action="store_true", help="warm up longer, then paint faster: CUDA graphs; else torch.compile")
     add("--bench", action="store_true", help="time it, and say which share of this machine's limit it reaches")
-    add("--frames", type=int, default=16, help="with --bench: of the clip (default 16)")
+    add("--frames", type=int, help="painted at a time (default: as trained, 16)")
     add("--json", metavar="FILE", help="with --bench: the numbers as JSON")
     add("--random-weights", metavar="NAME", help="a model of this size without its file, e.g. latentsync_1.5")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
@@ -216,6 +218,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -2102,8 +2105,6 @@ def sample_vq(args):
     tokenizer = vq.load(
         find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors", dtype=dtype
     )
-    if isinstance(tokenizer, vq.KLAutoencoder):
-        raise UserError(f"{args.ckpt}: an autoencoder without tokens; it is for sample.py latentsync --vae")
     c, tokenizer = tokenizer.config, tokenizer.to(device)
     tiles = [read_picture(file) for file in args.image] if args.image else demo_tiles()[0][19::240]
     rows, scores, tokens, seconds = [], [], [], 0.0
@@ -2170,9 +2171,10 @@ def load_syncnet(args, device, dtype):
     return model, Path(path).name
 
 
-def find_faces(video, device, every=5, instead="--face X0 Y0 X1 Y1, in pixels, or --face whole"):
+def find_faces(video, device, every=5, count=None, instead="--face X0 Y0 X1 Y1, in pixels, or --face whole"):
     """Of the faces in every fifth frame, none in others: (x0, y0, x1, y1, and x, y of both eyes, the nose, both mouth
-    corners); and the frames where scenes begin. instead: what to do without the package."""
+    corners); and the frames where scenes begin. count: of frames to look at; instead: what to do without the package.
+    """
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
@@ -2180,13 +2182,17 @@ def find_faces(video, device, every=5, instead="--face X0 Y0 X1 Y1, in pixels, o
                         f"or say where the face is: {instead}") from None
     detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")     # sees 20 pixels and more
     shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 640), [], [], None
-    for i, frame in enumerate(tqdm(video, total=len(video), desc="looking for faces", unit="frame", leave=False)):
+    large = min(video.height, video.width) / shrink >= 20                   # enough for the detector
+    frames = tqdm(itertools.islice(video, count), total=min(len(video), count or len(video)), desc="looking for faces",
+                  unit="frame", leave=False)
+    for i, frame in enumerate(frames):
         picture = Image.fromarray(frame).resize((round(video.width / shrink), round(video.height / shrink)), Image.BOX)
         colors = np.asarray(picture.resize((64, 64), Image.BOX).convert("HSV"), np.int16)
         if before is not None and np.abs(colors - before).mean() > 27:      # another scene
             cuts.append(i)
         before = colors
-        found, sure, points = detector.detect(picture, landmarks=True) if i % every == 0 else (None, None, None)
+        found, sure, points = detector.detect(picture, landmarks=True) if large and i % every == 0 else (
+            None, None, None)
         boxes.append([] if found is None else [(*(box * shrink), *(at.flatten() * shrink)) for box, p, at in
                                                zip(found, sure, points) if p >= 0.9])
     return boxes, cuts
@@ -2309,9 +2315,13 @@ class Dubbing:
         self.unet, self.autoencoder = (model.to(self.device, self.dtype) for model in (self.unet, self.autoencoder))
         self.whisper = self.whisper.to(self.device)                         # small, and exact in float32
         self.parts = self.unet, self.autoencoder, self.whisper
-        if args.frames > self.unet.config.motion_length:
-            raise UserError(f"--frames {args.frames}: expected at most {self.unet.config.motion_length}, the frames "
-                            "that its motion modules can tell apart")
+        if args.frames:
+            c = self.unet.config
+            if c.motion != "none" and args.frames > c.motion_length:
+                raise UserError(f"--frames {args.frames}: expected at most {c.motion_length}, the frames that its "
+                                "motion modules can tell apart")
+            self.unet.config = replace(c, frames=args.frames)
+        check_ranges(("--overlap", args.overlap, 0, self.unet.config.frames - 1))
 
     def random(self, args):
         self.name, g = args.random_weights, torch.Generator().manual_seed(args.seed)
@@ -2329,18 +2339,16 @@ class Dubbing:
         find = lambda name: find_checkpoint(name, not args.no_download)
         companion = lambda given, fallback, flag: find_companion(given, self.ckpt, fallback, not args.no_download, flag)
         self.ckpt = Path(find(args.ckpt) if args.ckpt else DEMO / "talking_head_latentsync.safetensors")
-        resolution = args.resolution or (512 if "1.6" in str(self.ckpt) else None)
-        self.unet = latentsync.load(self.ckpt, resolution=resolution)
         self.name, metadata = self.ckpt.name, read_metadata(self.ckpt)
         ours = "tokenizer" in metadata                                      # written by train.py
+        newest = not ours and "1.6" in "/".join(self.ckpt.absolute().parts[-2:])        # which no tensor tells
+        self.unet = latentsync.load(self.ckpt, resolution=args.resolution or (512 if newest else None))
         vae = companion(args.vae, "talking_head_kl.safetensors" if ours else "sd-vae-ft-mse", "--vae")
         ears = "talking_head_whisper.safetensors" if ours else "whisper_tiny.pt"
         if not ours and not args.whisper and (self.ckpt.parent / "whisper" / "tiny.pt").exists():
             args.whisper = self.ckpt.parent / "whisper" / "tiny.pt"         # as the authors lay it
         ear = companion(args.whisper, ears, "--whisper")
-        self.autoencoder, self.whisper = vq.load(vae), latentsync.load_whisper(ear)
-        if not isinstance(self.autoencoder, vq.KLAutoencoder):
-            raise UserError(f"{vae}: a tokenizer; expected an autoencoder such as sd-vae-ft-mse as --vae")
+        self.autoencoder, self.whisper = vq.load_autoencoder(vae), latentsync.load_whisper(ear)
         check_fingerprint(self.autoencoder, vae, metadata, self.ckpt)
         if self.whisper.config.width != self.unet.config.audio_width:
             raise UserError(f"{ear}: its features are {self.whisper.config.width} wide, but {self.ckpt} listens to "
@@ -2367,11 +2375,11 @@ class Dubbing:
                                   **self.options())
 
 
-def detected_points(video, device, args):
-    """Three points for each frame of a video, (frames, 3, 2), nan where there is no face; and how many frames have been
-    looked at. Of several faces that of rank --face, followed through each scene."""
+def detected_points(video, device, args, count=None):
+    """Three points for each of the first `count` frames of a video, (frames, 3, 2), nan where there is no face. Of
+    several faces that of rank --face, by size, followed through each scene."""
     every = args.detect_every or (1 if device.type == "cuda" else 3)
-    rows, cuts = find_faces(video, device, every, "--landmarks FILE.npz, or --aligned")
+    rows, cuts = find_faces(video, device, every, count, "--landmarks FILE.npz, or --aligned")
     tracks = syncnet.face_tracks(rows, cuts, longest_gap=2 * every, shortest=0, smallest=50)
     if not tracks:
         seen = sum(map(bool, rows))
@@ -2379,7 +2387,7 @@ def detected_points(video, device, args):
                         + (f" (smaller ones in {seen})" if seen else "") + "; nothing was written; if there is one, "
                         "give --landmarks FILE.npz")
     bounds, ranks = [0, *cuts, len(rows)], []                               # ranks: the largest face, the second ...
-    for first, found in sorted(tracks, key=lambda t: -np.prod(t[1][:, 2:4] - t[1][:, :2], 1).sum()):
+    for first, found in sorted(tracks, key=lambda t: -np.prod(t[1][:, 2:4] - t[1][:, :2], 1).mean()):
         points = latentsync.three_points(found[:, 4:].reshape(-1, 5, 2))
         if every == 1 and len(points) > 4:                                  # the detector trembles
             padded = np.pad(points, ((1, 1), (0, 0), (0, 0)), mode="edge")
@@ -2389,7 +2397,7 @@ def detected_points(video, device, args):
         high = min(first + len(points) + every - 1, min(b for b in bounds if b >= first + len(points)))
         points = np.pad(points, ((first - low, high - first - len(points)), (0, 0), (0, 0)), mode="edge")
         for rank in ranks:
-            if np.isnan(rank[low:high]).all():
+            if np.isnan(rank[first:first + len(found)]).all():
                 break
         else:
             ranks.append(rank := np.full((len(rows), 3, 2), np.nan))
@@ -2399,49 +2407,56 @@ def detected_points(video, device, args):
     return ranks[args.face - 1]
 
 
-def given_points(path):
-    """Three points for each frame, from an .npz file."""
+def given_points(path, wanted):
+    """Three points for each frame, from an .npz file. wanted: so many frames will be shown; one or two that are missing
+    at the end are like the last."""
     try:
         with np.load(path) as arrays:
             landmarks = arrays["landmarks"]
         points = latentsync.three_points(np.where(np.isfinite(landmarks), landmarks, np.nan))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, TypeError) as e:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, TypeError, EOFError, zlib.error) as e:
         reason = "no such file" if isinstance(e, FileNotFoundError) else str(e)
         raise UserError(f"--landmarks {path}: {reason}; expected an .npz with an array 'landmarks' (frames, N, 2), N = "
                         "3, 5, 106 or 478") from None
+    if points.ndim == 3:
+        points = points.astype(float)
+        points[np.ptp(points, 1).max(-1, initial=0) == 0] = np.nan          # zeros: what some give for no face
     if points.ndim != 3 or np.isnan(points).any((1, 2)).all():
         raise UserError(f"--landmarks {path}: expected (frames, N, 2), with a face in one frame at least, found an "
                         f"array of {landmarks.shape}")
-    return points
+    if len(points) < wanted - 2:
+        raise UserError(f"--landmarks {path}: are for {len(points)} frames, expected {wanted}, one for each at {FPS} a "
+                        "second")
+    return np.concatenate([points, np.repeat(points[-1:], max(wanted - len(points), 0), 0)])
 
 
 class Faces:
     """For every frame of a video the map to its aligned face, or None. Maps are found in the order of the frames."""
 
-    def __init__(self, video, device, args, resolution):
-        self.video, self.maps, self.align = video, [], latentsync.Aligner(resolution)
+    def __init__(self, video, device, args, resolution, count):
+        self.maps, self.align = [], latentsync.Aligner(resolution)
         if args.aligned:
             (h, w), (H, W) = self.align.canvas, (video.height, video.width)
             self.whole = torch.tensor([[(w - 1) / max(W - 1, 1), 0, 0], [0, (h - 1) / max(H - 1, 1), 0]])
             self.points = None
         else:
             landmarks = args.landmarks or (DEMO / "talking_scene.npz" if args.video is None else None)
-            self.points = given_points(landmarks) if landmarks else detected_points(video, device, args)
+            wanted = min(count, len(video))
+            self.points = given_points(landmarks, wanted) if landmarks else detected_points(video, device, args, count)
 
     def __call__(self, number):
         """The map of frame `number`, of which all earlier ones have been asked for before."""
         if self.points is None:
             return self.whole
-        if number >= len(self.points):
-            raise UserError(f"--landmarks: are for {len(self.points)} frames, but {self.video.path} has more (at "
-                            f"{self.video.fps} a second)")
+        if number >= len(self.points):                                      # the file had said that it is shorter
+            return None
         while len(self.maps) <= number:
             points = self.points[len(self.maps)]
             self.maps.append(None if np.isnan(points).any() else self.align(points))
         return self.maps[number]
 
 
-def to_and_fro(video, count, held=2**27):
+def to_and_fro(video, count, held=2**28):
     """`count` times (number, frame) of a video: forth, and if it is shorter back, forth ... On the way back it is
     decoded in pieces from their start on, each of at most `held` bytes."""
     numbered, last, n = enumerate(video), -1, 0
@@ -2467,11 +2482,11 @@ def to_and_fro(video, count, held=2**27):
 
 def check_latentsync_args(args):
     """What argparse does not check."""
-    check_ranges(("--steps", args.steps, 1, 1000), ("--cfg", args.cfg, 0, None), ("--seed", args.seed, 0, None),
+    check_ranges(("--steps", args.steps, 1, 999), ("--cfg", args.cfg, 0, None), ("--seed", args.seed, 0, None),
                  ("--overlap", args.overlap, 0, 15), ("--face", args.face, 1, None), ("--crf", args.crf, 0, 51),
                  ("--detect-every", args.detect_every, 1, 25), ("--decode", args.decode, 1, None),
                  ("--frames", args.frames, 1, None))
-    exclude = [("--ckpt", "--random-weights"), ("--landmarks", "--aligned")]
+    exclude = [("--ckpt", "--random-weights"), ("--landmarks", "--aligned"), ("--syncnet", "--steps-grid")]
     for pair in exclude:
         if all(getattr(args, flag[2:].replace("-", "_")) for flag in pair):
             raise UserError(" and ".join(pair) + " exclude each other")
@@ -2484,9 +2499,8 @@ def check_latentsync_args(args):
 def sample_latentsync(args):
     """A video in which somebody says what somebody else said."""
     check_latentsync_args(args)
-    job = Dubbing(args)
     if args.bench:
-        return bench_latentsync(job)
+        return bench_latentsync(Dubbing(args))
     out = check_writable(args.out or "out/latentsync.mp4", suffix=".mp4")
     path, audio = Path(args.video or DEMO / "talking_scene.mp4"), Path(args.audio or DEMO / "other_speech.flac")
     video, sound, rate = Video(path), read_sound(audio), 48000
@@ -2494,8 +2508,9 @@ def sample_latentsync(args):
         raise UserError(f"--out {out}: would replace what it is made from; choose another name")
     if len(sound) < SAMPLE_RATE // 25:
         raise UserError(f"{audio}: {len(sound) * 1000 // SAMPLE_RATE} ms of sound; expected 40, a frame, at least")
-    rows = latentsync.count_rows(len(sound), job.whisper.config.positions)
-    count, faces = latentsync.count_frames(rows), Faces(video, job.device, args, job.unet.config.resolution)
+    job = Dubbing(args)
+    count = latentsync.count_frames(latentsync.count_rows(len(sound), job.whisper.config.positions))
+    judge, faces = load_dub_judge(args, job.device), Faces(video, job.device, args, job.unet.config.resolution, count)
     numbers, empty, start = [], 0, time.perf_counter()                      # numbers: of the frames that are shown
 
     def frames():
@@ -2512,8 +2527,8 @@ def sample_latentsync(args):
     seconds = time.perf_counter() - start
     if empty:
         print(f"note: {empty} of {len(numbers)} frames have no face; they stay as they were", file=sys.stderr)
-    if not args.steps_grid and (args.syncnet or not args.video):
-        judge_dub(job, video, out, numbers, faces, sound)
+    if judge:
+        judge_dub(judge, job, video, out, numbers, faces, sound)
     print(last_line(job.device, job.device_why, job.dtype, job.dtype_why, job.parts, seconds / max(len(numbers), 1),
                     job.peak, out, f"{len(numbers)} frames of {len(numbers) / FPS:.2f} s, ", unit="frame"))
 
@@ -2534,17 +2549,25 @@ def panels(frame, size):
     return np.concatenate([*faces, resize(frame.picture, size[1] - 3 * side)], 1)
 
 
-def judge_dub(job, video, out, numbers, faces, sound):
-    """Prints what SyncNet says about the sound with the video as it was, and as it is now."""
-    args, align = job.args, faces.align
-    path = find_checkpoint(args.syncnet, not args.no_download) if args.syncnet else (
-        DEMO / "talking_head_syncnet.safetensors")
-    judge = syncnet.load(path, device=job.device)
+def load_dub_judge(args, device):
+    """The StableSyncNet of --syncnet, that of the demo for its own video, or None."""
+    if not args.syncnet and (args.video or args.steps_grid):
+        return None
+    path = DEMO / "talking_head_syncnet.safetensors"
+    if args.syncnet:
+        path = find_checkpoint(args.syncnet, not args.no_download)
+    judge = syncnet.load(path, device=device)
     if isinstance(judge, syncnet.OriginalSyncNet) or judge.config.latent:
         raise UserError(f"{path}: expected a StableSyncNet that sees aligned faces, such as stable_syncnet.pt")
-    side = judge.config.picture[1]
+    return judge
+
+
+def judge_dub(judge, job, video, out, numbers, faces, sound):
+    """Prints what SyncNet says about the sound with the video as it was, and as it is now."""
+    align, side = faces.align, judge.config.picture[1]
 
     def aligned(pictures):
+        face = torch.full((3, side, side), 127.0)
         for number, picture in zip(numbers, pictures):
             if (found := faces(number)) is not None:                        # without a face it keeps the last one
                 whole = torch.as_tensor(picture, device=job.device)
@@ -2555,23 +2578,20 @@ def judge_dub(job, video, out, numbers, faces, sound):
         try:
             score = syncnet.score(judge, aligned(pictures), sound)
             print(f"{what + ':':<8}{describe_score(score)}")
-        except (ValueError, UnboundLocalError):
-            print(f"note: too short to be judged by {path.name}", file=sys.stderr)
+        except ValueError as e:
+            print(f"note: SyncNet cannot judge it: {e}", file=sys.stderr)
             return
 
 
 def bench_latentsync(job):
     """--bench: some frames of a drawn-up video with a face, from sound and pictures to pictures."""
     args, c = job.args, job.unet.config
-    if args.random_weights == "talking_head" or c.resolution < 128:
-        height = 160
-    else:
-        height = 960
+    height = 160 if c.resolution < 128 else 960
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (2, height, height * 9 // 16, 3), dtype=np.uint8)
     points = np.array([(0.4, 0.35), (0.6, 0.35), (0.5, 0.45)]) * (height * 9 // 16, height * 9 // 16)
-    sound = 0.1 * rng.standard_normal(SAMPLE_RATE * (args.frames - 1) // FPS).astype(np.float32)
-    count = args.frames
+    count = c.frames
+    sound = 0.1 * rng.standard_normal(SAMPLE_RATE * count // FPS).astype(np.float32)
 
     def run(how=latentsync.call):
         align = latentsync.Aligner(c.resolution)
@@ -2765,7 +2785,8 @@ def guarded(run, args):
     except (UserError, vq.CheckpointError, BackendError) as e:
         sys.exit(_complain(e))
     except torch.OutOfMemoryError as e:
-        hint = "try a smaller --batch-size, in training a larger --accum, or --dtype bf16"
+        hint = ("try a smaller --batch-size (latentsync: --decode, --frames), in training a larger --accum, or "
+                "--dtype bf16")
         sys.exit(_complain(f"out of GPU memory: {hint} ({str(e).splitlines()[0]})"))
     except RuntimeError as e:
         if type(e).__name__ != "InductorError":                             # whose module takes seconds to import

@@ -530,7 +530,7 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
     shorter than one clip.
     """
     like = next(model.parameters())
-    total, count = (torch.zeros(2 * max_shift + 1, dtype=torch.float64, device=like.device) for _ in range(2))
+    total, count = (torch.zeros(2 * max_shift + 1, dtype=torch.float64) for _ in range(2))      # mps has no float64
     vision = sound = None                       # embeddings of clips whose neighbours are yet to come
     held, first, clips, at_end = [], 0, 0, False
     frames = iter(frames)
@@ -548,14 +548,14 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
         if at_end:
             sound = F.pad(sound, (0, 0, 0, max_shift), value=model.PADDING)
         ready = sound.unfold(0, len(total), 1) if len(sound) >= len(total) else sound[:0, :, None]  # (n, D, S)
-        distances = model.distance(vision[:len(ready), None], ready.transpose(1, 2)).double()
+        distances = model.distance(vision[:len(ready), None], ready.transpose(1, 2)).cpu().double()
         total, count = total + distances.nansum(0), count + (~distances.isnan()).sum(0)
         vision, sound = vision[len(ready):], sound[len(ready):]
         held, first, clips = held[n:], first + n, clips + len(heard)
     if not clips:
         raise ValueError(f"expected at least {model.frames + model.SPARE} frames of video and as much sound")
     common = count * 2 > clips                                              # shifts that most clips allow
-    return best_shift(torch.where(common, total / count, math.nan).float().cpu(), clips)
+    return best_shift(torch.where(common, total / count, math.nan).float(), clips)
 
 
 def combine(scores):

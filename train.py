@@ -266,6 +266,7 @@ def latentsync_args(add):
     add("--vae", required=True, metavar="FILE", help="the autoencoder")
     add("--whisper", required=True, metavar="FILE", help="the audio encoder")
     add("--init", metavar="FILE", help="start from these weights")
+    add("--stable-diffusion", metavar="DIR", help="start from the UNet of Stable Diffusion 1.5")
     add("--frames", type=int, help="of a clip")
     add("--videos", type=int, help="how many heads are drawn (1.5 MB of memory each)")
 
@@ -1143,6 +1144,7 @@ def open_data(args):
         raise UserError(f"--data {args.data}: {args.model_name} can only be trained on the drawn heads so far: demo")
     if args.model_name == "whisper":
         return HeadSpeech(FIRST_HEAD, args.videos), HeadSpeech(0, VAL_HEADS)
+    sample.check_ranges(("--frames", args.frames, 1, 40))                   # of 120, of which others must be left
     return HeadDubs(FIRST_HEAD, args.videos, args.frames), HeadDubs(0, VAL_HEADS, args.frames)
 
 
@@ -1262,7 +1264,7 @@ class Task:
 class TokenizerTask(Task):
     """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses; codes start from features and are restarted."""
 
-    NETWORK = vq.VQVAE
+    NETWORK, LOAD = vq.VQVAE, staticmethod(vq.load)
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
     val_metrics = ["psnr", "usage"]
 
@@ -1277,7 +1279,7 @@ class TokenizerTask(Task):
         self.model = vq.build(self.NETWORK, config).to(device)
         self.model.init_weights(g)
         if args.init:
-            warm_start(self.model, vq.load(args.init), f"--init {args.init}")
+            warm_start(self.model, self.LOAD(args.init), f"--init {args.init}")
             args.warm_steps = 0                                             # its codes are not to be drawn anew
         lpips = discriminator = self.disc_optimizer = None
         if bool(args.lpips) != bool(args.lpips_weight):
@@ -1386,7 +1388,7 @@ class TokenizerTask(Task):
 class AutoencoderTask(TokenizerTask):
     """`train.py vq` with a KL head: the same losses, the divergence instead of the quantizer's."""
 
-    NETWORK = vq.KLAutoencoder
+    NETWORK, LOAD = vq.KLAutoencoder, staticmethod(vq.load_autoencoder)
     metrics = ["l1", "l2", "lpips", "adv", "vq", "disc"]
     val_metrics = ["psnr", "std"]
 
@@ -1764,12 +1766,17 @@ class LatentSyncTask(Task):
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
         config = latentsync.CONFIGS[args.model]
-        self.autoencoder = vq.load(sample.find_checkpoint(args.vae)).to(device).requires_grad_(False)
+        self.autoencoder = vq.load_autoencoder(sample.find_checkpoint(args.vae)).to(device).requires_grad_(False)
         self.whisper = latentsync.load_whisper(sample.find_checkpoint(args.whisper), device=device)
         self.whisper.requires_grad_(False)
+        if self.whisper.config.width != config.audio_width:
+            raise UserError(f"--whisper {args.whisper}: its features are {self.whisper.config.width} wide, but "
+                            f"{args.model} listens to {config.audio_width}")
         self.mask = latentsync.face_mask(config.resolution).to(device)
         self.model = vq.build(latentsync.UNet, config).to(device)
         self.model.init_weights(g)
+        if args.stable_diffusion:
+            latentsync.start_from_stable_diffusion(self.model, args.stable_diffusion)
         if args.init:
             warm_start(self.model, latentsync.load(args.init), f"--init {args.init}")
 

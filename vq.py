@@ -39,7 +39,7 @@ LatentSync's autoencoder, Stable Diffusion's, has no tokens: a picture becomes a
 held near the standard one by a KL divergence (latent diffusion, arXiv 2112.10752). Folder sd-vae-ft-mse, 84 M
 parameters, stride 8, stabilityai/sd-vae-ft-mse.
 
-    autoencoder = vq.load("sd-vae-ft-mse")
+    autoencoder = vq.load_autoencoder("sd-vae-ft-mse")
     z = autoencoder.encode(image).sample(generator)     # (B, 3, 256, 256) in [-1, 1] -> (B, 4, 32, 32), scaled to std 1
     image = autoencoder.decode(z)
 
@@ -1112,16 +1112,14 @@ def infer_config(state, path, patch_nums=None):
 
 
 def load(path, config=None, patch_nums=None, dtype=torch.float32):
-    """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours; of
-    sd-vae-ft-mse and its like a KLAutoencoder.
+    """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
-    path: .pth, .safetensors or a folder; config: instead of the inferred one; patch_nums: another schedule, such as
-    PATCH_NUMS[512]; dtype: of the decoder only, since tokens need a float32 encoder, or of a KLAutoencoder. Raises
-    CheckpointError.
+    path: .pth or .safetensors; config: instead of the inferred one; patch_nums: another schedule, e.g. PATCH_NUMS[512];
+    dtype: of the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
     """
     state, saved = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local"), ("state_dict",), ("model",)))
-    if "encoder.mid_block.resnets.0.norm1.weight" in state:
-        return _load_kl(state, config or (config_from_json(KLConfig, saved, path) if saved else None), path, dtype)
+    if KL_MARK in state:
+        raise CheckpointError(f"{path}: an autoencoder without tokens, LatentSync's kind; expected a tokenizer (VQVAE)")
     state = rename_keys({k: v for k, v in state.items() if not k.endswith("lfq.mask")}, UNWRAP)
     require(state, "encoder.conv_in.weight", *["quantize.embedding.weight"] * ("quant_conv.weight" in state), path=path,
             what="an image tokenizer (VQVAE)")
@@ -1147,6 +1145,7 @@ KL_RENAMES = (
      ("group_norm", "norm"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")],
     [("conv_shortcut", "nin_shortcut")],
 )
+KL_MARK = "encoder.mid_block.resnets.0.norm1.weight"                        # by which its files are known
 KL_NEWER = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]       # a later spelling
 
 
@@ -1156,14 +1155,19 @@ def _kl_tables(levels):
     return [KL_RENAMES[0] + up, *KL_RENAMES[1:]]
 
 
-def _load_kl(state, config, path, dtype):
-    """A KLAutoencoder from diffusers' state dict."""
-    if config is None:
+def load_autoencoder(path, config=None, dtype=torch.float32):
+    """A KLAutoencoder in eval mode from a folder or file as diffusers lays it, with either spelling of attention's
+    keys, or from a file of ours. config: instead of the inferred one. Raises CheckpointError."""
+    state, saved = read_checkpoint(path)
+    require(state, KL_MARK, "quant_conv.weight", "encoder.conv_in.weight", path=path,
+            what="an autoencoder (sd-vae-ft-mse, or one of train.py vq)")
+    if saved and config is None:
+        config = config_from_json(KLConfig, saved, path)
+    elif config is None:
         widths, n = [], 0
         while f"encoder.down_blocks.{n}.resnets.0.conv1.weight" in state:
             widths.append(len(state[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"]))
             n += 1
-        require(state, "quant_conv.weight", "encoder.conv_in.weight", path=path, what="an autoencoder (sd-vae-ft-mse)")
         blocks = sum(bool(re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", k)) for k in state)
         ch = len(state["encoder.conv_in.weight"])
         config = KLConfig(ch, tuple(w // ch for w in widths), blocks, len(state["quant_conv.weight"]) // 2)

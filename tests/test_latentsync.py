@@ -134,6 +134,8 @@ def test_aligned_points_stand_where_the_template_has_them():
     flipped = latentsync.Aligner(256)(align.template * torch.tensor([-1.0, 1.0]))
     assert flipped[:, :2].det() > 0                                         # faces are turned, never mirrored
     assert align(None) is None
+    with pytest.raises(ValueError, match="not three points of a face"):
+        align(torch.ones(3, 2))
 
 
 def test_smoothing_is_a_running_average():
@@ -278,7 +280,7 @@ def test_posterior():
 
 def test_save_and_load(parts, files):
     for model, path, load in zip(parts, ("dub", "talking_head_kl", "talking_head_whisper"),
-                                 (latentsync.load, vq.load, latentsync.load_whisper)):
+                                 (latentsync.load, vq.load_autoencoder, latentsync.load_whisper)):
         again = load(files / f"{path}.safetensors")
         assert again.config == model.config
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
@@ -462,8 +464,8 @@ def clip(tmp_path, av):
 
 
 def command(files, clip, out, *more):
-    return ("latentsync", "--ckpt", files / "dub.safetensors", "--video", clip[0], "--audio", clip[1], "--steps", 2, "--frames",
-            4, "--device", "cpu", "--out", out, *(("--landmarks", clip[2]) if "--aligned" not in more else ()), *more)
+    return ("latentsync", "--ckpt", files / "dub.safetensors", "--video", clip[0], "--audio", clip[1], "--steps", 2,
+            "--device", "cpu", "--out", out, *(("--landmarks", clip[2]) if "--aligned" not in more else ()), *more)
 
 
 def test_dubbing_by_the_command(files, clip, tmp_path, capsys):
@@ -515,13 +517,18 @@ def test_what_cannot_be_dubbed(files, clip, tmp_path, capsys):
         line = complaint(capsys, sample, *command(files, clip, out, *changes))
         assert not out.exists() and not list(tmp_path.glob(".*"))
         return line
+    zeros = np.load(clip[2])["landmarks"]
+    zeros[3:] = 0                                                           # what some detectors give for no face
+    np.savez(tmp_path / "zeros.npz", landmarks=zeros)
+    run(sample, *command(files, (*clip[:2], tmp_path / "zeros.npz"), tmp_path / "zeros.mp4"))
+    assert "29 of 32 frames have no face" in capsys.readouterr().err
     soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "short.wav", np.zeros(300), 16000)
     with_sound = lambda name: (clip[0], tmp_path / name, clip[2])
     assert "none.wav: there is no sound in it, not one sample" in error(clip=with_sound("none.wav"))
     assert "short.wav: 18 ms of sound; expected 40" in error(clip=with_sound("short.wav"))
     assert "in.mp4: has no sound" in error(clip=(clip[0], clip[0], clip[2]))
-    for name, array, what in (("few.npz", np.load(clip[2])["landmarks"][:9], "are for 9 frames, but"),
+    for name, array, what in (("few.npz", np.load(clip[2])["landmarks"][:9], "are for 9 frames, expected 20"),
                               ("odd.npz", np.zeros((20, 68, 2)), "landmarks of shape (20, 68, 2): expected"),
                               ("nan.npz", np.full((20, 3, 2), np.nan), "with a face in one frame at least")):
         np.savez(tmp_path / name, landmarks=array)
@@ -534,6 +541,12 @@ def test_what_cannot_be_dubbed(files, clip, tmp_path, capsys):
     assert "ends in .mp4" in complaint(capsys, sample, *command(files, clip, tmp_path / "out.avi"))
     assert "would replace what it is made from" in complaint(capsys, sample, *command(files, clip, clip[0]))
     assert "what is to be said" in complaint(capsys, sample, "latentsync", "--video", clip[0], "--device", "cpu")
+    assert "--overlap 4: expected 0 .. 3" in error("--overlap", 4)
+    assert "an autoencoder without tokens" in complaint(
+        capsys, sample, "vq", "--ckpt", files / "talking_head_kl.safetensors", "--out", tmp_path / "a.png")
+    assert "emoji_vq.safetensors: not an autoencoder" in error("--vae", ROOT / "demo" / "emoji_vq.safetensors")
+    (tmp_path / "empty.npz").touch()
+    assert "expected an .npz" in error(clip=(*clip[:2], tmp_path / "empty.npz"))
     assert "talking_head_kl.safetensors: not a UNet" in complaint(
         capsys, sample, "latentsync", "--ckpt", files / "talking_head_kl.safetensors", "--device", "cpu")
     other = tmp_path / "other.safetensors"
@@ -588,7 +601,7 @@ class Detector:
     def __init__(self, boxes):
         self.boxes, self.looked = boxes, []
 
-    def __call__(self, video, device, every, instead):
+    def __call__(self, video, device, every, count, instead):
         def row(box):
             x0, y0, x1, y1 = box
             w, h = x1 - x0, y1 - y0
@@ -615,6 +628,12 @@ def test_faces_are_followed(monkeypatch, every):
     args.face = 3
     with pytest.raises(sample.UserError, match="--face 3: there are never more than 2"):
         find()
+    # somebody who jumps, in the same scene: another track, but the same rank
+    jumped = {i: [(300, 10, 420, 130)] if i > 9 else [big] for i in range(20)}
+    monkeypatch.setattr(sample, "find_faces", Detector(jumped))
+    args.face = 1
+    points = find()
+    assert points[4, 2, 0] == pytest.approx(60) and points[15, 2, 0] == pytest.approx(360) and not np.isnan(points[:20]).any()
     monkeypatch.setattr(sample, "find_faces", Detector({}))
     with pytest.raises(sample.UserError, match="no face of 50 pixels or more in any of 40 frames"):
         find()
@@ -625,7 +644,7 @@ def test_detecting_a_real_face(files, tmp_path, av, capsys):
     pytest.importorskip("facenet_pytorch", reason="optional; .ci/run installs it and runs these tests once more")
     frames = F.interpolate(pictures(8).float(), (80, 64), mode="bilinear").byte()
     blank, out = write_video(tmp_path / "blank.mp4", frames, speech(0.3)), tmp_path / "out.mp4"
-    line = complaint(capsys, sample, "latentsync", "--ckpt", files / "dub.safetensors", "--frames", 4, "--video", blank, "--audio",
+    line = complaint(capsys, sample, "latentsync", "--ckpt", files / "dub.safetensors", "--video", blank, "--audio",
                      blank, "--device", "cpu", "--out", out)
     assert "blank.mp4: no face of 50 pixels or more in any of 8 frames" in line and not out.exists()
     if not CLIP.exists():

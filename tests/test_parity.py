@@ -736,14 +736,14 @@ def syncnet_original(meta, t, tmp_path):
 def load_kl(state, c, path):
     """The autoencoder, written as the release would be, in both spellings of its attention."""
     torch.save(state, path)
-    model = vq.load(path)
+    model = vq.load_autoencoder(path)
     assert [w // model.config.ch for w in c["width"]] == list(model.config.ch_mult), "inferred widths"
     assert model.config.num_res_blocks == c["layers_per_block"], "inferred blocks"
     check_export(vq.export(model), state)
     newer = vq.rename_keys(state, vq.KL_NEWER, inverse=True)
     assert set(newer) != set(state)
     torch.save(newer, path)
-    check_export(vq.export(vq.load(path)), state)
+    check_export(vq.export(vq.load_autoencoder(path)), state)
     return model
 
 
