@@ -826,34 +826,35 @@ def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options
     if not 0 <= overlap < c.frames:
         raise ValueError(f"overlap {overlap}: expected 0 .. {c.frames - 1}")
     mask, canvas = face_mask(c.resolution).to(device), Aligner(c.resolution).canvas
+    place = device if device.type == "cuda" else "cpu"                      # of warping, which not all devices can do
     side = c.resolution // autoencoder.config.stride
     z = torch.randn(1, c.out_channels, 1, side, side, generator=generator, device=device)       # one for all frames
     options = dict(z=z, mask=mask, generator=generator) | options
     def finished(picture, matrix, _, found):
         if found is None:
             return Dubbed(picture, picture, None, None, None)
-        result = paste_back(torch.as_tensor(picture, device=device), found[2], matrix, canvas)
+        result = paste_back(torch.as_tensor(picture, device=place), found[2].to(place), matrix, canvas)
         return Dubbed(result.cpu().numpy(), picture, *found)
     stream, held = zip(frames, sound), []                                   # held: painted, but not yet handed out
     while fresh := list(islice(stream, c.frames - len(held))):
         clip = held + [[picture, matrix, audio, None] for (picture, matrix), audio in fresh]
-        _paint_clip(unet, autoencoder, clip, len(held), canvas, options)
+        _paint_clip(unet, autoencoder, clip, len(held), canvas, place, options)
         done = len(clip) - overlap if len(clip) == c.frames else len(clip)
         yield from (finished(*one) for one in clip[:done])
         held = clip[done:]
     yield from (finished(*one) for one in held)
 
 
-def _paint_clip(unet, autoencoder, clip, known, canvas, options):
+def _paint_clip(unet, autoencoder, clip, known, canvas, place, options):
     """Fills in `found`, (face, masked, generated), in a clip of [picture, map, window, found]; of the first `known`
     frames it has been found before, and the two are cross-faded."""
     device = unet.conv_in.weight.device
     seen = [i for i, (_, matrix, _, _) in enumerate(clip) if matrix is not None]
     if not seen:
         return
-    align = lambda picture, matrix: align_face(torch.as_tensor(picture, device=device), matrix, canvas,
+    align = lambda picture, matrix: align_face(torch.as_tensor(picture, device=place), matrix, canvas,
                                                unet.config.resolution)
-    faces = torch.stack([align(clip[i][0], clip[i][1]) for i in seen]) / 127.5 - 1
+    faces = torch.stack([align(clip[i][0], clip[i][1]) for i in seen]).to(device) / 127.5 - 1
     audio = torch.stack([clip[i][2] for i in seen]).to(device)
     generated, masked = paint(unet, autoencoder, faces, audio, **options)
     for i, *found in zip(seen, faces, masked, generated):

@@ -943,6 +943,8 @@ class VideoWriter:
         self.stack.push(self._flush)
         self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
         self.stream.height, self.stream.width, self.stream.pix_fmt = *self.even, "yuv420p"
+        codec = self.stream.codec_context                                   # BT.709, said so: players guess otherwise
+        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
         if self.sound is not None:
             self.track = self.container.add_stream("aac", rate=self.rate, layout="mono")
         return self
@@ -965,6 +967,7 @@ class VideoWriter:
         down, right = (even - side for even, side in zip(self.even, picture.shape))
         picture = np.pad(picture, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else picture
         frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.written, Fraction(1, self.fps)
         self.container.mux(self.stream.encode(frame))
         self.written += 1
@@ -2310,6 +2313,9 @@ class Dubbing:
         self.args = args
         self.device, self.device_why = choose_device(args.device)
         self.dtype, self.dtype_why = choose_dtype(args.dtype, self.device)
+        if args.dtype == "auto" and self.device.type == "cuda":
+            halves = torch.cuda.get_device_capability(self.device)[0] > 7
+            self.dtype, self.dtype_why = (torch.float16 if halves else torch.float32), "as the original has it here"
         self.peak = PeakMemory(self.device)
         (self.random if args.random_weights else self.load)(args)
         self.unet, self.autoencoder = (model.to(self.device, self.dtype) for model in (self.unet, self.autoencoder))
@@ -2570,8 +2576,7 @@ def judge_dub(judge, job, video, out, numbers, faces, sound):
         face = torch.full((3, side, side), 127.0)
         for number, picture in zip(numbers, pictures):
             if (found := faces(number)) is not None:                        # without a face it keeps the last one
-                whole = torch.as_tensor(picture, device=job.device)
-                face = latentsync.align_face(whole, found, align.canvas, align.resolution)[None]
+                face = latentsync.align_face(torch.as_tensor(picture), found, align.canvas, align.resolution)[None]
                 face = F.interpolate(face, (side, side), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
             yield face.byte()
     for what, pictures in (("before", (p for _, p in to_and_fro(video, len(numbers)))), ("after", Video(out))):

@@ -96,7 +96,7 @@ WHISPER = COMMON | dict(
     videos=600,
 )
 LATENTSYNC = COMMON | dict(
-    model="talking_head", steps=4000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, wd=0.01,
+    model="talking_head", steps=2800, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, wd=0.01,
     betas=(0.9, 0.999), clip=1.0, ema=0.998, videos=600, frames=4,
 )
 RECIPES = {
@@ -110,7 +110,7 @@ RECIPES = {
         "llamagen_ds16": VQ_SINGLE | dict(model="vq_ds16_c2i"),
         "llamagen_ds8": VQ_SINGLE | dict(model="vq_ds8_c2i"),
         "llamagen_ds16_t2i": VQ_SINGLE | dict(model="vq_ds16_t2i", disc_start=0),       # from the first, with --init
-        "talking_head": KL | VQ_EMOJI | dict(model="talking_head_kl", size=64, steps=4000, batch_size=8, lr=2e-3,
+        "talking_head": KL | VQ_EMOJI | dict(model="talking_head_kl", size=64, steps=3500, batch_size=8, lr=2e-3,
                                              kl_weight=1e-3, ema=0.998),
         "kl": KL,
     },
@@ -1122,7 +1122,7 @@ def open_clips(args, config=None):
     Validation data are never spoiled."""
     config, options = config or clip_config(args), dict(audio_offset=args.audio_offset, moments=args.moments)
     if config.latent:
-        raise UserError("--model 16_latent: reads latents of LatentSync's autoencoder, which is not here yet")
+        raise UserError("--model 16_latent: reads latents, which are not made here for training yet")
     if args.data == "demo":
         if config.picture[1] > 64:
             raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; drawn ones have 64 x 64 pixels")

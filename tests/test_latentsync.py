@@ -567,6 +567,22 @@ def test_a_full_disk_leaves_no_video(files, clip, tmp_path):
     assert not list((tmp_path / "full").iterdir())
 
 
+def test_memory_does_not_grow_with_the_length_of_a_dub(files, tmp_path, av):
+    """Peak memory of the whole command: 1 s and 12 s of sound for 0.4 s of video of 256 x 256 pixels."""
+    write_video(tmp_path / "a.mp4", pictures(10, 256))
+    peaks = []
+    for seconds in (1, 12):
+        soundfile.write(tmp_path / "a.wav", speech(seconds), 16000)
+        argv = command(files, (tmp_path / "a.mp4", tmp_path / "a.wav"), tmp_path / "b.mp4", "--aligned", "--steps", 1)
+        code = (f"import resource, runpy, sys; sys.argv[1:] = {[str(a) for a in argv]}; "
+                "runpy.run_path('sample.py', run_name='__main__'); "
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout.split()[-1]) / 1000)                 # MB
+    assert peaks[1] - peaks[0] < 30, peaks      # the frames would be 55 MB more before, and 55 after; the sound is 4 MB
+
+
 def test_back_and_forth_in_pieces(clip):
     """Backwards a video is decoded piece by piece: whatever their size, the frames are the same."""
     video = sample.Video(clip[0])

@@ -645,7 +645,7 @@ def test_settings_that_do_not_go_together(tmp_path, capsys):
     for flags, said in ((("--model", "var"), "--model var: choose one of 16_pixel_attn"),
                         (("--frames", 50), "clips of 50 frames: expected 1 to 39"),
                         (("--model", "talking_head_plain", "--frames", 5), "is made for 16 frames and 128 numbers"),
-                        (("--model", "16_latent"), "reads latents of LatentSync's autoencoder"),
+                        (("--model", "16_latent"), "reads latents, which are not made here"),
                         (("--model", "16_pixel_attn"), "needs a folder of videos; drawn ones have 64 x 64 pixels"),
                         (("--videos", 0), "--videos 0: expected at least 1"),
                         (("--study", "--frames", 5), "--study: varies --frames, --embedding and --attention itself")):
