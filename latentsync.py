@@ -694,8 +694,8 @@ class Aligner:
         R = Vt.T @ U.T
         if R.det() < 0:                                                     # a mirror image: the nearest without
             R = Vt.T * torch.tensor([1, -1]) @ U.T
-        # the original's smoothing, which users see: how far the noses are apart, before turning and in units of s2, is
-        # averaged over frames and added as pixels; less than one, for upright heads
+        # the original's smoothing, kept for its numbers: how far the noses are apart, not turned and in units of s2, is
+        # averaged over frames and added as if it were pixels; for upright heads it is less than one
         misfit = target[2] - source[2]
         self.bias = misfit if self.bias is None else 0.2 * self.bias + 0.8 * misfit
         move = c2 - s2 / s1 * (R @ c1) + self.bias
@@ -796,7 +796,7 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     latents = [encode_slices(autoencoder, pictures, slices).sample(generator) for pictures in (masked, faces)]
     small = F.interpolate(mask.expand(len(faces), 1, *mask.shape), latents[0].shape[2:])
     condition = torch.cat([small, *latents], 1)                             # (F, 9, h, w)
-    run = run if len(faces) == unet.config.frames else call                 # other lengths are too rare to capture
+    run = run if len(faces) == unet.config.frames else call                 # others are rare: not worth a capture
     to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
     for z in denoise(unet, z, to_clip(condition), audio[None], steps, cfg, cache_every, run):
@@ -830,11 +830,13 @@ def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options
     side = c.resolution // autoencoder.config.stride
     z = torch.randn(1, c.out_channels, 1, side, side, generator=generator, device=device)       # one for all frames
     options = dict(z=z, mask=mask, generator=generator) | options
+
     def finished(picture, matrix, _, found):
         if found is None:
             return Dubbed(picture, picture, None, None, None)
         result = paste_back(torch.as_tensor(picture, device=place), found[2].to(place), matrix, canvas)
         return Dubbed(result.cpu().numpy(), picture, *found)
+
     stream, held = zip(frames, sound), []                                   # held: painted, but not yet handed out
     while fresh := list(islice(stream, c.frames - len(held))):
         clip = held + [[picture, matrix, audio, None] for (picture, matrix), audio in fresh]
