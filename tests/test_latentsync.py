@@ -711,6 +711,32 @@ def test_resumed_runs_equal_uninterrupted_ones(files, tmp_path, monkeypatch, cap
     same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+def test_references_are_of_another_time(monkeypatch):
+    """True clip and reference have no frame in common, at whichever place the clip lies."""
+    numbered = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 2, 2)
+    monkeypatch.setattr(train, "talking_head", lambda seed, seconds: (numbered, np.zeros(32000, np.float32)))
+    data, starts = train.HeadDubs(0, 3, 16), set()
+    for seed in range(60):
+        (clips, others), (sounds, firsts), _ = data.__getitems__([(0, seed), (1, (seed, 1))])
+        for clip, other, first in zip(clips, others, firsts):
+            clip, other = clip[:, 0, 0, 0].tolist(), other[:, 0, 0, 0].tolist()
+            assert clip == list(range(first, first + 16)) and not set(clip) & set(other) and len(other) == 16
+            starts.add(first)
+    assert len(starts) > 20
+
+
+def test_balanced_loss_is_that_of_velocities():
+    """v = sqrt(alpha) noise - sqrt(1 - alpha) z; the error of what the network says of it is 1 / sqrt(alpha) as large as
+    that of the noise."""
+    unet, (x, _, audio) = tiny(latentsync.UNet, TINY), inputs(1)
+    z, condition = x[:, :4], x[:, 4:]
+    for seed in range(4):
+        draw = lambda: torch.Generator().manual_seed(seed)
+        t = torch.randint(1000, (1,), generator=draw())
+        plain, balanced = (unet.noise_loss(z, condition, audio, draw(), b) for b in (False, True))
+        assert balanced.item() == pytest.approx(plain.item() / max(latentsync.ALPHAS[t].item(), 0.01), rel=1e-4)
+
+
 def test_scenes_have_their_landmarks():
     """A filmed head, aligned by its points, stands like the heads that models are trained on."""
     frames, _, points = train.talking_scene(85, 1.0)
