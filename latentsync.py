@@ -75,6 +75,7 @@ class Config:
     motion_length: int = 24                     # frames that their table of positions has
     resolution: int = 256                       # of the aligned faces, in pixels
     frames: int = 16                            # F: painted at a time
+    velocity: bool = False                      # predicted instead of noise: no released one does
     in_channels: int = 13
     out_channels: int = 4
 
@@ -95,7 +96,8 @@ CONFIGS = {
     "latentsync_1.6": Config(resolution=512),
     "latentsync_1.0": Config(motion="none"),
     "latentsync_1.5_efficient": Config(motion="up"),                        # the authors' cheaper training of stage 2
-    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", resolution=64),   # demo
+    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", resolution=64,    # demo
+                           velocity=True),
 }
 WHISPERS = {
     "tiny": WhisperConfig(),
@@ -343,7 +345,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)      # tokens are views of maps then, and convolutions are faster
 
     def forward(self, x, t, audio=None):
-        """Noise (B, 4, F, h, w) in latents.
+        """Noise (B, 4, F, h, w) in latents, or their velocity.
 
         x: (B, 13, F, h, w), channels: noisy latents, mask (1: keep), latents of the masked and of the reference picture
         t: (B,) or a number, 0 .. 999; audio: (B, F, 50, 384), zeros for the branch without sound, or None: no attention
@@ -394,19 +396,15 @@ class UNet(nn.Module):
             layer.weight.zero_()
             layer.bias.zero_()
 
-    def noise_loss(self, z, condition, audio, generator=None, balanced=False):
+    def loss(self, z, condition, audio, generator=None):
         """The loss of stage 1 of training, a scalar: squared error of the noise predicted at a random time step.
 
         z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents.
-        balanced: not the authors'; weighs errors by 1 / alpha, at most 100, as if velocities were predicted (arXiv
-        2202.00512). Where nearly all is noise, an error of it is one of the picture 12 times as large: colors, which are
-        decided there, come out wrong for long without.
         """
         t = torch.randint(1000, (len(z),), generator=generator, device=z.device)
         noise = mixed_noise(z.shape, generator, z.device)
         found = self(torch.cat([add_noise(z, noise, t), condition], 1), t, audio)
-        error = (found.float() - noise).square()
-        return (error / _alpha(t, z).clamp(min=0.01)).mean() if balanced else error.mean()
+        return F.mse_loss(found.float(), velocity(z, noise, t) if self.config.velocity else noise)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,6 +430,20 @@ def remove_noise(z, noise, t):
     """The inverse: clean latents, given their noise. In float32: near t = 999 it divides by 0.07."""
     alpha = _alpha(t, z)
     return (z.float() - (1 - alpha).sqrt() * noise.float()) / alpha.sqrt()
+
+
+def velocity(z, noise, t):
+    """sqrt(alpha) noise - sqrt(1 - alpha) z, (B, ...): what some networks predict instead of noise (arXiv 2202.00512).
+    At time steps near 999 an error of the noise is one of the picture 12 times as large: it takes a large network, and
+    long training, to get the colors right, which are decided there. Velocity is there the picture itself."""
+    alpha = _alpha(t, z)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * z
+
+
+def noise_of(velocity, noisy, t):
+    """The noise in latents `noisy`, given their velocity."""
+    alpha = _alpha(t, noisy)
+    return alpha.sqrt() * velocity.float() + (1 - alpha).sqrt() * noisy
 
 
 def mixed_noise(shape, generator=None, device=None, share=1.0):
@@ -477,7 +489,7 @@ def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=cal
         if guided:
             silent, noise = noise.float().chunk(2)
             noise = silent + cfg * (noise - silent)
-        z = ddim_step(z, noise, t, steps)
+        z = ddim_step(z, noise_of(noise, z, t) if unet.config.velocity else noise, t, steps)
         yield z
 
 

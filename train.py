@@ -98,7 +98,7 @@ WHISPER = COMMON | dict(
 LATENTSYNC = COMMON | dict(
     model="talking_head", steps=2800, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, wd=0.01,
     betas=(0.9, 0.999), clip=1.0, ema=0.998, videos=600, frames=4,
-    balanced=True, sampling=dict(cfg=1.0),
+    sampling=dict(cfg=1.0),
 )
 RECIPES = {
     "vq": {
@@ -267,8 +267,6 @@ def latentsync_args(add):
     add("--vae", required=True, metavar="FILE", help="the autoencoder")
     add("--whisper", required=True, metavar="FILE", help="the audio encoder")
     add("--init", metavar="FILE", help="start from these weights")
-    add("--balanced", action=argparse.BooleanOptionalAction,
-        help="weigh errors at high noise more than the authors do: better colors after a short training")
     add("--stable-diffusion", metavar="DIR", help="start from the UNet of Stable Diffusion 1.5")
     add("--frames", type=int, help="of a clip")
     add("--videos", type=int, help="how many heads are drawn (1.5 MB of memory each)")
@@ -1801,7 +1799,7 @@ class LatentSyncTask(Task):
         return to_clips(z), to_clips(torch.cat([mask, masked, reference], 1)), torch.stack(audio)
 
     def loss(self, batch, step, g):
-        return self.model.noise_loss(*self._prepare(batch, g), g, self.args.balanced), {}
+        return self.model.loss(*self._prepare(batch, g), g), {}
 
     @torch.no_grad()
     def validate(self, model):
@@ -1809,7 +1807,7 @@ class LatentSyncTask(Task):
         g, losses = torch.Generator(self.device).manual_seed(0), []
         for start in range(0, min(64, 4 * len(self.val_set)), 8):
             items = [(i % len(self.val_set), (i,)) for i in range(start, start + 8)]
-            losses.append(model.noise_loss(*self._prepare(self.val_set.__getitems__(items), g), g))
+            losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g), g))
         return {"loss": torch.stack(losses).mean().item()}
 
     @torch.no_grad()

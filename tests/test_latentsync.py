@@ -254,13 +254,13 @@ def test_training_starts_from_no_noise_and_reaches_all_weights():
     model.init_weights(torch.Generator().manual_seed(0))
     x, t, audio = inputs()
     assert not model(x, t, audio).any()
-    loss = model.noise_loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0))
+    loss = model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(1, abs=0.1)                         # the noise's variance
     model.conv_out.weight.data.normal_()
     for m in model.modules():
         if isinstance(m, latentsync.MotionModule):
             m.proj_out.weight.data.normal_()
-    model.noise_loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0)).backward()
+    model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0)).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
@@ -725,16 +725,24 @@ def test_references_are_of_another_time(monkeypatch):
     assert len(starts) > 20
 
 
-def test_balanced_loss_is_that_of_velocities():
-    """v = sqrt(alpha) noise - sqrt(1 - alpha) z; the error of what the network says of it is 1 / sqrt(alpha) as large as
-    that of the noise."""
-    unet, (x, _, audio) = tiny(latentsync.UNet, TINY), inputs(1)
-    z, condition = x[:, :4], x[:, 4:]
-    for seed in range(4):
-        draw = lambda: torch.Generator().manual_seed(seed)
-        t = torch.randint(1000, (1,), generator=draw())
-        plain, balanced = (unet.noise_loss(z, condition, audio, draw(), b) for b in (False, True))
-        assert balanced.item() == pytest.approx(plain.item() / max(latentsync.ALPHAS[t].item(), 0.01), rel=1e-4)
+def test_velocities_are_noise_in_other_words():
+    """Of the same latents and noise; and a network that predicts them is sampled and trained accordingly."""
+    z, noise, t = randn(3, 4, 2, 4, 4), randn(3, 4, 2, 4, 4), torch.tensor([0, 500, 999])
+    noisy, v = latentsync.add_noise(z, noise, t), latentsync.velocity(z, noise, t)
+    torch.testing.assert_close(latentsync.noise_of(v, noisy, t), noise, atol=1e-5, rtol=0)
+    class Oracle:
+        """Knows z: every sampler must end there, whatever it is told in."""
+
+        def __init__(self, velocity):
+            self.config = replace(TINY, velocity=velocity)
+
+        def with_cache(self, x, t, audio, deep):
+            true = latentsync.add_noise(torch.zeros_like(z[:1]), torch.ones_like(z[:1]), t)     # sqrt(1 - alpha)
+            found = (x[:, :4] - (1 - true**2).sqrt() * z[:1]) / true
+            return (latentsync.velocity(z[:1], found, t) if self.config.velocity else found), None
+    for kind in (False, True):
+        *_, last = latentsync.denoise(Oracle(kind), noise[:1], randn(1, 9, 2, 4, 4), randn(1, 2, 20, 16), 20, 1.0)
+        torch.testing.assert_close(last, latentsync.add_noise(z[:1], noise[:1], torch.tensor([0])), atol=0.1, rtol=0)
 
 
 def test_scenes_have_their_landmarks():
