@@ -679,12 +679,17 @@ def test_the_demo(tmp_path, av):
     assert len(list(sample.Video(tmp_path / "out.mp4"))) == 122
 
 
-def test_random_weights_and_bench(tmp_path, capsys):
+def test_random_weights_and_bench(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(vq.CONFIGS, "talking_head_kl", TINY_KL)
+    monkeypatch.setitem(latentsync.WHISPERS, "talking_head", TINY_EAR)
+    monkeypatch.setitem(latentsync.CONFIGS, "talking_head", TINY)
+    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
     run(sample, "latentsync", "--bench", "--random-weights", "talking_head", "--frames", 2, "--steps", 1, "--device", "cpu",
         "--json", tmp_path / "a.json")
     out = capsys.readouterr().out
-    assert re.search(r"unet +[\d.]+", out) and "share of the limit" in out and "64 pixels, 2 frames in a clip" in out
-    assert "choose one of latentsync_1.5" in complaint(capsys, sample, "latentsync", "--random-weights", "latentsync_9")
+    assert re.search(r"unet +[\d.]+", out) and "share of the limit" in out and "32 pixels, 2 frames in a clip" in out
+    assert "choose one of latentsync_1.5" in complaint(
+        capsys, sample, "latentsync", "--bench", "--random-weights", "latentsync_9", "--device", "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -703,10 +708,10 @@ def test_resumed_runs_equal_uninterrupted_ones(files, tmp_path, monkeypatch, cap
     more = {"vq": ("--recipe", "talking_head"), "whisper": ("--videos", 3),
             "latentsync": ("--vae", files / "talking_head_kl.safetensors", "--whisper",
                            files / "talking_head_whisper.safetensors", "--videos", 3, "--frames", 2)}[name]
-    argv = (name, *more, "--steps", 4, "--batch-size", 2, "--device", "cpu", "--log-every", 1, "--val-every", 4, "--sample-every",
-            0, "--save-every", 2)
+    argv = (name, *more, "--steps", 2, "--batch-size", 2, "--device", "cpu", "--log-every", 1, "--val-every", 2, "--sample-every",
+            0, "--save-every", 0)
     run(train, *argv, "--out", tmp_path / "a")
-    run(train, *argv, "--out", tmp_path / "b", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "b", "--stop-after", 1)
     run(train, *argv, "--out", tmp_path / "b", "--resume", "auto")
     same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 

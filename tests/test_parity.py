@@ -999,7 +999,7 @@ def latentsync_pipeline(meta, t, tmp_path):
     # another in every linear algebra library. A byte that falls to the other side moves latents by 1e-3: no fixed
     # tolerance is both sharp and fair. So what a change of the maps' last bit does is measured here, and is the bound.
     mean8 = lambda faces: F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1])
-    others = [run(1 + k * 2.0**-23) for k in (-2, -1, 1, 2)]
+    others = [run(1 + k * 2.0**-23) for k in (-2, 2)]
     for what, ours, theirs, moved in (("latents", z, t["out.latents"], [z for z, _, _ in others]),
                                       ("faces", mean8(faces), t["out.faces_mean8"], [mean8(f) for _, f, _ in others])):
         bound = 1e-4 + 1.5 * max((other - ours).abs().max().item() for other in moved)
