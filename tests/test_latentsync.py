@@ -580,7 +580,7 @@ def test_memory_does_not_grow_with_the_length_of_a_dub(files, tmp_path, av):
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1000)                 # MB
-    assert peaks[1] - peaks[0] < 30, peaks      # the frames would be 55 MB more before, and 55 after; the sound is 4 MB
+    assert peaks[1] - peaks[0] < 50, peaks      # the frames would be 110 MB more, and runs differ by 20
 
 
 def test_back_and_forth_in_pieces(clip):
