@@ -808,10 +808,7 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     """Aligned faces (F, 3, r, r) in [-1, 1], audio (F, 50, 384), noise z (1, 4, 1, h, w) -> (faces painted anew, masked
     faces), both (F, 3, r, r). mask: (r, r); slices: faces that the autoencoder gets at a time."""
     masked = faces * mask
-    # latents are drawn, not means; in this order
-    latents = [encode_slices(autoencoder, pictures, slices).sample(generator) for pictures in (masked, faces)]
-    small = F.interpolate(mask.expand(len(faces), 1, *mask.shape), latents[0].shape[2:])
-    condition = torch.cat([small, *latents], 1)                             # (F, 9, h, w)
+    condition = see(autoencoder, masked, faces, mask, generator, slices)    # (F, 9, h, w)
     run = run if len(faces) == unet.config.frames else call                 # others are rare: not worth a capture
     to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
@@ -822,10 +819,15 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     return painted * (1 - mask) + faces * mask, masked
 
 
-def encode_slices(autoencoder, pictures, slices):
-    """The Posterior of all pictures, so many at a time: at full resolution each takes much memory."""
-    parts = [autoencoder.encode(part) for part in pictures.split(slices)]
-    return vq.Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]), parts[0].scaling)
+def see(autoencoder, masked, references, mask, generator, slices=64):
+    """What the UNet sees besides the noisy latents, (N, 9, h, w): the mask (r, r), and latents of masked and of
+    reference pictures (N, 3, r, r). These are drawn, the masked ones' first, not means. slices: pictures encoded at a time."""
+    latents = []
+    for pictures in (masked, references):
+        parts = [autoencoder.encode(part) for part in pictures.split(slices)]
+        mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
+        latents.append(vq.Posterior(mean, std, parts[0].scaling).sample(generator))     # one draw for all
+    return torch.cat([F.interpolate(mask.expand(len(masked), 1, *mask.shape), latents[0].shape[2:]), *latents], 1)
 
 
 @torch.no_grad()

@@ -1346,18 +1346,30 @@ class Job:
         return self.settings | {"seed": self.args.seed + i} | self.describe(item)
 
 
+def check_json(args, bench):
+    """--json goes with --bench, whether that was given, and has to be writable."""
+    if args.json and not bench:
+        raise UserError("--json goes with --bench")
+    if args.json:
+        check_writable(args.json, "--json", suffix=".json")
+
+
+def save_json(path, result):
+    """What --bench found, for --json; None: nowhere."""
+    if path:
+        with vq.atomic(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+
+
 def check_generator_args(args):
     """What argparse does not check, of the arguments that all of them have."""
     check_ranges(("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--seed", args.seed, 0, None),
                  ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1))
     if args.ckpt and args.random_weights:
         raise UserError("--ckpt and --random-weights exclude each other")
-    if args.json and not args.bench:
-        raise UserError("--json goes with --bench")
     if args.compile and INTERPRET:
         raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
-    if args.json:
-        check_writable(args.json, "--json", suffix=".json")
+    check_json(args, args.bench)
 
 
 def draw_all(job, items, folder, resume=False):
@@ -1419,9 +1431,7 @@ def bench_job(job, items, stages):
         result["variants"] |= race(lambda: job.draw(items, numbers)[0], variants, len(items), job.device)
     result["variants"] |= job.rivals(items)
     print_bench(result, sum(h * w for h, w in job.scales))
-    if job.args.json:
-        with vq.atomic(job.args.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+    save_json(job.args.json, result)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2500,6 +2510,7 @@ def check_latentsync_args(args):
         raise UserError("--audio FILE: what is to be said? A sound file, or a video with sound")
     if args.landmarks and not args.video:
         raise UserError("--landmarks: belongs to a --video FILE")
+    check_json(args, args.bench)
 
 
 def sample_latentsync(args):
@@ -2589,7 +2600,7 @@ def judge_dub(judge, job, video, out, numbers, faces, sound):
 
 
 def bench_latentsync(job):
-    """--bench: some frames of a drawn-up video with a face, from sound and pictures to pictures."""
+    """--bench: one clip of random pictures, with a face at a given place; from sound and pictures to pictures."""
     args, c = job.args, job.unet.config
     height = 160 if c.resolution < 128 else 960
     rng = np.random.default_rng(0)
@@ -2615,9 +2626,7 @@ def bench_latentsync(job):
         result["variants"] |= race(run, ways, count, job.device)
     print(f"{c.resolution} pixels, {count} frames in a clip, {args.steps} steps, guidance {job.cfg}")
     print_bench(result)
-    if args.json:
-        with vq.atomic(args.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+    save_json(args.json, result)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2760,20 +2769,15 @@ def ops_table():
 
 def sample_ops(args):
     """The table, or the benchmark."""
+    check_json(args, args.bench is not None)
     if args.bench is None:
-        if args.json:
-            raise UserError("--json goes with --bench")
         return print(*ops_table(), sep="\n")
     for name in args.bench:
         if name not in REGISTRY:
             raise UserError(f"--bench {name}: expected some of {', '.join(REGISTRY)}, or nothing for all")
-    if args.json:
-        check_writable(args.json, "--json", suffix=".json")
     device, _ = choose_device(args.device)
     rows = bench_ops(args.bench or [*REGISTRY], device, choose_dtype(args.dtype, device)[0])
-    if args.json:
-        with vq.atomic(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1))
+    save_json(args.json, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1787,16 +1787,15 @@ class LatentSyncTask(Task):
         (clips, references), (sounds, starts), _ = batch
         B, frames = clips.shape[:2]
         true, others = (x.to(self.device).flatten(0, 1) / 127.5 - 1 for x in (clips, references))
-        encode = lambda x: self.autoencoder.encode(x).sample(g)
-        z, masked, reference = (encode(x) for x in (true, true * self.mask, others))
-        mask = torch.nn.functional.interpolate(self.mask.expand(len(z), 1, *self.mask.shape), z.shape[2:])
+        z = self.autoencoder.encode(true).sample(g)
+        condition = latentsync.see(self.autoencoder, true * self.mask, others, self.mask, g)
         to_clips = lambda x: x.unflatten(0, (B, frames)).transpose(1, 2)
         audio = []
         for sound, start in zip(sounds, starts):
             rows = torch.cat(list(self.whisper.pieces(sound)))
             index = [latentsync.window_rows(start + i, len(rows)) for i in range(frames)]
             audio.append(rows[np.stack(index)].flatten(1, 2))
-        return to_clips(z), to_clips(torch.cat([mask, masked, reference], 1)), torch.stack(audio)
+        return to_clips(z), to_clips(condition), torch.stack(audio)
 
     def loss(self, batch, step, g):
         return self.model.loss(*self._prepare(batch, g), g), {}

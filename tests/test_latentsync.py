@@ -536,6 +536,7 @@ def test_what_cannot_be_dubbed(files, clip, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("no")
     assert "expected an .npz with an array 'landmarks'" in error(clip=(*clip[:2], tmp_path / "text.npz"))
     assert "no such file" in error(clip=(*clip[:2], tmp_path / "gone.npz"))
+    assert "--json goes with --bench" in error("--json", tmp_path / "a.json")
     assert "--landmarks and --aligned exclude" in complaint(capsys, sample, *command(files, clip, out), "--aligned")
     assert "--overlap 16: expected 0 .. 15" in error("--overlap", 16)
     assert "ends in .mp4" in complaint(capsys, sample, *command(files, clip, tmp_path / "out.avi"))
