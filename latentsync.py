@@ -821,7 +821,8 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
 
 def see(autoencoder, masked, references, mask, generator, slices=64):
     """What the UNet sees besides the noisy latents, (N, 9, h, w): the mask (r, r), and latents of masked and of
-    reference pictures (N, 3, r, r). These are drawn, the masked ones' first, not means. slices: pictures encoded at a time."""
+    reference pictures (N, 3, r, r). These are drawn, not means, the masked ones' first. slices: pictures encoded at a
+    time."""
     latents = []
     for pictures in (masked, references):
         parts = [autoencoder.encode(part) for part in pictures.split(slices)]
