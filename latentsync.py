@@ -55,6 +55,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from torch.utils.checkpoint import checkpoint
 
 import vq
 from triton_ops import group_norm_silu
@@ -81,6 +82,21 @@ class Config:
 
 
 @dataclass(frozen=True)
+class VideoMAEConfig:
+    """Sizes of the video encoder of TREPA. Files tell all but heads, and the pixels and frames of its clips."""
+
+    size: int = 224                             # pixels that clips are resized to
+    patch: int = 14                             # of them that make a token's side
+    frames: int = 16                            # of a clip
+    tubelet: int = 2                            # of them that make a token
+    width: int = 1408
+    depth: int = 40
+    heads: int = 16
+    hidden: int = 6144                          # of the feed-forward layers
+    classes: int = 174                          # what its head tells apart, which TREPA does not use
+
+
+@dataclass(frozen=True)
 class WhisperConfig:
     """Sizes of Whisper's encoder. Files tell all but heads."""
 
@@ -104,6 +120,12 @@ WHISPERS = {
     "small": WhisperConfig(width=768, heads=12, layers=12),
     "talking_head": WhisperConfig(positions=250, width=64, heads=2, layers=2),          # the demo's
 }
+VIDEOMAES = {
+    "vit_g": VideoMAEConfig(),                  # vit_g_hybrid_pt_1200e_ssv2_ft.pth
+    "talking_head": VideoMAEConfig(64, 8, width=96, depth=4, heads=4, hidden=384, classes=6),       # the demo's
+}
+# What is trained: parameters whose name has one of these in it
+STAGES = {"1": ("",), "2": ("motion_modules.", "attentions."), "2-efficient": ("motion_modules.", "attn2.")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,8 +237,9 @@ def sinusoids(t, C):
 
 def frame_positions(length, C):
     """Table (1, length, C): the sine of a frame's number * 10000 ** (-2 i / C) at channel 2 i, its cosine beside."""
-    angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, C, 2) * (-math.log(10000.0) / C))
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None]
+    frequency = torch.exp(torch.arange(0, C, 2).double() * (-math.log(10000.0) / C))
+    angle = torch.arange(length).double()[:, None] * frequency              # float32 would not do for thousands
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None].float()
 
 
 class TemporalAttention(nn.Module):
@@ -319,8 +342,8 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        widths, last = c.widths, len(c.widths) - 1
+        self.config, self.checkpointing = config, False
+        c, widths, last = config, config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
         self.down_blocks, self.downsample, self.up_blocks, self.upsample = (nn.ModuleList() for _ in range(4))
@@ -365,24 +388,28 @@ class UNet(nn.Module):
         if deep is None:
             deep = self._all_but_last_layer(skips, time, audio)
         x = torch.cat([deep, skips[0]], 1)
-        x = self.up_blocks[-1].layer(len(self.up_blocks[-1].resnets) - 1, x, time, audio)
+        x = self._run(self.up_blocks[-1].layer, len(self.up_blocks[-1].resnets) - 1, x, time, audio)
         x = self.conv_out(clip_norm_silu(self.conv_norm_out, x, B))
         return rearrange(x, "(b f) c h w -> b c f h w", b=B), deep
+
+    def _run(self, layer, *inputs):
+        """A layer's output; if `checkpointing`, the backward pass computes it again, and so holds one at a time."""
+        return checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
 
     def _all_but_last_layer(self, skips, time, audio):
         """Down, middle, and up but for the last layer of the last level. Of `skips` it leaves the first."""
         x, last = skips[0], len(self.up_blocks) - 1
         for i, level in enumerate(self.down_blocks):
             for j in range(len(level.resnets)):
-                x = level.layer(j, x, time, audio)
+                x = self._run(level.layer, j, x, time, audio)
                 skips.append(x)
             if i < last:
                 x = self.downsample[i](x)
                 skips.append(x)
-        x = self.mid_block(x, time, audio)
+        x = self._run(self.mid_block, x, time, audio)
         for i, level in enumerate(self.up_blocks):
             for j in range(len(level.resnets) - (i == last)):
-                x = level.layer(j, torch.cat([x, skips.pop()], 1), time, audio)
+                x = self._run(level.layer, j, torch.cat([x, skips.pop()], 1), time, audio)
             if i < last:
                 x = self.upsample[i](x, skips[-1].shape[2:])
         return x
@@ -396,15 +423,27 @@ class UNet(nn.Module):
             layer.weight.zero_()
             layer.bias.zero_()
 
-    def loss(self, z, condition, audio, generator=None):
-        """The loss of stage 1 of training, a scalar: squared error of the noise predicted at a random time step.
+    def freeze(self, stage):
+        """Leaves only those parameters to training that this one of STAGES trains."""
+        for name, p in self.named_parameters():
+            p.requires_grad_(any(part in name for part in STAGES[stage]))
 
-        z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents.
+    def loss(self, z, condition, audio, generator=None, t=None, noise=None):
+        """The loss of both stages of training, squared error of the noise predicted at a random time step, a scalar;
+        and (B, 4, F, h, w), what the latents would be without this noise: for `Supervision`, in stage 2.
+
+        z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents;
+        t: (B,) and noise, as z: drawn from `generator` if not given.
         """
-        t = torch.randint(1000, (len(z),), generator=generator, device=z.device)
-        noise = mixed_noise(z.shape, generator, z.device)
-        found = self(torch.cat([add_noise(z, noise, t), condition], 1), t, audio)
-        return F.mse_loss(found.float(), velocity(z, noise, t) if self.config.velocity else noise)
+        t = torch.randint(1000, (len(z),), generator=generator, device=z.device) if t is None else t
+        noise = mixed_noise(z.shape, generator, z.device) if noise is None else noise
+        noisy = add_noise(z, noise, t)
+        found = self(torch.cat([noisy, condition], 1), t, audio).float()
+        if self.config.velocity:
+            loss, found = F.mse_loss(found, velocity(z, noise, t)), noise_of(found, noisy, t)
+        else:
+            loss = F.mse_loss(found, noise)
+        return loss, remove_noise(noisy, found, t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,6 +530,163 @@ def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=cal
             noise = silent + cfg * (noise - silent)
         z = ddim_step(z, noise_of(noise, z, t) if unet.config.velocity else noise, t, steps)
         yield z
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2 of training: what the decoded pixels are told
+
+
+class VideoAttention(nn.Module):
+    """Multi-head attention of tokens (B, L, C) to each other; queries and values have a bias, keys none."""
+
+    def __init__(self, C, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
+
+    def forward(self, x):
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "b l (three h d) -> three b h l d", three=3,
+                            h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+class VideoBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(c.width, eps=1e-6), VideoAttention(c.width, c.heads)
+        self.norm2, self.mlp = nn.LayerNorm(c.width, eps=1e-6), nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class VideoMAE(nn.Module):
+    """A video transformer that was trained to fill in masked videos, then to name actions (VideoMAE v2, arXiv
+    2303.16727). Here it describes what happens in a clip by one vector. Module names are the official ones."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.checkpointing, c = config, False, config
+        side, length = c.size // c.patch, c.frames // c.tubelet
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv3d(3, c.width, (c.tubelet, c.patch, c.patch), (c.tubelet, c.patch, c.patch))
+        self.register_buffer("positions", frame_positions(length * side * side, c.width), persistent=False)
+        self.blocks = nn.ModuleList(VideoBlock(c) for _ in range(c.depth))
+        self.fc_norm = nn.LayerNorm(c.width, eps=1e-6)
+        self.head = nn.Linear(c.width, c.classes)
+
+    def features(self, clips):
+        """(B, 3, F, H, W) in [-1, 1], F even -> (B, width): the mean of the last block's tokens, normalised."""
+        c, side = self.config, self.config.size // self.config.patch
+        x = rearrange(clips, "b c f h w -> (b f) c h w")
+        if x.shape[2:] != (c.size, c.size):
+            x = F.interpolate(x, (c.size, c.size), mode="bicubic", align_corners=False)
+        x = (x / 2 + 0.5).clamp(0, 1)                                       # as it was trained; no mean is subtracted
+        x = rearrange(x, "(b l t) c (h p) (w q) -> b (l h w) (c t p q)", b=len(clips), t=c.tubelet, p=c.patch,
+                      q=c.patch)                                            # a convolution without overlap
+        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        positions = self.positions
+        if x.shape[1] != positions.shape[1]:                                # other numbers of frames: interpolated
+            table = rearrange(positions, "1 (l h w) c -> 1 c l h w", h=side, w=side)
+            # 0.1 more than wanted, rounded down to it, as in the original, whose numbers depend on that
+            stretch = (x.shape[1] // side**2 + 0.1) / table.shape[2]
+            table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)
+            positions = rearrange(table, "1 c l h w -> 1 (l h w) c")
+        x = x + positions
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return self.fc_norm(x.mean(1))
+
+    def forward(self, clips):
+        """(B, 3, F, H, W) in [-1, 1] -> logits (B, classes)."""
+        return self.head(self.features(clips))
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """PyTorch's default, drawn from `generator`; no biases in attention."""
+        vq.init_default(self, generator)
+        for block in self.blocks:
+            block.attn.q_bias.zero_()
+            block.attn.v_bias.zero_()
+
+
+def trepa(videomae, found, true):
+    """Temporal representation alignment (section 3.4), a scalar: squared distance of what the encoder says of two clips
+    (B, 3, F, H, W) in [-1, 1], as vectors of length 1. It sees frames together: what trembles or flickers is far from
+    what does not, though each single frame may be fine."""
+    with torch.no_grad():
+        target = F.normalize(videomae.features(true).float(), dim=1)
+    return F.mse_loss(F.normalize(videomae.features(found).float(), dim=1), target)
+
+
+class Supervision:
+    """The losses of stage 2 on decoded pixels, besides the noise's, each by a frozen network. Noise is the same loss
+    for all pixels; these look at what a viewer looks at.
+
+    autoencoder: a vq.KLAutoencoder; syncnet: a syncnet.StableSyncNet, lips and sound of the clip belong together;
+    videomae: see `trepa`; lpips: a vq.LPIPS, the lower half of each frame looks like the true one. None leaves a loss
+    out. checkpointing: compute activations twice, and hold those of `slices` frames of the decoder at a time. Raises
+    ValueError if a network is made for clips of other lengths than `frames`.
+    """
+
+    def __init__(self, autoencoder, syncnet=None, videomae=None, lpips=None, *, frames=16, sync_weight=0.05,
+                 trepa_weight=10.0, lpips_weight=0.1, checkpointing=False, slices=4):
+        if syncnet is not None and syncnet.frames != frames:
+            raise ValueError(f"a SyncNet for clips of {syncnet.frames} frames, but clips have {frames}")
+        if videomae is not None:
+            if frames % videomae.config.tubelet:
+                raise ValueError(f"clips of {frames} frames: the video encoder takes them by "
+                                 f"{videomae.config.tubelet}")
+            videomae.checkpointing = checkpointing
+        self.autoencoder, self.syncnet, self.videomae, self.lpips = autoencoder, syncnet, videomae, lpips
+        self.weights = {"sync": sync_weight, "lpips": lpips_weight, "trepa": trepa_weight}
+        self.slices = slices if checkpointing else None
+
+    def decode(self, z):
+        """Latents (B, 4, F, h, w) -> frames (B, F, 3, H, W) in about [-1, 1], through which gradients flow."""
+        flat = rearrange(z, "b c f h w -> (b f) c h w")
+        if self.slices:
+            decoded = [self._again(self.autoencoder.decode, part) for part in flat.split(self.slices)]
+        else:
+            decoded = [self.autoencoder.decode(flat)]
+        return torch.cat(decoded).unflatten(0, (len(z), -1))
+
+    def _again(self, function, *inputs):
+        return checkpoint(function, *inputs, use_reentrant=False) if self.slices else function(*inputs)
+
+    def __call__(self, z, true, mel=None, heard=None):
+        """(weighted sum, {"sync", "lpips", "trepa"}), scalars.
+
+        z: (B, 4, F, h, w), from UNet.loss; true: frames (B, F, 3, H, W) in [-1, 1]; mel: (B, 1, 80, columns), what
+        SyncNet hears of the clip; heard: (B,) 1 or 0, whether the UNet got the sound, else lips cannot follow it.
+        """
+        found, losses = self.decode(z), {}
+        if self.syncnet is not None:
+            losses["sync"] = self._sync(found, mel, heard)
+        if self.lpips is not None:
+            low = true.shape[3] // 2
+            halves = (clips[:, :, :, low:].flatten(0, 1) for clips in (found, true))
+            losses["lpips"] = self._again(self.lpips, *halves).mean()
+        if self.videomae is not None:
+            losses["trepa"] = trepa(self.videomae, found.transpose(1, 2), true.transpose(1, 2))
+        return sum(self.weights[name] * loss for name, loss in losses.items()), losses
+
+    def _sync(self, found, mel, heard):
+        """-log of the probability that these lips say this (section 3.3)."""
+        height, width = self.syncnet.config.picture                         # of the lower half of a square face
+        frames = found.flatten(0, 1)
+        if frames.shape[3] != width:
+            frames = F.interpolate(frames, (width, width), mode="bicubic", align_corners=False)
+        halves = rearrange(frames[:, :, -height:], "(b f) c h w -> b (f c) h w", b=len(found))
+        cosine = self._again(self.syncnet, halves, mel)
+        with torch.autocast(cosine.device.type, enabled=False):             # not safe in half precision
+            return F.binary_cross_entropy(cosine.float(), torch.ones_like(cosine).float(), heard)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -992,16 +1188,41 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
     return model.eval().to(device, dtype)
 
 
+def load_videomae(path, config=None, dtype=torch.float32, device="cpu"):
+    """The video encoder in eval mode from vit_g_hybrid_pt_1200e_ssv2_ft.pth, or a file of ours. Raises
+    vq.CheckpointError."""
+    state, saved = vq.read_checkpoint(path, nested=(("model",), ("module",)))
+    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight", "head.weight",
+               path=path, what="a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)")
+    if config is None and saved:
+        config = vq.config_from_json(VideoMAEConfig, saved, path)
+    elif config is None:
+        width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
+        depth = sum(k.endswith(".attn.q_bias") for k in state)
+        known = next((c for c in VIDEOMAES.values() if (c.width, c.depth) == (width, depth)), None)
+        if known is None:
+            raise vq.CheckpointError(f"{path}: a VideoMAE of width {width} and depth {depth}, whose number of heads no "
+                                     "tensor tells: pass config=")
+        config = replace(known, patch=patch, tubelet=tubelet, hidden=len(state["blocks.0.mlp.fc1.weight"]),
+                         classes=len(state["head.weight"]))
+    model = vq.build(VideoMAE, config)
+    vq.load_strict(model, state, path)
+    return model.eval().to(device, dtype)
+
+
 def export(model):
-    """The official state dict of a UNet, in float32 and with the keys of version 1.5, or what a Whisper has of it."""
+    """The official state dict of a UNet, in float32 and with the keys of version 1.5, or what a Whisper has of it,
+    or that of a VideoMAE."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
+    if isinstance(model, VideoMAE):
+        return state
     if isinstance(model, Whisper):
         return {f"encoder.{k}": v for k, v in state.items()}
     return vq.rename_keys(vq.split_rows(vq.split_rows(state, *QKV), *KV), RENAMES, inverse=True)
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes a UNet or a Whisper as safetensors: official keys, config (and `extra`) in the header."""
+    """Writes a UNet, a Whisper or a VideoMAE as safetensors: official keys, config (and `extra`) in the header."""
     computed = {"encoder.positional_embedding"}
     state = {k: v for k, v in export(model).items() if k not in computed and not k.endswith("pos_encoder.pe")}
     vq.save_checkpoint(path, state, model.config, dtype, **extra)

@@ -697,8 +697,24 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
     fits = weight is not None and weight.shape == bias.shape == x.shape[1:2] and x.numel() <= 2**25 * groups * len(x)
     if use_triton(x) and fits:                                              # larger groups have too many tiles
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
-    y = F.group_norm(x, groups, weight, bias, eps)
+    large = x.numel() > 2**12 * groups * len(x) and x.dtype == torch.float32 and fits
+    sums = x.device.type == "cpu" and large and not x.is_contiguous()       # then torch subtracts sums, see below
+    y = _group_norm_in_two_steps(x, weight, bias, groups, eps) if sums else F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
+
+
+def _group_norm_in_two_steps(x, weight, bias, groups, eps):
+    """F.group_norm of large channels_last maps on a CPU. There torch takes the variance as the mean of squares minus
+    the square of the mean, each one long sum: 1e-3 off where half of a map is constant, as of a masked picture."""
+    N, C = x.shape[:2]
+    variance, mean = torch.var_mean(x.movedim(1, -1).flatten(1, -2), 1, correction=0)      # (N, C)
+    variance, mean = (v.unflatten(1, (groups, -1)) for v in (variance, mean))
+    centre = mean.mean(2, keepdim=True)                                     # (N, groups, 1)
+    variance = variance.mean(2, keepdim=True) + (mean - centre).square().mean(2, keepdim=True)
+    scale = (variance + eps).rsqrt() * weight.unflatten(0, (groups, -1))
+    shift = bias.unflatten(0, (groups, -1)) - centre * scale
+    wide = lambda v: v.reshape(N, C, *[1] * (x.dim() - 2))
+    return torch.addcmul(wide(shift), x, wide(scale))
 
 
 # A picture (C, S = H * W) is cut into tiles, wide along the dimension that is dense in memory. A group that fits into

@@ -254,13 +254,13 @@ def test_training_starts_from_no_noise_and_reaches_all_weights():
     model.init_weights(torch.Generator().manual_seed(0))
     x, t, audio = inputs()
     assert not model(x, t, audio).any()
-    loss = model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0))
+    loss, _ = model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(1, abs=0.1)                         # the noise's variance
     model.conv_out.weight.data.normal_()
     for m in model.modules():
         if isinstance(m, latentsync.MotionModule):
             m.proj_out.weight.data.normal_()
-    model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0)).backward()
+    model.loss(x[:, :4], x[:, 4:], audio, torch.Generator().manual_seed(0))[0].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 

@@ -1011,6 +1011,108 @@ def latentsync_pipeline(meta, t, tmp_path):
         close_pictures(found[row].picture, expected, f"frame {row}", share=max(0.002, 1.5 * moved))
 
 
+def load_videomae(state, c, path):
+    """A VideoMAE, written as the release would be, under both names of its weights."""
+    config = latentsync.VideoMAEConfig(c.get("image", 224), c.get("patch", 14), c.get("table_frames", 16),
+                                       c.get("tubelet", 2), len(state["fc_norm.weight"]),
+                                       sum(k.endswith("q_bias") for k in state), c.get("heads", 4),
+                                       len(state["blocks.0.mlp.fc1.weight"]), len(state["head.weight"]))
+    for name in ("model", "module"):
+        torch.save({name: state}, path)
+        model = latentsync.load_videomae(path, config)
+    check_export(latentsync.export(model), state)
+    return model
+
+
+@runner("latentsync.trepa")
+def latentsync_trepa(meta, t, tmp_path):
+    c, state = meta["config"], fill_state_dict(meta["manifest"])
+    model = load_videomae(state, c, tmp_path / "videomae.pth")
+    assert model.config.hidden == int(c["width"] * c["mlp_ratio"])
+    shape = tuple(map(int, re.search(r"noise\(\., \(([\d, ]+)\)\)", meta["note"])[1].split(",")))
+    fake, real = noise("in.fake", shape).requires_grad_(), noise("in.real", shape)
+    close(model.features(real), t["out.feature_real"], what="features")
+    loss = latentsync.trepa(model, fake, real)
+    torch.testing.assert_close(loss[None], t["out.loss"], rtol=1e-5, atol=0)
+    loss.backward()
+    cells = 1000 * F.avg_pool3d(fake.grad, (1, 8, 8))       # stored so, as the numbers tell; the note does not say
+    close(cells, t["out.grad_fake"], atol=1e-3 * t["out.grad_fake"].abs().max().item(), what="gradient")
+
+
+@runner("latentsync.losses")
+def latentsync_losses(meta, t, tmp_path):
+    c, weights = meta["config"], meta["config"]["weights"]
+    side, frames, steps = c["resolution"], c["frames"], torch.tensor(c["timesteps"])
+    unet = load_unet(part_of(meta, t, "unet."), c["unet"], tmp_path / "unet.pt", side)
+    autoencoder = load_kl(part_of(meta, t, "vae."), c["vae"], tmp_path / "vae.pt").requires_grad_(False)
+    true, other = (noise(name, (len(steps), frames, 3, side, side)) for name in ("in.gt", "in.ref"))
+    audio = noise("in.audio", (len(steps), frames, 10, c["unet"]["audio_dim"]))
+    mel = 2 * noise("in.mel", (len(steps), 1, 80, syncnet.Config((), (), frames).columns))
+    mask = latentsync.face_mask(side)
+    to_clips = lambda x: x.unflatten(0, (len(steps), frames)).transpose(1, 2)
+    with torch.no_grad():
+        z = to_clips(autoencoder.encode(true.flatten(0, 1)).sample())
+        flat = true.flatten(0, 1), other.flatten(0, 1)
+        condition = to_clips(latentsync.see(autoencoder, flat[0] * mask, flat[1], mask, None))
+    own, common = (1.7 * noise(name, tuple(z.shape)) for name in ("in.noise_ind", "in.noise_shared"))
+    alpha = c["alpha"] if c["mixed_noise"] else 0.0
+    eps = (own + alpha * common[:, :, :1]) / (1 + alpha**2) ** 0.5 if alpha else common[:, :, :1].expand_as(z)
+    assert not alpha or torch.equal(eps, mixed(own, common[:, :, :1], alpha)), "mixed noise"
+    stage = next(k for k, parts in latentsync.STAGES.items() if set(parts) == set(c["trainable"] or [""]))
+    unet.freeze(stage)
+    recon, x0 = unet.loss(z, condition, audio, t=steps, noise=eps)
+    loss = weights["recon"] * recon
+    torch.testing.assert_close(recon[None], t["out.loss_recon"], rtol=1e-5, atol=0)
+    with torch.no_grad():
+        noisy = latentsync.add_noise(z, eps, steps)
+        close(unet(torch.cat([noisy, condition], 1), steps, audio), t["out.pred_noise"], what="noise")
+        # an error of the noise is one of x0 up to 2.6 times as large, at step 640: so much is allowed there
+        room = (1 / latentsync.ALPHAS[steps] - 1).sqrt().clamp(min=1).view(-1, 1, 1, 1, 1)
+        close(x0 / room, t["out.x0"] / room, what="x0")
+    if weights["sync"] or weights["trepa"]:
+        torch.save({"state_dict": part_of(meta, t, "syncnet.")}, tmp_path / "syncnet.pt")
+        picture = (c["sync_resolution"] // 2, c["sync_resolution"])
+        sync = syncnet.load(tmp_path / "syncnet.pt", stable_config(c["syncnet"], picture)).requires_grad_(False)
+        videomae = load_videomae(part_of(meta, t, "videomae."), c.get("videomae", {}), tmp_path / "videomae.pth")
+        videomae.requires_grad_(False)
+        totals, norms = [], []
+        for checkpointing in (False, True):                                 # the second must change nothing
+            unet.checkpointing = checkpointing
+            recon, x0 = unet.loss(z, condition, audio, t=steps, noise=eps)
+            judge = latentsync.Supervision(
+                autoencoder, sync, videomae, frames=frames, sync_weight=weights["sync"], trepa_weight=weights["trepa"],
+                checkpointing=checkpointing)
+            total, losses = judge(x0, true, mel)
+            for name in ("sync", "trepa"):
+                torch.testing.assert_close(losses[name][None], t[f"out.loss_{name}"], rtol=1e-5, atol=0)
+            totals.append(weights["recon"] * recon + total)
+            unet.zero_grad()
+            totals[-1].backward()
+            norms.append({n: p.grad.norm().item() for n, p in unet.named_parameters() if p.grad is not None})
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4, abs=1e-8)
+        loss = totals[0]
+        pixels = judge.decode(x0)
+        close(F.avg_pool2d(pixels.flatten(0, 1), 8), t["out.pixels_mean8"], what="pixels")
+        lower = (pixels - true)[:, :, :, side // 2:].abs().mean()
+        torch.testing.assert_close(lower[None], t["out.lower_half_l1"], rtol=1e-5, atol=0)
+    else:
+        loss.backward()
+    torch.testing.assert_close(loss[None], t["out.loss"], rtol=1e-5, atol=0)
+    expected = {k.removeprefix("out.grad_norm.") for k in t if k.startswith("out.grad_norm.")}
+    state = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in unet.named_parameters()}
+    unet.load_state_dict(state, strict=False)                               # export() then gives them official names
+    found = {k: v for k, v in latentsync.export(unet).items() if k in expected}
+    check_norms(found, t, "out.grad_norm.")
+
+
+def mixed(own, common, share):
+    """latentsync.mixed_noise of given draws."""
+    draws = iter([own, common])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *_, **__: next(draws))
+        return latentsync.mixed_noise(own.shape, share=share)
+
+
 @pytest.mark.parametrize("path", list(cases()))
 def test_parity(path, tmp_path):
     meta, t = load_case(path)
