@@ -71,7 +71,8 @@ class Config:
     layers: int = 2                             # per level on the way down; one more on the way up
     heads: int = 8                              # of every attention, whatever its width
     audio_width: int = 384                      # of Whisper's layers
-    motion: str = "all"                         # levels with motion modules: "all", "up" or "none"
+    motion: str = "all"                         # motion modules: "all", on the way "up" only, or "none"
+    motion_levels: int = 99                     # and those in so many of the finest levels only
     motion_heads: int = 8
     motion_length: int = 24                     # frames that their table of positions has
     resolution: int = 256                       # of the aligned faces, in pixels
@@ -93,7 +94,7 @@ class VideoMAEConfig:
     depth: int = 40
     heads: int = 16
     hidden: int = 6144                          # of the feed-forward layers
-    classes: int = 174                          # what its head tells apart, which TREPA does not use
+    classes: int = 174                          # what its head tells apart, which TREPA does not use; 0: no head
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ CONFIGS = {
     "latentsync_1.6": Config(resolution=512),
     "latentsync_1.0": Config(motion="none"),
     "latentsync_1.5_efficient": Config(motion="up"),                        # the authors' cheaper training of stage 2
-    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", resolution=64,    # demo
-                           velocity=True),
+    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", motion_levels=2,  # demo
+                           resolution=64, velocity=True),
 }
 WHISPERS = {
     "tiny": WhisperConfig(),
@@ -122,7 +123,7 @@ WHISPERS = {
 }
 VIDEOMAES = {
     "vit_g": VideoMAEConfig(),                  # vit_g_hybrid_pt_1200e_ssv2_ft.pth
-    "talking_head": VideoMAEConfig(64, 8, width=96, depth=4, heads=4, hidden=384, classes=6),       # the demo's
+    "talking_head": VideoMAEConfig(64, 8, width=96, depth=4, heads=4, hidden=384, classes=0),       # the demo's
 }
 # What is trained: parameters whose name has one of these in it
 STAGES = {"1": ("",), "2": ("motion_modules.", "attentions."), "2-efficient": ("motion_modules.", "attn2.")}
@@ -350,7 +351,7 @@ class UNet(nn.Module):
         skips = [widths[0]]                                                 # channels of the maps that are kept
         for i, C in enumerate(widths):
             c_ins = [widths[max(i - 1, 0)]] + [C] * (c.layers - 1)
-            self.down_blocks.append(Level(c, c_ins, C, i < last, c.motion == "all"))
+            self.down_blocks.append(Level(c, c_ins, C, i < last, c.motion == "all" and i < c.motion_levels))
             skips += [C] * c.layers
             if i < last:
                 self.downsample.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
@@ -359,7 +360,7 @@ class UNet(nn.Module):
         below = widths[-1]
         for i, C in enumerate(reversed(widths)):
             c_ins = [(C if j else below) + skips.pop() for j in range(c.layers + 1)]
-            self.up_blocks.append(Level(c, c_ins, C, i > 0, c.motion != "none"))
+            self.up_blocks.append(Level(c, c_ins, C, i > 0, c.motion != "none" and last - i < c.motion_levels))
             below = C
             if i < last:
                 self.upsample.append(Upsample(C))
@@ -536,6 +537,17 @@ def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=cal
 # Stage 2 of training: what the decoded pixels are told
 
 
+def place_frames(positions, tokens, side):
+    """A table of positions (1, L, C) for so many tokens, side * side for each time: for other numbers of frames than
+    the encoder was trained with it is interpolated."""
+    if tokens == positions.shape[1]:
+        return positions
+    table = rearrange(positions, "1 (l h w) c -> 1 c l h w", h=side, w=side)
+    stretch = (tokens // side**2 + 0.1) / table.shape[2]                    # 0.1 too much and rounded down, as in the
+    table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)       # original
+    return rearrange(table, "1 c l h w -> 1 (l h w) c")
+
+
 class VideoAttention(nn.Module):
     """Multi-head attention of tokens (B, L, C) to each other; queries and values have a bias, keys none."""
 
@@ -579,33 +591,32 @@ class VideoMAE(nn.Module):
         self.register_buffer("positions", frame_positions(length * side * side, c.width), persistent=False)
         self.blocks = nn.ModuleList(VideoBlock(c) for _ in range(c.depth))
         self.fc_norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = nn.Linear(c.width, c.classes)
+        self.head = nn.Linear(c.width, c.classes) if c.classes else None    # in the file, not needed here
 
-    def features(self, clips):
-        """(B, 3, F, H, W) in [-1, 1], F even -> (B, width): the mean of the last block's tokens, normalised."""
-        c, side = self.config, self.config.size // self.config.patch
+    def patches(self, clips):
+        """(B, 3, F, H, W) in [-1, 1], F even -> (B, L, 3 * 2 * 14 * 14) in [0, 1], no mean subtracted: the pixels of
+        every token, frame pair by frame pair."""
+        c = self.config
         x = rearrange(clips, "b c f h w -> (b f) c h w")
         if x.shape[2:] != (c.size, c.size):
             x = F.interpolate(x, (c.size, c.size), mode="bicubic", align_corners=False)
-        x = (x / 2 + 0.5).clamp(0, 1)                                       # as it was trained; no mean is subtracted
-        x = rearrange(x, "(b l t) c (h p) (w q) -> b (l h w) (c t p q)", b=len(clips), t=c.tubelet, p=c.patch,
-                      q=c.patch)                                            # a convolution without overlap
-        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
-        positions = self.positions
-        if x.shape[1] != positions.shape[1]:                                # other numbers of frames: interpolated
-            table = rearrange(positions, "1 (l h w) c -> 1 c l h w", h=side, w=side)
-            # 0.1 more than wanted, rounded down to it, as in the original, whose numbers depend on that
-            stretch = (x.shape[1] // side**2 + 0.1) / table.shape[2]
-            table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)
-            positions = rearrange(table, "1 c l h w -> 1 (l h w) c")
-        x = x + positions
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-        return self.fc_norm(x.mean(1))
+        return rearrange((x / 2 + 0.5).clamp(0, 1), "(b l t) c (h p) (w q) -> b (l h w) (c t p q)", b=len(clips),
+                         t=c.tubelet, p=c.patch, q=c.patch)
 
-    def forward(self, clips):
-        """(B, 3, F, H, W) in [-1, 1] -> logits (B, classes)."""
-        return self.head(self.features(clips))
+    def embed(self, patches):
+        """(B, L, ...) -> tokens (B, L, width), with their positions."""
+        x = F.linear(patches, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        return x + place_frames(self.positions, x.shape[1], self.config.size // self.config.patch)
+
+    def encode(self, tokens):
+        """(B, any number, width) -> the same, after all blocks."""
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if self.checkpointing else block(tokens)
+        return tokens
+
+    def features(self, clips):
+        """(B, 3, F, H, W) in [-1, 1], F even -> (B, width): the mean of the last block's tokens, normalised."""
+        return self.fc_norm(self.encode(self.embed(self.patches(clips))).mean(1))
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -645,7 +656,8 @@ class Supervision:
                                  f"{videomae.config.tubelet}")
             videomae.checkpointing = checkpointing
         self.autoencoder, self.syncnet, self.videomae, self.lpips = autoencoder, syncnet, videomae, lpips
-        self.weights = {"sync": sync_weight, "lpips": lpips_weight, "trepa": trepa_weight}
+        weights = ("sync", syncnet, sync_weight), ("lpips", lpips, lpips_weight), ("trepa", videomae, trepa_weight)
+        self.weights = {name: weight for name, network, weight in weights if network is not None}
         self.slices = slices if checkpointing else None
 
     def decode(self, z):
@@ -1000,11 +1012,14 @@ about [-1, 1]; None where there was no face, and nothing was done."""
 
 
 @torch.no_grad()
-def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4, run=call):
+def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4, run=call,
+          references=None):
     """Aligned faces (F, 3, r, r) in [-1, 1], audio (F, 50, 384), noise z (1, 4, 1, h, w) -> (faces painted anew, masked
-    faces), both (F, 3, r, r). mask: (r, r); slices: faces that the autoencoder gets at a time."""
+    faces), both (F, 3, r, r). mask: (r, r); slices: faces that the autoencoder gets at a time; references: other
+    pictures of this face, by default the same."""
     masked = faces * mask
-    condition = see(autoencoder, masked, faces, mask, generator, slices)    # (F, 9, h, w)
+    references = faces if references is None else references
+    condition = see(autoencoder, masked, references, mask, generator, slices)           # (F, 9, h, w)
     run = run if len(faces) == unet.config.frames else call                 # others are rare: not worth a capture
     to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
@@ -1192,7 +1207,7 @@ def load_videomae(path, config=None, dtype=torch.float32, device="cpu"):
     """The video encoder in eval mode from vit_g_hybrid_pt_1200e_ssv2_ft.pth, or a file of ours. Raises
     vq.CheckpointError."""
     state, saved = vq.read_checkpoint(path, nested=(("model",), ("module",)))
-    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight", "head.weight",
+    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight",
                path=path, what="a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)")
     if config is None and saved:
         config = vq.config_from_json(VideoMAEConfig, saved, path)
@@ -1204,7 +1219,7 @@ def load_videomae(path, config=None, dtype=torch.float32, device="cpu"):
             raise vq.CheckpointError(f"{path}: a VideoMAE of width {width} and depth {depth}, whose number of heads no "
                                      "tensor tells: pass config=")
         config = replace(known, patch=patch, tubelet=tubelet, hidden=len(state["blocks.0.mlp.fc1.weight"]),
-                         classes=len(state["head.weight"]))
+                         classes=len(state.get("head.weight", ())))
     model = vq.build(VideoMAE, config)
     vq.load_strict(model, state, path)
     return model.eval().to(device, dtype)

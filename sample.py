@@ -592,6 +592,19 @@ def psnr(a, b):
     return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))           # the peak is 2
 
 
+def ssim(a, b):
+    """Structural similarity of images (B, 3, h, w) in [-1, 1], at least 11 x 11 pixels -> (B,), 1 for equal ones (Wang
+    et al. 2004: a Gaussian window of deviation 1.5)."""
+    bell = torch.exp(-torch.arange(-5, 6, device=a.device) ** 2 / 4.5)
+    window = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 11, 11)
+    mean = lambda x: F.conv2d(x, window, groups=3)
+    ma, mb = mean(a), mean(b)
+    va, vb, both = mean(a * a) - ma * ma, mean(b * b) - mb * mb, mean(a * b) - ma * mb
+    c1, c2 = 0.02**2, 0.06**2                                               # (0.01 and 0.03 of the range, 2) squared
+    similar = (2 * ma * mb + c1) * (2 * both + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return similar.mean((1, 2, 3))
+
+
 def grid(pictures, columns, gap=2, enlarge=None, titles=()):
     """uint8 (N, h, w, 3) -> one picture, row by row on white, small ones enlarged; titles stand over the columns."""
     n, h, w, _ = pictures.shape

@@ -90,15 +90,33 @@ SYNCNET_HEADS = dict(
     model="talking_head", steps=3000, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02,
     dtype="fp32", ema=0.998, val_pairs=800, moments=8, contrast_steps=300,
 )
-# The demo's ear, and stage 1 of the demo's dubbing
+# The demo's stand-ins for networks that others trained: an ear, and the video encoder of TREPA
 WHISPER = COMMON | dict(
     model="talking_head", steps=2000, batch_size=16, lr=2e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
     videos=600,
 )
+VIDEOMAE = COMMON | dict(
+    model="talking_head", steps=1000, batch_size=8, lr=1e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
+    videos=400,
+)
+# The authors': stage 1 takes 14 days on 8 H100, stage 2 one or two. The batch is that of all 8. frames: of a clip;
+# val_clips: clips of 16 frames of each of val_videos that are painted and judged with every validation
 LATENTSYNC = COMMON | dict(
-    model="talking_head", steps=2800, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, wd=0.01,
-    betas=(0.9, 0.999), clip=1.0, ema=0.998, videos=600, frames=4,
-    sampling=dict(cfg=1.0),
+    model="latentsync_1.5", steps=200000, batch_size=192, lr=1e-5, schedule="const", warmup=0.0, wd=0.01,
+    betas=(0.9, 0.999), clip=1.0, dtype="fp16", videos=600, frames=16, checkpointing=True, drop_audio=0.0,
+    sync_weight=0.0, trepa_weight=0.0, lpips_weight=0.0, val_clips=3, val_videos=8, sampling=dict(cfg=1.5),
+    stages={"1": {}, "2": (stage2 := dict(steps=20000, batch_size=32, sync_weight=0.05, trepa_weight=10.0,
+                                          lpips_weight=0.1)),
+            "2-efficient": stage2 | dict(trepa_weight=0.0)},
+)
+# Without weights of VGG there is no LPIPS in the demo. What its own video encoder says of two clips differs by 1e-6 to
+# 1e-5 only; with this weight the pixels feel about as much of TREPA as of the noise loss
+HEADS2 = dict(steps=700, batch_size=1, lr=3e-4, frames=16, drop_audio=0.1, sync_weight=0.05, trepa_weight=2000.0,
+              ema=0.99, sampling=dict(cfg=1.0), checkpointing=False)
+LATENTSYNC_HEADS = LATENTSYNC | dict(
+    model="talking_head", steps=2800, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, ema=0.998,
+    dtype="fp32", frames=4, checkpointing=False, val_videos=4, sampling=dict(cfg=1.0),
+    stages={"1": {}, "2": HEADS2, "2-efficient": HEADS2 | dict(trepa_weight=0.0)},
 )
 RECIPES = {
     "vq": {
@@ -150,7 +168,12 @@ RECIPES = {
         **{name: SYNCNET | dict(model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
     },
     "whisper": {"talking_head": WHISPER},
-    "latentsync": {"talking_head": LATENTSYNC},
+    "videomae": {"talking_head": VIDEOMAE},
+    "latentsync": {
+        "talking_head": LATENTSYNC_HEADS,
+        "256": LATENTSYNC,
+        "512": LATENTSYNC | dict(model="latentsync_1.6", batch_size=64),
+    },
 }
 
 
@@ -262,14 +285,33 @@ def whisper_args(add):
     add("--videos", type=int, help="how many voices are drawn")
 
 
+def videomae_args(add):
+    """Flags of `train.py videomae` alone."""
+    add("--videos", type=int, help="how many heads are drawn (1.5 MB of memory each)")
+
+
 def latentsync_args(add):
     """Flags of `train.py latentsync` alone."""
-    add("--vae", required=True, metavar="FILE", help="the autoencoder")
-    add("--whisper", required=True, metavar="FILE", help="the audio encoder")
-    add("--init", metavar="FILE", help="start from these weights")
+    add("--stage", choices=["1", "2", "2-efficient"], default="1", help="1: the UNet without motion modules, on the "
+        "noise loss; 2: attention and motion modules, also on the decoded pixels; efficient: fewer of them, no TREPA")
+    add("--vae", metavar="FILE", help="the autoencoder; with --data demo: the demo's")
+    add("--whisper", metavar="FILE", help="the audio encoder; with --data demo: the demo's")
+    add("--syncnet", metavar="FILE", help="a StableSyncNet, for stage 2 and to judge (with --data demo: the demo's)")
+    add("--videomae", metavar="FILE", help="the video encoder of TREPA, for stage 2 (likewise)")
+    add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
+    add("--init", metavar="FILE", help="start from these weights: a released file, or those of stage 1")
     add("--stable-diffusion", metavar="DIR", help="start from the UNet of Stable Diffusion 1.5")
     add("--frames", type=int, help="of a clip")
-    add("--videos", type=int, help="how many heads are drawn (1.5 MB of memory each)")
+    for name in ("sync", "trepa", "lpips"):
+        add(f"--{name}-weight", type=float, help=f"of that loss, in stage 2; 0: without it")
+    add("--drop-audio", type=float, help="share of clips without sound: then guidance has something to compare with")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="compute activations twice instead of keeping them: slower, for less memory")
+    add("--cache", metavar="DIR", help="where features of the sound are kept; default: in --data")
+    add("--videos", type=int, help="how many heads are drawn for --data demo (1.5 MB of memory each)")
+    add("--val-videos", type=int, help="videos that are painted and judged with every validation")
+    add("--study", action="store_true", help="stage 2 on the drawn heads three times, without SyncNet, with it, and "
+        "with TREPA as well; a table and a picture")
 
 
 def parse_args(argv=None):
@@ -278,7 +320,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
     own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args,
-           "whisper": whisper_args, "latentsync": latentsync_args}
+           "whisper": whisper_args, "videomae": videomae_args, "latentsync": latentsync_args}
     for name, recipes in RECIPES.items():
         add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
         run_args(add, name, recipes)
@@ -290,8 +332,12 @@ def parse_args(argv=None):
     if args.epochs and not args.steps:
         args.steps = 0                                                      # the recipe's steps do not count then
     if getattr(args, "study", False):
-        args.recipe = "study"
-    for key, value in RECIPES[args.model_name][args.recipe].items():
+        if args.model_name == "latentsync":
+            args.stage = "2"
+        else:
+            args.recipe = "study"
+    recipe = RECIPES[args.model_name][args.recipe]
+    for key, value in (recipe | recipe.get("stages", {}).get(getattr(args, "stage", None), {})).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     return args
@@ -317,6 +363,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -980,6 +1027,20 @@ class Clips:
         return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
 
 
+VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
+
+
+def video_files(root, train, split):
+    """(paths of the videos in a folder, or of those for training or validation, and what stands for the list)."""
+    sample.pyav()
+    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    if not files:
+        raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
+    files = [str(file) for file in (held_out(files, train) if split else files)]
+    listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in files)
+    return files, hashlib.sha256(listing.encode()).hexdigest()
+
+
 VAL_HEADS, FIRST_HEAD = 100, 1000                                           # heads 0 .. 99 validate, 1000 .. train
 
 
@@ -1051,32 +1112,163 @@ class HeadSpeech:
         return torch.stack([self.mels[i] for i in index]), torch.stack([self.mouths[i] for i in index]), []
 
 
-class HeadDubs:
-    """Clips of drawn heads with a clip of the same person at another time, and the sound. Items are (index, seed)."""
+class Dubs:
+    """Clips of faces, each with another of the same video, and the sound: for LatentSync. Items are (index, seed).
+
+    Subclasses have `name(i)` and `video(i)`: its length in frames, a function of start and count that gives frames,
+    what the audio encoder made of its sound (rows, layers, C), and the sound (n,). `columns` is set if SyncNet listens.
+    """
+
+    def __init__(self, frames):
+        self.frames, self.columns = frames, None
+
+    def scene(self, index, seed, clips=1):
+        """`clips` clips in a row: frames uint8 (clips * F, 3, H, W), for each clip one of another moment as reference,
+        likewise, what each frame hears (clips * F, rows * layers, C), the sound from there on, and the first frame's
+        number. Raises OSError if the video is too short."""
+        rng, F = np.random.default_rng(seed), self.frames
+        length, frames_at, features, sound = self.video(index)
+        clips = min(clips, length // F)
+        if length < 3 * F:
+            raise OSError("too short")
+        start, references = int(rng.integers(length - clips * F + 1)), []
+        for first in range(start, start + clips * F, F):
+            apart = [i for i in range(length - F + 1) if abs(i - first) >= F]       # not one frame in common
+            references.append(frames_at(int(rng.choice(apart)), F))
+        seen, others = frames_at(start, clips * F), torch.cat(references)
+        if len(seen) < clips * F or len(others) < clips * F:
+            raise OSError("ends too soon")
+        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
+        heard = torch.stack([features[int(row[0]):int(row[-1]) + 1][row - row[0]] for row in rows])
+        return seen, others, heard.flatten(1, 2).float(), sound[start * SAMPLE_RATE // FPS:], start
+
+    def item(self, index, seed):
+        """One clip: frames, references, what they hear, and the spectrogram that SyncNet hears, or nothing."""
+        seen, others, heard, sound, start = self.scene(index, seed)
+        if not self.columns:
+            return seen, others, heard, torch.zeros(0)
+        mel = syncnet.mel_window(self.video(index)[3], start, self.columns)
+        if mel is None:
+            raise OSError("its sound ends too soon")
+        return seen, others, heard, mel
+
+    def __getitems__(self, items):
+        found, broken = [], []
+        for index, seed in items:
+            one = first_readable(lambda i: self.item(i, seed), from_on(index, len(self)), self.name, broken)
+            if one is None:
+                raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one of these videos can be used; each "
+                                f"has to have sound and {3 * self.frames} frames")
+            found.append(one[1])
+        seen, others, heard, mel = (torch.stack(part) for part in zip(*found))
+        return (seen, others), (heard, mel), broken
+
+
+class HeadDubs(Dubs):
+    """Drawn heads."""
 
     kinds = "drawn heads"
 
     def __init__(self, first, people, frames, seconds=4.8):
-        self.first, self.people, self.frames, self.seconds = first, people, frames, seconds
+        super().__init__(frames)
+        self.first, self.people, self.seconds, self.heard = first, people, seconds, {}
         self.fingerprint = f"clips of heads {first}+{people} {frames} {seconds}"
 
     def __len__(self):
         return self.people
 
+    def name(self, index):
+        return f"talking head {self.first + index}"
+
+    def listen(self, whisper, args):
+        self.whisper = whisper
+
+    def video(self, index):
+        frames, sound = talking_head(self.first + index, self.seconds)
+        if index not in self.heard:
+            self.heard[index] = torch.cat(list(self.whisper.pieces(sound))).cpu()
+        return len(frames), lambda start, count: frames[start:start + count], self.heard[index], sound
+
+
+class DubFolder(Dubs):
+    """A folder of videos with sound, whose faces are aligned and fill the picture: `train.py latentsync --prepare`
+    makes them. Every 20th is for validation."""
+
+    READS_FILES = True
+    kinds = "videos"
+
+    def __init__(self, root, frames, resolution, train=True, split=True):
+        super().__init__(frames)
+        self.root, self.resolution = root, resolution
+        self.files, listing = video_files(root, train, split)
+        self.fingerprint = f"{listing} {frames} {resolution}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, index):
+        return self.files[index]
+
+    def listen(self, whisper, args):
+        """Has the audio encoder listen to all videos. What it says is kept in files that are named after the content of
+        the video and the encoder's weights, so that neither a new name nor a new video gets what belongs to another."""
+        folder = sample.check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
+        ear, self.heard = vq.fingerprint(whisper), []
+        for path in tqdm(self.files, desc="listening", unit="video", leave=False):
+            with open(path, "rb") as f:
+                content = hashlib.file_digest(f, "sha256").hexdigest()
+            self.heard.append(folder / f"{content[:32]}_{ear[:16]}.safetensors")
+            if self.heard[-1].exists():
+                continue
+            try:
+                sound = torch.from_numpy(sample.read_sound(path))
+                features = torch.cat(list(whisper.pieces(sound))).cpu()
+            except (UserError, ValueError):                                 # `video` finds no file, and says so
+                continue
+            with vq.atomic(self.heard[-1]) as temporary:
+                save_file({"features": features.half(), "sound": sound}, temporary)
+        if not any(file.exists() for file in self.heard):
+            raise UserError(f"--data {self.root}: not one of these {len(self)} videos has sound that can be read")
+
+    def video(self, index):
+        if not self.heard[index].exists():
+            raise OSError("no sound")
+        with safe_open(self.heard[index], "pt") as f:
+            features, sound = f.get_tensor("features"), f.get_tensor("sound").numpy()
+        video = sample.Video(self.files[index])
+        if video.height != video.width:
+            raise UserError(f"{self.files[index]}: has {video.width} x {video.height} pixels, expected a square, an "
+                            "aligned face; --prepare makes such videos")
+        return min(len(video), len(sound) * FPS // SAMPLE_RATE), lambda start, count: self._resized(
+            video.clip(start, count)), features, sound
+
+    def _resized(self, frames):
+        if frames.shape[3] == self.resolution:
+            return frames
+        size = (self.resolution, self.resolution)
+        frames = torch.nn.functional.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+        return frames.round().clamp(0, 255).byte()
+
+
+class HeadClips:
+    """Clips of 16 frames of drawn heads. For a video encoder."""
+
+    kinds = "drawn heads"
+
+    def __init__(self, first, people, frames=16):
+        self.first, self.people, self.frames = first, people, frames
+        self.fingerprint = f"bare clips of heads {first}+{people} {frames}"
+
+    def __len__(self):
+        return self.people
+
+    def clip(self, index, seed):
+        frames, _ = talking_head(self.first + index)
+        start = int(np.random.default_rng(seed).integers(len(frames) - self.frames + 1))
+        return frames[start:start + self.frames]
+
     def __getitems__(self, items):
-        """(true frames uint8 (B, F, 3, 64, 64), reference frames alike), (sounds (B, n), first frames (B,)), []"""
-        clips, references, sounds, starts = [], [], [], []
-        for index, seed in items:
-            frames, sound = talking_head(self.first + index, self.seconds)
-            rng, count = np.random.default_rng(seed), len(frames) - self.frames + 1
-            start = int(rng.integers(count))
-            apart = [i for i in range(count) if abs(i - start) >= self.frames]      # not one frame in common
-            other = int(rng.choice(apart))
-            clips.append(frames[start:start + self.frames])
-            references.append(frames[other:other + self.frames])
-            sounds.append(torch.from_numpy(sound))
-            starts.append(start)
-        return (torch.stack(clips), torch.stack(references)), (torch.stack(sounds), starts), []
+        return torch.stack([self.clip(index, seed) for index, seed in items]), torch.zeros(len(items)), []
 
 
 class ClipFolder(Clips):
@@ -1084,20 +1276,12 @@ class ClipFolder(Clips):
     short ones, since of each the whole sound is read for every pair. Every 20th is for validation."""
 
     READS_FILES = True
-    SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
     kinds = "videos"
 
     def __init__(self, root, config, train=True, split=True, **options):
         super().__init__(config, **options)
-        sample.pyav()
-        files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
-        if not files:
-            raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
-        if split:
-            files = held_out(files, train)
-        self.files = [str(file) for file in files]
-        listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
-        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {config} {options}"
+        self.files, listing = video_files(root, train, split)
+        self.fingerprint = f"{listing} {config} {options}"
 
     def __len__(self):
         return len(self.files)
@@ -1139,14 +1323,57 @@ def open_data(args):
     """(training set, validation set) of a command line."""
     if args.model_name == "syncnet":
         return open_clips(args)
-    if args.model_name not in ("whisper", "latentsync"):
+    if args.model_name not in ("whisper", "videomae", "latentsync"):
         return open_pictures(args)
+    if args.model_name == "latentsync":
+        return open_dubs(args)
     if args.data != "demo":
-        raise UserError(f"--data {args.data}: {args.model_name} can only be trained on the drawn heads so far: demo")
+        raise UserError(f"--data {args.data}: train.py {args.model_name} makes a small stand-in for the demo; its data "
+                        "are the drawn heads: demo")
     if args.model_name == "whisper":
         return HeadSpeech(FIRST_HEAD, args.videos), HeadSpeech(0, VAL_HEADS)
-    sample.check_ranges(("--frames", args.frames, 1, 40))                   # of 120, of which others must be left
-    return HeadDubs(FIRST_HEAD, args.videos, args.frames), HeadDubs(0, VAL_HEADS, args.frames)
+    return HeadClips(FIRST_HEAD, args.videos), HeadClips(0, VAL_HEADS)
+
+
+# What --data demo brings along: flag -> file
+DUB_COMPANIONS = {"vae": "talking_head_kl", "whisper": "talking_head_whisper", "syncnet": "talking_head_syncnet",
+                  "videomae": "talking_head_videomae"}
+
+
+def check_dub_args(args):
+    """What argparse does not check; of the drawn heads, the networks that go with them."""
+    for flag, name in DUB_COMPANIONS.items() if args.data == "demo" else ():
+        if getattr(args, flag) is None:
+            setattr(args, flag, sample.DEMO / f"{name}.safetensors")
+    sample.check_ranges(("--frames", args.frames, 1, None), ("--drop-audio", args.drop_audio, 0, 1),
+                        ("--val-videos", args.val_videos, 1, None),
+                        *((f"--{name}-weight", getattr(args, f"{name}_weight"), 0, None) for name in (
+                            "sync", "trepa", "lpips")))
+    needed = [("vae", "the autoencoder", True), ("whisper", "the audio encoder", True)]
+    if args.stage != "1":
+        needed += [(flag, what, getattr(args, f"{weight}_weight")) for flag, what, weight in (
+            ("syncnet", "a StableSyncNet, such as stable_syncnet.pt", "sync"),
+            ("videomae", "TREPA's video encoder, vit_g_hybrid_pt_1200e_ssv2_ft.pth", "trepa"),
+            ("lpips", "VGG16 HEADS, torchvision's vgg16-397923af.pth and LPIPS' vgg.pth", "lpips"))]
+    for flag, what, used in needed:
+        if used and not getattr(args, flag):
+            without = f", or go without it: --{flag.replace('syncnet', 'sync').replace('videomae', 'trepa')}-weight 0"
+            raise UserError(f"--{flag}: needed: {what}" + (without if used is not True else ""))
+    if args.init and args.stable_diffusion:
+        raise UserError("--init and --stable-diffusion exclude each other")
+
+
+def open_dubs(args):
+    """The same for LatentSync."""
+    check_dub_args(args)
+    resolution = latentsync.CONFIGS[args.model].resolution
+    if args.data == "demo":
+        if resolution > 64:
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; drawn ones have 64 x 64 pixels")
+        sample.check_ranges(("--frames", args.frames, 1, 40))               # of 120, of which others must be left
+        return HeadDubs(FIRST_HEAD, args.videos, args.frames), HeadDubs(0, VAL_HEADS, args.frames)
+    folders = (args.data, True), (args.val_data or args.data, False)
+    return [DubFolder(folder, args.frames, resolution, train, not args.val_data) for folder, train in folders]
 
 
 def clip_config(args):
@@ -1219,6 +1446,10 @@ class Task:
     def after_step(self, step, lr, g):
         """What else happens in a training step -> what there is to log of it."""
         return {}
+
+    def show(self, model, path):
+        """Leaves a picture of what the model does at `path`, whose suffix is up to it."""
+        sample.save_png(path.with_suffix(".png"), self.picture(model))
 
     def sync_average(self, average):
         """What the weight average has to take over at once."""
@@ -1758,73 +1989,287 @@ class WhisperTask(Task):
         latentsync.save(model.whisper, path, dtype)
 
 
-class LatentSyncTask(Task):
-    """`train.py latentsync`, stage 1: the noise of true frames, given them masked, other frames and the sound. The
-    autoencoder and the audio encoder are frozen."""
+class MaskedVideo(torch.nn.Module):
+    """A video encoder that sees a quarter of a clip's places, and a small decoder that fills in the rest (VideoMAE,
+    arXiv 2203.12602). The places are the same in all frames, or the frame before would tell."""
+
+    def __init__(self, config, width=64, depth=2):
+        super().__init__()
+        self.videomae = latentsync.VideoMAE(config)
+        c = replace(config, width=width, depth=depth, hidden=4 * width, classes=0)
+        self.inward, self.unseen = torch.nn.Linear(config.width, width), torch.nn.Parameter(torch.zeros(width))
+        self.decoder = latentsync.VideoMAE(c)                               # of it only positions and blocks
+        self.decoder.patch_embed = self.decoder.fc_norm = None
+        self.norm = torch.nn.LayerNorm(width)
+        self.pixels = torch.nn.Linear(width, 3 * c.tubelet * c.patch**2)
+
+    def forward(self, clips, generator, seen=0.25):
+        """Clips (B, 3, F, H, W) in [-1, 1] -> (what is made of all patches, what they are, which were seen: (B, L))."""
+        patches = self.videomae.patches(clips)
+        tokens, places = self.videomae.embed(patches), (self.videomae.config.size // self.videomae.config.patch) ** 2
+        B, L, C = tokens.shape
+        order = torch.rand(B, places, generator=generator, device=clips.device).argsort(1)[:, :round(seen * places)]
+        index = (order[:, None] + places * torch.arange(L // places, device=clips.device)[:, None]).flatten(1)
+        known = self.inward(self.videomae.encode(tokens.gather(1, index[:, :, None].expand(-1, -1, C))))
+        x = self.unseen.expand(B, L, -1).scatter(1, index[:, :, None].expand(-1, -1, known.shape[2]), known)
+        x = self.decoder.encode(x + self.decoder.positions)
+        return self.pixels(self.norm(x)), patches, torch.zeros(B, L, device=x.device).scatter(1, index, 1.0)
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """PyTorch's default, drawn from `generator`."""
+        vq.init_default(self, generator)
+        for block in [*self.videomae.blocks, *self.decoder.blocks]:
+            block.attn.q_bias.zero_()
+            block.attn.v_bias.zero_()
+
+
+class VideoMAETask(Task):
+    """`train.py videomae`: the eye that TREPA needs, for the demo. As the released one's training began, before it went
+    on to name actions: masked autoencoding, here of drawn heads."""
 
     metrics = []
 
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
-        config = latentsync.CONFIGS[args.model]
-        self.autoencoder = vq.load_autoencoder(sample.find_checkpoint(args.vae)).to(device).requires_grad_(False)
-        self.whisper = latentsync.load_whisper(sample.find_checkpoint(args.whisper), device=device)
-        self.whisper.requires_grad_(False)
-        if self.whisper.config.width != config.audio_width:
-            raise UserError(f"--whisper {args.whisper}: its features are {self.whisper.config.width} wide, but "
-                            f"{args.model} listens to {config.audio_width}")
+        self.model = vq.build(MaskedVideo, latentsync.VIDEOMAES[args.model]).to(device)
+        self.model.init_weights(g)
+
+    def _filled(self, batch, model, g):
+        pictures = sample.to_input(batch[0].flatten(0, 1), self.device).unflatten(0, batch[0].shape[:2])
+        return model(pictures.transpose(1, 2), g)
+
+    def _loss(self, batch, model, g):
+        found, true, seen = self._filled(batch, model, g)
+        return ((found - true).square().mean(2) * (1 - seen)).sum() / (1 - seen).sum()
+
+    def loss(self, batch, step, g):
+        return self._loss(batch, self.model, g), {}
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean squared error of what was filled in, on people that it never saw."""
+        g = torch.Generator(self.device).manual_seed(0)
+        items = [[(i % len(self.val_set), (i,)) for i in range(64)]]
+        return self.mean_scores(lambda batch: {"loss": self._loss(batch, model, g)}, items)
+
+    @torch.no_grad()
+    def picture(self, model):
+        """Unseen people: every fourth frame as it is, what of it was seen, and with the rest filled in."""
+        c, rows = model.videomae.config, []
+        found, true, seen = self._filled(self.val_set.__getitems__([(i, (i,)) for i in range(4)]), model,
+                                         torch.Generator(self.device).manual_seed(0))
+        seen = seen[:, :, None]
+        for patches in (true, true * seen, found * (1 - seen) + true * seen):
+            frames = rearrange(patches, "b (l h w) (c t p q) -> b (l t) c (h p) (w q)", h=c.size // c.patch,
+                               w=c.size // c.patch, t=c.tubelet, p=c.patch, q=c.patch)
+            rows.append(frames[:, ::4])
+        return sample.grid(sample.to_pixels(torch.stack(rows, 1).flatten(0, 2).clamp(0, 1)), 4)
+
+    def save(self, model, path, dtype):
+        latentsync.save(model.videomae, path, dtype)
+
+
+def mouth_points(faces):
+    """Where the mouth of aligned faces (N, 3, H, W) is, (N, 4, 2): left, right, top, bottom, x and y as shares of the
+    face's side. No detector, but good enough to compare two pictures of one face: what differs in color from the skin
+    below the nose counts as mouth, two deviations around its centre."""
+    side = faces.shape[3]
+    rows, columns = slice(round(0.58 * side), round(0.94 * side)), slice(round(0.2 * side), round(0.8 * side))
+    skin = faces[:, :, round(0.52 * side):round(0.58 * side), round(0.35 * side):round(0.65 * side)]
+    skin = skin.flatten(2).median(2).values[:, :, None, None]
+    weight = ((faces[:, :, rows, columns] - skin).norm(dim=1) - 0.25).clamp(min=0) + 1e-6
+    weight = weight / weight.sum((1, 2), keepdim=True)                      # (N, h, w)
+    at = [(torch.arange(s.start, s.stop, device=faces.device) + 0.5) / side for s in (columns, rows)]
+    moments = []
+    for axis, share in zip(at, (weight.sum(1), weight.sum(2))):             # x, y
+        mean = (share * axis).sum(1, keepdim=True)
+        moments += [mean, 2 * (share * (axis - mean).square()).sum(1, keepdim=True).sqrt()]
+    x, dx, y, dy = (moment[:, 0] for moment in moments)
+    return torch.stack([torch.stack(point, 1) for point in ((x - dx, y), (x + dx, y), (x, y - dy), (x, y + dy))], 1)
+
+
+def compare_faces(painted, true, mask):
+    """How near successive painted faces (N, 3, H, W) in [-1, 1] come to the true ones: {"ssim", "lmd", "flicker"}.
+
+    ssim: structural similarity of the faces, 0 .. 1; lmd: distance of `mouth_points`, in % of the face's side;
+    flicker: temporal consistency, as how far the change from one frame to the next is from the true one, the mean over
+    all that is painted, in levels of 0 .. 255: 0 if what is painted moves, and stands, as the true face does. It is
+    that of the means of 16 x 16 cells, so that grain does not count.
+    """
+    cells = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 16)
+    change = (cells(painted) - cells(true)).diff(dim=0).abs().mean(1) * 127.5           # (N - 1, 16, 16)
+    mask = cells(mask[None])[0]
+    return {"ssim": sample.ssim(painted, true).mean().item(),
+            "lmd": 100 * (mouth_points(painted) - mouth_points(true)).norm(dim=2).mean().item(),
+            "flicker": (change * (1 - mask)).sum().item() / (len(change) * (1 - mask).sum().item())}
+
+
+class LatentSyncTask(Task):
+    """`train.py latentsync`: the noise of true frames, given them masked, other frames and the sound; in stage 2 also
+    what is seen of the frames without that noise. All networks but the UNet are frozen."""
+
+    MOTION = {"1": "none", "2": "all", "2-efficient": "up"}                 # levels with motion modules
+
+    def __init__(self, args, train_set, val_set, device, g):
+        self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
+        config = replace(latentsync.CONFIGS[args.model], motion=self.MOTION[args.stage], frames=args.frames)
+        self.load_frozen(config)
         self.mask = latentsync.face_mask(config.resolution).to(device)
         self.model = vq.build(latentsync.UNet, config).to(device)
         self.model.init_weights(g)
         if args.stable_diffusion:
             latentsync.start_from_stable_diffusion(self.model, args.stable_diffusion)
         if args.init:
-            warm_start(self.model, latentsync.load(args.init), f"--init {args.init}")
+            warm_start(self.model, latentsync.load(sample.find_checkpoint(args.init)), f"--init {args.init}")
+        elif args.stage != "1":
+            raise UserError(f"--stage {args.stage}: trains attention and motion modules only; give what stage 1 has "
+                            "made, or a released file, as --init FILE")
+        self.model.freeze(args.stage)
+        self.model.checkpointing = args.checkpointing
+        for data in (train_set, val_set):
+            data.listen(self.whisper, args)
+            data.columns = self.syncnet.config.columns if self.syncnet else None
+        self.metrics = ["noise", *self.supervision.weights] if self.supervision else []
+        self.val_metrics = ["loss", "ssim", "lmd", "flicker", *(["sync_c", "offset"] if self.syncnet else [])]
+
+    def load_frozen(self, config):
+        """The networks that are not trained, in the precision of the run on a GPU."""
+        args, half = self.args, self.args.dtype != "fp32" and self.device.type == "cuda"
+        place = lambda model: model.to(self.device, sample.DTYPES[args.dtype] if half else None).requires_grad_(False)
+        find = sample.find_checkpoint
+        self.autoencoder = place(vq.load_autoencoder(find(args.vae)))
+        self.whisper = latentsync.load_whisper(find(args.whisper), device=self.device).requires_grad_(False)
+        if self.whisper.config.width != config.audio_width:
+            raise UserError(f"--whisper {args.whisper}: its features are {self.whisper.config.width} wide, but "
+                            f"{args.model} listens to {config.audio_width}")
+        self.syncnet = videomae = lpips = self.supervision = None
+        if args.syncnet:
+            self.syncnet = place(syncnet.load(find(args.syncnet)))
+            self.check_syncnet(config)
+        if args.stage == "1":
+            return
+        if args.trepa_weight:
+            videomae = place(latentsync.load_videomae(find(args.videomae)))
+        if args.lpips_weight:
+            lpips = vq.load_lpips(*map(find, args.lpips)).to(self.device)
+        self.supervision = latentsync.Supervision(
+            self.autoencoder, self.syncnet if args.sync_weight else None, videomae, lpips, frames=args.frames,
+            sync_weight=args.sync_weight, trepa_weight=args.trepa_weight, lpips_weight=args.lpips_weight,
+            checkpointing=args.checkpointing)
+
+    def check_syncnet(self, config):
+        """Makes sure that --syncnet can look at these clips."""
+        model, name = self.syncnet, self.args.syncnet
+        if isinstance(model, syncnet.OriginalSyncNet):
+            raise UserError(f"--syncnet {name}: is the original SyncNet, whose distances are no probability; expected "
+                            "a StableSyncNet, such as stable_syncnet.pt")
+        if model.config.latent:
+            raise UserError(f"--syncnet {name}: looks at latents; expected one that looks at pixels, such as "
+                            "stable_syncnet.pt")
+        if self.args.stage != "1" and self.args.sync_weight and model.frames != config.frames:
+            raise UserError(f"--syncnet {name}: is made for clips of {model.frames} frames, but clips have "
+                            f"{config.frames}; choose --frames {model.frames}, or another one")
 
     @torch.no_grad()
     def _prepare(self, batch, g):
-        """Latents (B, 4, F, h, w), condition (B, 9, F, h, w), audio (B, F, 50, C)."""
-        (clips, references), (sounds, starts), _ = batch
-        B, frames = clips.shape[:2]
-        true, others = (x.to(self.device).flatten(0, 1) / 127.5 - 1 for x in (clips, references))
+        """Latents (B, 4, F, h, w), condition (B, 9, F, h, w), audio (B, F, 50, C), true frames (B, F, 3, H, W), what
+        SyncNet hears."""
+        (clips, references), (audio, mel), _ = batch
+        true, others = (sample.to_input(x.flatten(0, 1), self.device) for x in (clips, references))
         z = self.autoencoder.encode(true).sample(g)
         condition = latentsync.see(self.autoencoder, true * self.mask, others, self.mask, g)
-        to_clips = lambda x: x.unflatten(0, (B, frames)).transpose(1, 2)
-        audio = []
-        for sound, start in zip(sounds, starts):
-            rows = torch.cat(list(self.whisper.pieces(sound)))
-            index = [latentsync.window_rows(start + i, len(rows)) for i in range(frames)]
-            audio.append(rows[np.stack(index)].flatten(1, 2))
-        return to_clips(z), to_clips(condition), torch.stack(audio)
+        to_clips = lambda x: x.float().unflatten(0, clips.shape[:2])
+        z, condition = (to_clips(x).transpose(1, 2) for x in (z, condition))
+        return z, condition, audio.to(self.device), to_clips(true), mel.to(self.device)[:, None]
 
     def loss(self, batch, step, g):
-        return self.model.loss(*self._prepare(batch, g), g), {}
+        z, condition, audio, true, mel = self._prepare(batch, g)
+        heard = torch.ones(len(z), device=self.device)
+        if self.args.drop_audio:
+            heard = (torch.rand(len(z), generator=g, device=self.device) >= self.args.drop_audio).float()
+            audio = audio * heard.view(-1, 1, 1, 1)
+        noise, clean = self.model.loss(z, condition, audio, g)
+        if self.supervision is None:
+            return noise, {}
+        seen, losses = self.supervision(clean, true, mel, heard)
+        return noise + seen, {"noise": noise, **losses}
 
     @torch.no_grad()
     def validate(self, model):
-        """The same loss on unseen people, always with the same noise."""
-        g, losses = torch.Generator(self.device).manual_seed(0), []
-        for start in range(0, min(64, 4 * len(self.val_set)), 8):
-            items = [(i % len(self.val_set), (i,)) for i in range(start, start + 8)]
-            losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g), g))
-        return {"loss": torch.stack(losses).mean().item()}
+        """The noise loss on unseen people, always with the same noise; and how well some of them are painted."""
+        g, losses, batch = torch.Generator(self.device).manual_seed(0), [], max(1, 32 // self.args.frames)
+        for start in range(0, 256 // self.args.frames, batch):
+            items = [(i % len(self.val_set), (i,)) for i in range(start, start + batch)]
+            losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g)[:3], g)[0])
+        return {"loss": torch.stack(losses).mean().item()} | self.judge(model, self.args.val_videos)
+
+    def painted(self, model, index, steps=20):
+        """(painted, true faces (N, 3, H, W) in [-1, 1], sound) of one unseen video: its own words, but the reference is
+        of other moments, so that nothing can be copied. Without a model the true faces twice."""
+        clips = self.args.val_clips * -(-16 // self.args.frames)
+        readable = first_readable(lambda i: self.val_set.scene(i, (index,), clips), from_on(index, len(self.val_set)),
+                                  self.val_set.name, [])
+        if readable is None:
+            raise UserError(f"{self.val_set.name(0)} and {len(self.val_set) - 1} others: not one of the videos for "
+                            f"validation can be used; each has to have sound and {3 * self.args.frames} frames")
+        seen, others, audio, sound, _ = readable[1]
+        if model is None:
+            return *[sample.to_input(seen, self.device)] * 2, sound
+        g, c, F, found = torch.Generator(self.device).manual_seed(index), model.config, self.args.frames, []
+        side = c.resolution // self.autoencoder.config.stride
+        z = torch.randn(1, c.out_channels, 1, side, side, generator=g, device=self.device)
+        true, others = (sample.to_input(x, self.device) for x in (seen, others))
+        for start in range(0, len(true), F):
+            part = slice(start, start + F)
+            found.append(latentsync.paint(
+                model, self.autoencoder, true[part], audio[part].to(self.device), z, self.mask, g, steps,
+                self.args.sampling["cfg"], references=others[part])[0])
+        return torch.cat(found).clamp(-1, 1), true, sound
 
     @torch.no_grad()
-    def picture(self, model):
-        """Unseen people: above as they are, below as they are dubbed with their own sound."""
-        rows, g = [], torch.Generator(self.device).manual_seed(0)
-        for i in range(3):
-            frames, sound = talking_head(self.val_set.first + i, 4.8)
-            faces = frames[20:20 + model.config.frames].to(self.device) / 127.5 - 1
-            audio = torch.stack(list(itertools.islice(latentsync.windows(self.whisper, sound), 20, 20 + len(faces))))
-            side = model.config.resolution // self.autoencoder.config.stride
-            z = torch.randn(1, 4, 1, side, side, generator=g, device=self.device)
-            painted, _ = latentsync.paint(model, self.autoencoder, faces, audio, z, self.mask, g, cfg=1.0)
-            rows += [faces[:8], painted[:8]]
-        return sample.grid(sample.to_pixels(torch.cat(rows).add(1).div(2)), 8)
+    def judge(self, model, videos, steps=20):
+        """Means over unseen videos of `compare_faces`; with a SyncNet also of sync_c, its confidence, and of offset,
+        how many frames it finds the sound off."""
+        scores, judged = [], min(videos, len(self.val_set))
+        for index in tqdm(range(judged), desc="painting", unit="video", leave=False):
+            painted, true, sound = self.painted(model, index, steps)
+            scores.append(compare_faces(painted, true, self.mask) | self.sync_of(painted, sound))
+        return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+
+    def sync_of(self, faces, sound):
+        """What SyncNet says about faces (N, 3, H, W) in [-1, 1], if there is one."""
+        if self.syncnet is None:
+            return {}
+        score = syncnet.score(self.syncnet, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
+        return {"sync_c": score.confidence, "offset": float(abs(score.offset))}
+
+    @torch.no_grad()
+    def show(self, model, path):
+        """Three unseen people, above as they are, below as they are painted, every second frame; and with PyAV a video
+        of the first, true and painted, with the sound."""
+        rows = []
+        for index in range(min(3, len(self.val_set))):
+            painted, true, sound = self.painted(model, index)
+            rows += [true[:16:2], painted[:16:2]]
+            if not index:
+                self.film(path.with_suffix(".mp4"), torch.cat([true, painted], 3), sound)
+        sheet = sample.grid(sample.to_pixels(torch.cat(rows).add(1).div(2)), len(rows[0]))
+        sample.save_png(path.with_suffix(".png"), sheet)
+
+    def film(self, path, faces, sound):
+        """Faces (N, 3, H, W) in [-1, 1] as a video."""
+        try:
+            sample.pyav()
+        except UserError:
+            return                                                          # the picture will do
+        with sample.VideoWriter(path, *faces.shape[2:], sound=sound) as video:
+            for frame in sample.to_pixels(faces.add(1).div(2)):
+                video.write(frame)
 
     def save(self, model, path, dtype):
-        latentsync.save(model, path, dtype, tokenizer=vq.fingerprint(self.autoencoder), sampling=self.args.sampling)
+        latentsync.save(model, path, dtype, tokenizer=vq.fingerprint(self.autoencoder), sampling=self.args.sampling,
+                        stage=self.args.stage)
 
 
 def evaluate_syncnet(args):
@@ -1887,18 +2332,68 @@ def study_syncnet(args):
             curves[label] = [int(row["step"]) for row in log], [float(row["val_loss"]) for row in log]
         charts.append(sample.chart(curves, panel, "steps", "loss", [(math.log(2), "ln 2: always one half")],
                                    y_range=(0, 0.9), size=(400, 300)))
-    with vq.atomic(out / "study.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    charts += [np.full_like(charts[0], 255)] * (-len(charts) % 3)
-    sheet = np.concatenate([np.concatenate(charts[i:i + 3], 1) for i in range(0, len(charts), 3)])
-    sample.save_png(out / "study.png", sheet, {"model": "syncnet", "steps": args.steps})
+    write_table(out / "study.csv", rows)
+    sample.save_png(out / "study.png", sheet(charts), {"model": "syncnet", "steps": args.steps})
     print(f"curves in {out}/study.csv and {out}/study.png")
 
 
+# Stage 2 in parts: what of the recipe is replaced in each run
+DUB_STUDY = {
+    "noise loss alone": dict(sync_weight=0.0, trepa_weight=0.0),
+    "with SyncNet": dict(trepa_weight=0.0),
+    "with SyncNet and TREPA": {},
+}
+
+
+def study_latentsync(args, videos=16):
+    """`train.py latentsync --study`: stage 2 from the same weights and with the same draws for each of DUB_STUDY. All,
+    the start and the true frames are judged on unseen videos: study.csv, and a picture of curves and frames."""
+    if not args.init:
+        raise UserError("--study: give what stage 1 has made as --init FILE")
+    out, rows, curves, strips = sample.check_writable(args.out), [], {}, {}
+    device, _ = sample.choose_device(args.device)
+    task = LatentSyncTask(args, *open_data(args), device, torch.Generator(device).manual_seed(args.seed))
+
+    def judge(label, model):
+        rows.append({"": label} | task.judge(model, videos))
+        print(", ".join(f"{name} {value:.3f}" if name else value for name, value in rows[-1].items()))
+        strips[label] = torch.cat([task.painted(model, i)[0][8:40:4] for i in range(2)], 3)
+    judge("true frames", None)
+    judge("before: stage 1", task.model)
+    for label, changes in DUB_STUDY.items():
+        one, folder = copy.copy(args), out / label.replace(" ", "_")
+        vars(one).update(changes, out=str(folder), resume="auto", sample_every=0)
+        print(f"{label}:")
+        train(one)                                                          # goes on, if it was interrupted
+        with open(folder / "log.csv", encoding="utf-8") as f:
+            curves[label] = [row for row in csv.DictReader(f) if row["val_loss"]]
+        judge(label, latentsync.load(folder / "model.safetensors", device=device))
+    write_table(out / "study.csv", rows)
+    charts = [sample.chart({label: ([int(row["step"]) for row in log], [float(row[f"val_{name}"]) for row in log])
+                            for label, log in curves.items()}, what, "steps", name, size=(400, 300))
+              for name, what in (("sync_c", "SyncNet's confidence"), ("flicker", "flicker"), ("lmd", "mouth points"))]
+    frames = sample.grid(sample.to_pixels(torch.cat(list(strips.values())).add(1).div(2)), 8)
+    sample.save_png(out / "study.png", sheet(charts), {"model": "latentsync", "steps": args.steps})
+    sample.save_png(out / "study_frames.png", frames, {"rows": ", ".join(strips)})
+    print(f"table in {out}/study.csv, curves in {out}/study.png, frames in {out}/study_frames.png")
+
+
+def write_table(path, rows):
+    """Dicts with the same keys as a CSV file."""
+    with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sheet(charts, columns=3):
+    """Charts of one size side by side and below each other."""
+    charts = charts + [np.full_like(charts[0], 255)] * (-len(charts) % columns)
+    return np.concatenate([np.concatenate(charts[i:i + columns], 1) for i in range(0, len(charts), columns)])
+
+
 TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask,
-         "syncnet": SyncNetTask, "whisper": WhisperTask, "latentsync": LatentSyncTask}
+         "syncnet": SyncNetTask, "whisper": WhisperTask, "videomae": VideoMAETask, "latentsync": LatentSyncTask}
 
 
 def task_of(args):
@@ -2099,7 +2594,8 @@ class Run:
     and `save` writes all that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
 
     SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "accum", "lr", "schedule", "warmup", "final_lr",
-                "wd", "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps")       # resumed runs have the same
+                "wd", "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps", "stage", "sync_weight",
+                "trepa_weight", "lpips_weight", "drop_audio")               # a resumed run has the same
 
     def __init__(self, args):
         check_args(args)
@@ -2229,7 +2725,7 @@ class Run:
         if save:
             self.save(done)
         if draw:
-            sample.save_png(self.out / "samples" / f"{done:07d}.png", self.task.picture(self.average))
+            self.task.show(self.average, self.out / "samples" / f"{done:07d}")
         self.model.train()
 
     def someone_asked(self, stop):
@@ -2270,7 +2766,8 @@ def train(args):
 
 def main(args):
     """Trains, or what a flag asks for instead."""
-    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study_syncnet)):
+    study = study_latentsync if args.model_name == "latentsync" else study_syncnet
+    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study)):
         if getattr(args, flag, None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")

@@ -969,7 +969,7 @@ class Blur(nn.Module):
 def init_default(module, generator=None):
     """PyTorch's default initialisation, drawn from `generator`; norms 1 and 0."""
     for m in module.modules():
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             bound = m.weight[0].numel() ** -0.5                             # Kaiming uniform with a = sqrt(5)
             m.weight.uniform_(-bound, bound, generator=generator)
             if m.bias is not None:
