@@ -2197,6 +2197,16 @@ def load_syncnet(args, device, dtype):
     return model, Path(path).name
 
 
+def colors_of(picture):
+    """What `is_cut` compares."""
+    return np.asarray(picture.resize((64, 64), Image.BOX).convert("HSV"), np.int16)
+
+
+def is_cut(before, colors):
+    """Whether two successive frames belong to two scenes."""
+    return np.abs(colors - before).mean() > 27
+
+
 def find_faces(video, device, every=5, count=None, instead="--face X0 Y0 X1 Y1, in pixels, or --face whole"):
     """Of the faces in every fifth frame, none in others: (x0, y0, x1, y1, and x, y of both eyes, the nose, both mouth
     corners); and the frames where scenes begin. count: of frames to look at; instead: what to do without the package.
@@ -2213,8 +2223,8 @@ def find_faces(video, device, every=5, count=None, instead="--face X0 Y0 X1 Y1, 
                   unit="frame", leave=False)
     for i, frame in enumerate(frames):
         picture = Image.fromarray(frame).resize((round(video.width / shrink), round(video.height / shrink)), Image.BOX)
-        colors = np.asarray(picture.resize((64, 64), Image.BOX).convert("HSV"), np.int16)
-        if before is not None and np.abs(colors - before).mean() > 27:      # another scene
+        colors = colors_of(picture)
+        if before is not None and is_cut(before, colors):
             cuts.append(i)
         before = colors
         found, sure, points = detector.detect(picture, landmarks=True) if large and i % every == 0 else (
@@ -2409,13 +2419,22 @@ def detected_points(video, device, args, count=None):
     several faces that of rank --face, by size, followed through each scene."""
     every = args.detect_every or (1 if device.type == "cuda" else 3)
     rows, cuts = find_faces(video, device, every, count, "--landmarks FILE.npz, or --aligned")
-    tracks = syncnet.face_tracks(rows, cuts, longest_gap=2 * every, shortest=0, smallest=50)
-    if not tracks:
+    ranks = points_of_faces(rows, cuts, every)
+    if not ranks:
         seen = sum(map(bool, rows))
         raise UserError(f"{video.path}: no face of 50 pixels or more in any of {len(rows)} frames"
                         + (f" (smaller ones in {seen})" if seen else "") + "; nothing was written; if there is one, "
                         "give --landmarks FILE.npz")
-    bounds, ranks = [0, *cuts, len(rows)], []                               # ranks: the largest face, the second ...
+    if args.face > len(ranks):
+        raise UserError(f"--face {args.face}: there are never more than {len(ranks)} faces at a time in {video.path}")
+    return ranks[args.face - 1]
+
+
+def points_of_faces(rows, cuts, every):
+    """Three points for each frame, (frames, 3, 2), nan where there is none: of the largest face, of the second, ... in
+    what find_faces found in every such frame."""
+    tracks = syncnet.face_tracks(rows, cuts, longest_gap=2 * every, shortest=0, smallest=50)
+    bounds, ranks = [0, *cuts, len(rows)], []
     for first, found in sorted(tracks, key=lambda t: -np.prod(t[1][:, 2:4] - t[1][:, :2], 1).mean()):
         points = latentsync.three_points(found[:, 4:].reshape(-1, 5, 2))
         if every == 1 and len(points) > 4:                                  # the detector trembles
@@ -2431,9 +2450,7 @@ def detected_points(video, device, args, count=None):
         else:
             ranks.append(rank := np.full((len(rows), 3, 2), np.nan))
         rank[low:high] = np.where(np.isnan(rank[low:high]), points, rank[low:high])
-    if args.face > len(ranks):
-        raise UserError(f"--face {args.face}: there are never more than {len(ranks)} faces at a time in {video.path}")
-    return ranks[args.face - 1]
+    return ranks
 
 
 def given_points(path, wanted):

@@ -12,7 +12,8 @@
 
 DIR holds one folder of pictures per class; for text *.tsv files (picture path, caption) or the originals' *.jsonl, and
 pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes),
-state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv and samples/. Every write is atomic.
+state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv, curves.png and samples/. Every write is
+atomic.
 """
 import argparse
 import sys
@@ -115,7 +116,7 @@ HEADS2 = dict(steps=700, batch_size=1, lr=3e-4, frames=16, drop_audio=0.1, sync_
               ema=0.99, sampling=dict(cfg=1.0), checkpointing=False)
 LATENTSYNC_HEADS = LATENTSYNC | dict(
     model="talking_head", steps=2800, batch_size=4, lr=1e-3, schedule="lin00", warmup=0.02, final_lr=0.02, ema=0.998,
-    dtype="fp32", frames=4, checkpointing=False, val_videos=4, sampling=dict(cfg=1.0),
+    dtype="fp32", frames=4, checkpointing=False, val_videos=3, sampling=dict(cfg=1.0),
     stages={"1": {}, "2": HEADS2, "2-efficient": HEADS2 | dict(trepa_weight=0.0)},
 )
 RECIPES = {
@@ -312,6 +313,16 @@ def latentsync_args(add):
     add("--val-videos", type=int, help="videos that are painted and judged with every validation")
     add("--study", action="store_true", help="stage 2 on the drawn heads three times, without SyncNet, with it, and "
         "with TREPA as well; a table and a picture")
+    add("--prepare", metavar="RAW_DIR", help="train nothing: make aligned clips of these videos, into --data; "
+        "continues where it was, in --workers processes")
+    add("--min-face", type=int, help="leave out smaller faces, in pixels; default: the size of the clips")
+    add("--min-confidence", type=float, help="leave out what --syncnet trusts less; default: 3, of a StableSyncNet 0.3")
+    add("--max-offset", type=int, default=6, help="and where the sound is off by more frames (default 6)")
+    add("--quality", metavar="MODULE:FUNCTION", help="leave out what this gives less than --min-quality to: called "
+        "with three frames, uint8 (h, w, 3), of a clip")
+    add("--min-quality", type=float, default=40.0, help="default 40, the authors' for hyperIQA")
+    add("--piece", type=int, default=5, metavar="SECONDS", help="length of the clips; the last of a shot has up to "
+        "twice as much (default 5)")
 
 
 def parse_args(argv=None):
@@ -346,15 +357,20 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()                     # before the imports that take seconds: --help answers at once
 
+import collections
+import concurrent.futures
 import copy
 import csv
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 from dataclasses import asdict, replace
@@ -1033,7 +1049,7 @@ VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
 def video_files(root, train, split):
     """(paths of the videos in a folder, or of those for training or validation, and what stands for the list)."""
     sample.pyav()
-    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and p.name[0] != ".")
     if not files:
         raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
     files = [str(file) for file in (held_out(files, train) if split else files)]
@@ -1213,7 +1229,8 @@ class DubFolder(Dubs):
         """Has the audio encoder listen to all videos. What it says is kept in files that are named after the content of
         the video and the encoder's weights, so that neither a new name nor a new video gets what belongs to another."""
         folder = sample.check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
-        ear, self.heard = vq.fingerprint(whisper), []
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in whisper.state_dict().values())
+        ear, self.heard = hashlib.sha256(weights).hexdigest(), []
         for path in tqdm(self.files, desc="listening", unit="video", leave=False):
             with open(path, "rb") as f:
                 content = hashlib.file_digest(f, "sha256").hexdigest()
@@ -1374,6 +1391,314 @@ def open_dubs(args):
         return HeadDubs(FIRST_HEAD, args.videos, args.frames), HeadDubs(0, VAL_HEADS, args.frames)
     folders = (args.data, True), (args.val_data or args.data, False)
     return [DubFolder(folder, args.frames, resolution, train, not args.val_data) for folder, train in folders]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From videos as they come to clips of aligned faces: `train.py latentsync --prepare`
+
+
+SHORTEST = 3 * 16                                                           # frames of which clips can be cut
+
+
+class Rejected(Exception):
+    """Why a video or a piece of one is not used."""
+
+
+class Piece:
+    """Some frames of a sample.Video, likewise to be iterated over, as often as needed."""
+
+    def __init__(self, video, start, count):
+        self.video, self.start, self.count = video, start, count
+        self.path, self.height, self.width = video.path, video.height, video.width
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return itertools.islice(self.video.frames(self.start), self.count)
+
+
+def shots_of(video):
+    """Frames with which a new shot begins, from 0 on, and the number of all frames. By PySceneDetect where it is
+    installed, which is better at it (the authors' adaptive detector), else where colors change."""
+    try:
+        from scenedetect import AdaptiveDetector, detect
+    except ImportError:
+        cuts, before, count = [0], None, 0
+        for i, frame in enumerate(video):
+            colors, count = sample.colors_of(Image.fromarray(frame)), i + 1
+            if before is not None and sample.is_cut(before, colors):
+                cuts.append(i)
+            before = colors
+        return cuts, count
+    found = detect(str(video.path), AdaptiveDetector(adaptive_threshold=2))
+    return sorted({0, *(round(begin.seconds * FPS) for begin, _ in found)}), len(video)
+
+
+def pieces_of(cuts, count, length, shortest):
+    """Shots as pieces [(first frame, frames)] of `length` frames; what is left over is added to a shot's last piece."""
+    pieces = []
+    for start, end in zip(cuts, [*cuts[1:], count]):
+        starts = list(range(start, max(end - length, start) + 1, length))
+        pieces += [(a, b - a) for a, b in zip(starts, [*starts[1:], end]) if b - a >= shortest]
+    return pieces
+
+
+def aligned_faces(piece, args, device):
+    """Frames of a piece, aligned, uint8 (3, r, r) each, as a list. Raises Rejected unless all of them show one face,
+    large enough. Landmarks come from NAME.npz beside NAME.mp4, as for `sample.py latentsync --landmarks`, or are
+    found."""
+    file, every = piece.video.path.with_suffix(".npz"), 1 if device.type == "cuda" else 3
+    if file.exists():
+        points = sample.given_points(file, piece.start + piece.count)[piece.start:piece.start + piece.count]
+    else:
+        rows, cuts = sample.find_faces(piece, device, every, instead="NAME.npz with landmarks beside NAME.mp4")
+        looked = rows[::every]
+        side_of = lambda box: max(box[2] - box[0], box[3] - box[1])
+        most = max(looked, key=lambda found: sum(side_of(box) >= 50 for box in found), default=())
+        if not most:
+            raise Rejected("no face")
+        if len(most) > 1 and sum(side_of(box) >= 50 for box in most) > 1:
+            raise Rejected(f"{len(most)} faces")
+        side = float(np.median([max(map(side_of, found)) for found in looked if found]))
+        if side < args.min_face:
+            raise Rejected(f"a face of {side:.0f} pixels, --min-face is {args.min_face}")
+        points = sample.points_of_faces(rows, cuts, every)[0]
+    missing = int(np.isnan(points).any((1, 2)).sum())
+    if missing:
+        raise Rejected(f"no face in {missing} of {piece.count} frames")
+    align, faces = latentsync.Aligner(args.resolution), []
+    for frame, at in zip(piece, points):
+        matrix = align(at)
+        faces.append(latentsync.align_face(torch.from_numpy(frame), matrix, align.canvas, args.resolution).byte())
+    if len(faces) < piece.count:
+        raise Rejected(f"ends after {len(faces)} of {piece.count} frames")
+    return faces
+
+
+@functools.lru_cache(maxsize=1)
+def preparing_judge(path, device):
+    """The SyncNet of --prepare."""
+    return syncnet.load(sample.find_checkpoint(path), device=device)
+
+
+def in_step(faces, sound, args, device):
+    """(offset, confidence) of aligned faces and their sound. Raises Rejected if they do not belong together. The
+    original SyncNet sees such crops as it was trained on, of the aligned picture: so do the authors."""
+    judge, frames = preparing_judge(args.syncnet, device.type), faces
+    if isinstance(judge, syncnet.OriginalSyncNet):
+        crop = sample.judge_crop(np.tile([0.0, 0.0, args.resolution, args.resolution], (len(faces), 1)))
+        frames = (crop(face, i) for i, face in enumerate(faces))
+    try:
+        score = syncnet.score(judge, frames, sound)
+    except ValueError as e:
+        raise Rejected(f"SyncNet: {e}") from None
+    if score.confidence < args.min_confidence:
+        raise Rejected(f"confidence {score.confidence:.2f}, --min-confidence is {args.min_confidence:g}")
+    if abs(score.offset) > args.max_offset:
+        raise Rejected(f"offset {score.offset:+d} frames, --max-offset is {args.max_offset}")
+    return score.offset, score.confidence
+
+
+@functools.lru_cache(maxsize=1)
+def quality_of(name):
+    """The function that --quality MODULE:FUNCTION names."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise UserError(f"--quality {name}: {e}; expected MODULE:FUNCTION, of a Python file in this folder or a "
+                        "package") from None
+
+
+@functools.lru_cache(maxsize=1)
+def sound_of(source):
+    """The sound of a video, for the next piece as well."""
+    return sample.read_sound(source)
+
+
+def prepare_source(source, args):
+    """The pieces [(first frame, frames)] of a video. Raises Rejected."""
+    try:
+        video = sample.Video(source)
+        sound_of(source)
+        cuts, count = shots_of(video)
+    except (UserError, *sample.UNREADABLE) as e:
+        raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
+    pieces = pieces_of(cuts, count, args.piece * FPS, SHORTEST)
+    if not pieces:
+        raise Rejected(f"too short: {count} frames in {len(cuts)} shots, a clip takes {SHORTEST} in one")
+    return pieces
+
+
+def prepare_piece(source, out, start, count, args):
+    """Writes one clip -> what to note about it. Raises Rejected."""
+    device = sample.choose_device(args.device)[0]
+    try:
+        faces = aligned_faces(Piece(sample.Video(source), start, count), args, device)
+        sound, notes = sound_of(source), {}
+    except (UserError, *sample.UNREADABLE) as e:
+        if "pip install" in str(e):                                         # a missing package is no fault of the video
+            raise
+        raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
+    part = lambda sound: sound[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
+    if len(part(sound)) < count * SAMPLE_RATE // FPS - SAMPLE_RATE // FPS:
+        raise Rejected("its sound ends too soon")
+    if args.syncnet:
+        notes["offset"], notes["confidence"] = in_step(faces, part(sound), args, device)
+        sound = moved(sound, notes["offset"])                               # what comes too early comes later
+    if args.quality:
+        pictures = [faces[i].permute(1, 2, 0).numpy() for i in (0, len(faces) // 2, -1)]
+        notes["quality"] = float(quality_of(args.quality)(pictures))
+        if notes["quality"] < args.min_quality:
+            raise Rejected(f"quality {notes['quality']:.1f}, --min-quality is {args.min_quality:g}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with sample.VideoWriter(out, args.resolution, args.resolution, sound=part(sound), crf=13) as video:
+        for face in faces:
+            video.write(face.permute(1, 2, 0).numpy())
+    return notes | {"frames": count}
+
+
+PREPARED = ("source", "bytes", "start", "verdict", "frames", "offset", "confidence", "quality", "file")
+
+
+class Prepared:
+    """prepared.csv: a row for every piece, with its reason if it was rejected, and one for every video that is done."""
+
+    def __init__(self, path, sources):
+        self.path, self.rows = path, []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as f:
+                rows = list(csv.DictReader(f))
+            lost = {row["source"] for row in rows if not self._holds(row, sources)}
+            self.rows = [row for row in rows if self._holds(row, sources)
+                         and not (row["verdict"] == "done" and row["source"] in lost)]
+        write_table(path, self.rows, PREPARED)
+        self.known = {(row["source"], row["start"]) for row in self.rows}
+
+    def _holds(self, row, sources):
+        """Whether a row was written to its end, and its source and its clip are what they were."""
+        return (None not in row.values() and row["bytes"] == sources.get(row["source"])
+                and (row["verdict"] != "kept" or (self.path.parent / row["file"]).is_file()))
+
+    def add(self, **row):
+        self.rows.append(row)
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, PREPARED).writerow(row)
+
+    def has(self, source, start=""):
+        return (source, str(start)) in self.known
+
+    def summary(self):
+        """What was kept, and why the rest was not, the numbers in reasons left out."""
+        kept = [row for row in self.rows if row["verdict"] == "kept"]
+        why = collections.Counter(re.sub(r"[-+]?[0-9.]+", "..", row["verdict"]) for row in self.rows
+                                  if row["verdict"] not in ("kept", "done"))
+        seconds = sum(int(row["frames"]) for row in kept) / FPS
+        return (f"kept {len(kept)} clips, {seconds / 60:.1f} min" + ("; rejected: " if why else "")
+                + ", ".join(f"{n} x {reason}" for reason, n in why.most_common()))
+
+
+def prepare(args):
+    """`train.py latentsync --prepare RAW_DIR --data OUT_DIR`: videos at 25 frames a second and their sound at 16 kHz,
+    cut where shots end and every few seconds, faces aligned, sound moved into step. What cannot be used is left out,
+    and prepared.csv says why; what was done before is not done again."""
+    if args.data == "demo":
+        raise UserError("--prepare: give the folder that is to hold the clips as --data DIR")
+    sample.pyav()
+    raw, out = Path(args.prepare), sample.check_writable(args.data, "--data")
+    paths = sorted(p for p in raw.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and p.name[0] != ".")
+    if not paths:
+        raise UserError(f"--prepare {raw}: no videos in it; expected {', '.join(sorted(VIDEOS))}")
+    if out.resolve() == raw.resolve():
+        raise UserError(f"--data {out}: is the folder of the raw videos; choose another one")
+    if args.quality:
+        quality_of(args.quality)
+    if args.syncnet:
+        args.syncnet = str(sample.find_checkpoint(args.syncnet))
+        judge = preparing_judge(args.syncnet, "cpu")
+        original = isinstance(judge, syncnet.OriginalSyncNet)
+        if not original and judge.config.latent:
+            raise UserError(f"--syncnet {args.syncnet}: looks at latents; expected syncnet_v2.model or "
+                            "stable_syncnet.pt")
+        args.min_confidence = (3.0 if original else 0.3) if args.min_confidence is None else args.min_confidence
+    for leftover in out.rglob(".[0-9]*.mp4"):                               # of a run that was killed
+        leftover.unlink()
+    args.resolution = latentsync.CONFIGS[args.model].resolution
+    args.min_face = args.resolution if args.min_face is None else args.min_face
+    sources = {str(p.relative_to(raw)): str(p.stat().st_size) for p in paths}
+    table, name = Prepared(out / "prepared.csv", sources), {str(p.relative_to(raw)): p for p in paths}
+    left, clip = [s for s in sources if not table.has(s)], lambda s, start: f"{s.replace('.', '_')}_{start:06d}.mp4"
+    with Crew(args.workers) as crew, tqdm(total=len(left), unit="video") as bar:
+        jobs = {crew.submit(prepare_source, name[source], args): (source, None) for source in left}
+        open_pieces = collections.Counter()
+        for job in crew.as_done(jobs):
+            source, start = jobs.pop(job)
+            note = functools.partial(table.add, source=source, bytes=sources[source])
+            try:
+                found, verdict = job.result(), "kept"
+            except Rejected as e:
+                found, verdict = {}, str(e)
+            if start is None and verdict != "kept":
+                note(start="", verdict=verdict)
+            elif start is None:
+                for first, count in found:
+                    if not table.has(source, first):
+                        made = crew.submit(prepare_piece, name[source], out / clip(source, first), first, count, args)
+                        jobs[made] = (source, first)
+                        open_pieces[source] += 1
+            else:
+                note(start=start, verdict=verdict, **found, **({"file": clip(source, start)} if found else {}))
+                open_pieces[source] -= 1
+            if not open_pieces[source]:
+                if verdict == "kept" or start is not None:
+                    note(start="", verdict="done")
+                bar.update()
+    print(f"{table.summary()}; all rows in {table.path}")
+    if not args.syncnet:
+        print("note: without --syncnet sound and picture are taken to be in step")
+
+
+class Crew:
+    """Processes that work on jobs, or with none of them this one. Jobs may be added while others are waited for."""
+
+    def __init__(self, workers):
+        self.pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), one_thread) if workers else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, function, *inputs):
+        if self.pool:
+            return self.pool.submit(function, *inputs)
+        job = concurrent.futures.Future()
+        job.work = functools.partial(function, *inputs)
+        return job
+
+    def as_done(self, jobs):
+        """Jobs as they are done, until there are none left in this dict, which may grow in the meantime."""
+        while jobs:
+            if self.pool:
+                yield from concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_COMPLETED).done
+                continue
+            job = next(iter(jobs))
+            try:
+                job.set_result(job.work())
+            except Exception as e:
+                job.set_exception(e)
+            yield job
+
+
+def one_thread():
+    """What a process of a Crew begins with: others use the other cores; Ctrl-C is the parent's."""
+    leave_signals_to_parent(None)
+    torch.set_num_threads(1)
 
 
 def clip_config(args):
@@ -2072,13 +2397,13 @@ class VideoMAETask(Task):
 
 def mouth_points(faces):
     """Where the mouth of aligned faces (N, 3, H, W) is, (N, 4, 2): left, right, top, bottom, x and y as shares of the
-    face's side. No detector, but good enough to compare two pictures of one face: what differs in color from the skin
-    below the nose counts as mouth, two deviations around its centre."""
+    face's side. No detector of landmarks, but good enough to compare two pictures of one drawn face, whose openings it
+    follows (correlation 0.9): what differs from the skin around the mouth, two deviations to each side of its mean."""
     side = faces.shape[3]
-    rows, columns = slice(round(0.58 * side), round(0.94 * side)), slice(round(0.2 * side), round(0.8 * side))
-    skin = faces[:, :, round(0.52 * side):round(0.58 * side), round(0.35 * side):round(0.65 * side)]
-    skin = skin.flatten(2).median(2).values[:, :, None, None]
-    weight = ((faces[:, :, rows, columns] - skin).norm(dim=1) - 0.25).clamp(min=0) + 1e-6
+    rows, columns = slice(round(0.6 * side), round(0.9 * side)), slice(round(0.32 * side), round(0.68 * side))
+    window = faces[:, :, rows, columns]
+    skin = window.flatten(2).median(2).values[:, :, None, None]             # more than half of it
+    weight = ((window - skin).norm(dim=1) - 0.3).clamp(min=0) + 1e-6
     weight = weight / weight.sum((1, 2), keepdim=True)                      # (N, h, w)
     at = [(torch.arange(s.start, s.stop, device=faces.device) + 0.5) / side for s in (columns, rows)]
     moments = []
@@ -2110,6 +2435,7 @@ class LatentSyncTask(Task):
     what is seen of the frames without that noise. All networks but the UNet are frozen."""
 
     MOTION = {"1": "none", "2": "all", "2-efficient": "up"}                 # levels with motion modules
+    STEPS = 10                                                              # of painting, when it is judged
 
     def __init__(self, args, train_set, val_set, device, g):
         self.args, self.train_set, self.val_set, self.device = args, train_set, val_set, device
@@ -2199,12 +2525,12 @@ class LatentSyncTask(Task):
     def validate(self, model):
         """The noise loss on unseen people, always with the same noise; and how well some of them are painted."""
         g, losses, batch = torch.Generator(self.device).manual_seed(0), [], max(1, 32 // self.args.frames)
-        for start in range(0, 256 // self.args.frames, batch):
+        for start in range(0, max(1, 128 // self.args.frames), batch):
             items = [(i % len(self.val_set), (i,)) for i in range(start, start + batch)]
             losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g)[:3], g)[0])
         return {"loss": torch.stack(losses).mean().item()} | self.judge(model, self.args.val_videos)
 
-    def painted(self, model, index, steps=20):
+    def painted(self, model, index):
         """(painted, true faces (N, 3, H, W) in [-1, 1], sound) of one unseen video: its own words, but the reference is
         of other moments, so that nothing can be copied. Without a model the true faces twice."""
         clips = self.args.val_clips * -(-16 // self.args.frames)
@@ -2223,17 +2549,17 @@ class LatentSyncTask(Task):
         for start in range(0, len(true), F):
             part = slice(start, start + F)
             found.append(latentsync.paint(
-                model, self.autoencoder, true[part], audio[part].to(self.device), z, self.mask, g, steps,
-                self.args.sampling["cfg"], references=others[part])[0])
+                model, self.autoencoder, true[part], audio[part].to(self.device), z, self.mask, g,
+                self.STEPS, self.args.sampling["cfg"], references=others[part])[0])
         return torch.cat(found).clamp(-1, 1), true, sound
 
     @torch.no_grad()
-    def judge(self, model, videos, steps=20):
+    def judge(self, model, videos):
         """Means over unseen videos of `compare_faces`; with a SyncNet also of sync_c, its confidence, and of offset,
         how many frames it finds the sound off."""
         scores, judged = [], min(videos, len(self.val_set))
         for index in tqdm(range(judged), desc="painting", unit="video", leave=False):
-            painted, true, sound = self.painted(model, index, steps)
+            painted, true, sound = self.painted(model, index)
             scores.append(compare_faces(painted, true, self.mask) | self.sync_of(painted, sound))
         return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
@@ -2246,10 +2572,10 @@ class LatentSyncTask(Task):
 
     @torch.no_grad()
     def show(self, model, path):
-        """Three unseen people, above as they are, below as they are painted, every second frame; and with PyAV a video
-        of the first, true and painted, with the sound."""
+        """Up to three unseen people, above as they are, below as they are painted, every second frame; and with PyAV a
+        video of the first, true and painted, with the sound."""
         rows = []
-        for index in range(min(3, len(self.val_set))):
+        for index in range(min(3, self.args.val_videos, len(self.val_set))):
             painted, true, sound = self.painted(model, index)
             rows += [true[:16:2], painted[:16:2]]
             if not index:
@@ -2345,7 +2671,10 @@ DUB_STUDY = {
 }
 
 
-def study_latentsync(args, videos=16):
+STUDY_VIDEOS = 16                                                           # unseen ones, to judge each run by
+
+
+def study_latentsync(args):
     """`train.py latentsync --study`: stage 2 from the same weights and with the same draws for each of DUB_STUDY. All,
     the start and the true frames are judged on unseen videos: study.csv, and a picture of curves and frames."""
     if not args.init:
@@ -2355,7 +2684,7 @@ def study_latentsync(args, videos=16):
     task = LatentSyncTask(args, *open_data(args), device, torch.Generator(device).manual_seed(args.seed))
 
     def judge(label, model):
-        rows.append({"": label} | task.judge(model, videos))
+        rows.append({"": label} | task.judge(model, STUDY_VIDEOS))
         print(", ".join(f"{name} {value:.3f}" if name else value for name, value in rows[-1].items()))
         strips[label] = torch.cat([task.painted(model, i)[0][8:40:4] for i in range(2)], 3)
     judge("true frames", None)
@@ -2378,10 +2707,10 @@ def study_latentsync(args, videos=16):
     print(f"table in {out}/study.csv, curves in {out}/study.png, frames in {out}/study_frames.png")
 
 
-def write_table(path, rows):
-    """Dicts with the same keys as a CSV file."""
+def write_table(path, rows, columns=None):
+    """Dicts as a CSV file."""
     with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+        writer = csv.DictWriter(f, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -2521,6 +2850,15 @@ class Log:
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items()})
+
+    def draw(self):
+        """curves.png: what all validations so far have found."""
+        with open(self.path, encoding="utf-8") as f:
+            rows, names = list(csv.DictReader(f)), [name for name in self.columns if name.startswith("val_")]
+        curve = lambda name: zip(*((int(row["step"]), float(row[name])) for row in rows if row[name]))
+        charts = [sample.chart({"": tuple(curve(name))}, name.removeprefix("val_"), "steps", size=(400, 300))
+                  for name in names]
+        sample.save_png(self.path.with_name("curves.png"), sheet(charts, min(3, len(charts))))
 
     @staticmethod
     def _cell(value):
@@ -2722,6 +3060,8 @@ class Run:
                 self.best = self.task.score(scores)
                 self.export("best.safetensors")
         log.write({"step": done} | row)
+        if validate:
+            log.draw()
         if save:
             self.save(done)
         if draw:
@@ -2767,7 +3107,7 @@ def train(args):
 def main(args):
     """Trains, or what a flag asks for instead."""
     study = study_latentsync if args.model_name == "latentsync" else study_syncnet
-    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study)):
+    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study), ("prepare", prepare)):
         if getattr(args, flag, None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")
