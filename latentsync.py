@@ -24,12 +24,13 @@ What to look out for when reading:
   choose between sound and word. (A row has seen the whole piece of up to 30 s, by Whisper's own attention.)
 - Faces are aligned so that brows and nose stand still, and the mask hides most of what moves with speech: else the
   network guesses the mouth from cheeks and head instead of the sound (the paper's "shortcut"). For the same reason a
-  SyncNet (syncnet.py) looks at the decoded pixels in the second stage of training (section 3.3). The reference is a
-  frame of another moment in training, `train.py latentsync`, but the frame itself when dubbing: the network has learnt
-  to take looks from it, not the mouth.
+  SyncNet (syncnet.py) looks at the decoded pixels in the second stage of training (section 3.3), `Supervision`: of
+  latents it would learn less, in which lips are a few numbers. The reference is a frame of another moment in training,
+  `train.py latentsync`, but the frame itself when dubbing: the network has learnt to take looks from it, not the mouth.
 - GroupNorm in residual blocks takes its statistics over all frames of a clip, in attention blocks per frame. So a
   clip of other frames, or of fewer, gives other pictures.
-- Guidance compares with zeros for sound, although no training step ever dropped the sound.
+- Guidance compares with zeros for sound, although no training step of the released models ever dropped the sound
+  (`train.py latentsync --drop-audio` does).
 - All frames of a video start from one noise, drawn once: a face that does not move is painted alike.
 
 Letters: B clips, F frames of each (16), C width, h w size of a feature map, H W of a picture, T rows of audio features;
@@ -125,7 +126,8 @@ VIDEOMAES = {
     "vit_g": VideoMAEConfig(),                  # vit_g_hybrid_pt_1200e_ssv2_ft.pth
     "talking_head": VideoMAEConfig(64, 8, width=96, depth=4, heads=4, hidden=384, classes=0),       # the demo's
 }
-# What is trained: parameters whose name has one of these in it
+# What is trained: parameters whose name has one of these in it, in stage 1 all. Stage 1 goes with motion="none", the
+# efficient one with "up"
 STAGES = {"1": ("",), "2": ("motion_modules.", "attentions."), "2-efficient": ("motion_modules.", "attn2.")}
 
 
@@ -394,7 +396,8 @@ class UNet(nn.Module):
         return rearrange(x, "(b f) c h w -> b c f h w", b=B), deep
 
     def _run(self, layer, *inputs):
-        """A layer's output; if `checkpointing`, the backward pass computes it again, and so holds one at a time."""
+        """A layer's output; if `checkpointing`, only its input is kept, and the backward pass computes the inside
+        again, one layer at a time."""
         return checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
 
     def _all_but_last_layer(self, skips, time, audio):
@@ -425,16 +428,16 @@ class UNet(nn.Module):
             layer.bias.zero_()
 
     def freeze(self, stage):
-        """Leaves only those parameters to training that this one of STAGES trains."""
+        """Makes only the parameters of this one of STAGES trainable. To be called before an optimizer takes them."""
         for name, p in self.named_parameters():
             p.requires_grad_(any(part in name for part in STAGES[stage]))
 
     def loss(self, z, condition, audio, generator=None, t=None, noise=None):
-        """The loss of both stages of training, squared error of the noise predicted at a random time step, a scalar;
-        and (B, 4, F, h, w), what the latents would be without this noise: for `Supervision`, in stage 2.
+        """The squared error of the predicted noise (or velocity), a scalar: the loss of stage 1, and a part of stage
+        2's. And the clean latents (B, 4, F, h, w) that the prediction amounts to, for `Supervision` in stage 2.
 
         z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents;
-        t: (B,) and noise, as z: drawn from `generator` if not given.
+        audio: as for `forward`; t: (B,), and noise, as z: if not given drawn from `generator`, of z's device.
         """
         t = torch.randint(1000, (len(z),), generator=generator, device=z.device) if t is None else t
         noise = mixed_noise(z.shape, generator, z.device) if noise is None else noise
@@ -538,13 +541,15 @@ def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=cal
 
 
 def place_frames(positions, tokens, side):
-    """A table of positions (1, L, C) for so many tokens, side * side for each time: for other numbers of frames than
-    the encoder was trained with it is interpolated."""
+    """A table of positions (1, L, C), of L tokens, for another number of them, side * side for each time: for clips
+    that are longer or shorter than those that the encoder was trained with it is interpolated."""
     if tokens == positions.shape[1]:
         return positions
     table = rearrange(positions, "1 (l h w) c -> 1 c l h w", h=side, w=side)
-    stretch = (tokens // side**2 + 0.1) / table.shape[2]                    # 0.1 too much and rounded down, as in the
-    table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)       # original
+    # 0.1 more than wanted and rounded down: a way around rounding errors, by which all positions are moved a little;
+    # the authors' code has it, and their numbers depend on it
+    stretch = (tokens // side**2 + 0.1) / table.shape[2]
+    table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)
     return rearrange(table, "1 c l h w -> 1 (l h w) c")
 
 
@@ -594,8 +599,8 @@ class VideoMAE(nn.Module):
         self.head = nn.Linear(c.width, c.classes) if c.classes else None    # in the file, not needed here
 
     def patches(self, clips):
-        """(B, 3, F, H, W) in [-1, 1], F even -> (B, L, 3 * 2 * 14 * 14) in [0, 1], no mean subtracted: the pixels of
-        every token, frame pair by frame pair."""
+        """(B, 3, F, H, W) in [-1, 1], F even -> (B, tokens, 3 * tubelet * patch * patch) in [0, 1], no mean subtracted:
+        the pixels of every token, frame pair by frame pair."""
         c = self.config
         x = rearrange(clips, "b c f h w -> (b f) c h w")
         if x.shape[2:] != (c.size, c.size):
@@ -604,8 +609,9 @@ class VideoMAE(nn.Module):
                          t=c.tubelet, p=c.patch, q=c.patch)
 
     def embed(self, patches):
-        """(B, L, ...) -> tokens (B, L, width), with their positions."""
-        x = F.linear(patches, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        """`patches` -> (B, tokens, width), with their positions. The convolution does not overlap: it is a product."""
+        proj = self.patch_embed.proj
+        x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         return x + place_frames(self.positions, x.shape[1], self.config.size // self.config.patch)
 
     def encode(self, tokens):
@@ -628,22 +634,22 @@ class VideoMAE(nn.Module):
 
 
 def trepa(videomae, found, true):
-    """Temporal representation alignment (section 3.4), a scalar: squared distance of what the encoder says of two clips
-    (B, 3, F, H, W) in [-1, 1], as vectors of length 1. It sees frames together: what trembles or flickers is far from
-    what does not, though each single frame may be fine."""
+    """Temporal representation alignment (section 3.4), a scalar: mean squared difference of what the encoder says of
+    two clips (B, 3, F, H, W) in [-1, 1], as vectors of length 1; so at most 4 / width, which is why it weighs so much.
+    It sees frames together: what trembles or flickers is far from what does not, though each frame may be fine."""
     with torch.no_grad():
         target = F.normalize(videomae.features(true).float(), dim=1)
     return F.mse_loss(F.normalize(videomae.features(found).float(), dim=1), target)
 
 
 class Supervision:
-    """The losses of stage 2 on decoded pixels, besides the noise's, each by a frozen network. Noise is the same loss
-    for all pixels; these look at what a viewer looks at.
+    """The losses of stage 2 on decoded pixels. The noise's loss weighs all latents alike; these look at what a viewer
+    looks at: lips, looks, motion. Each is by a network that is frozen here.
 
     autoencoder: a vq.KLAutoencoder; syncnet: a syncnet.StableSyncNet, lips and sound of the clip belong together;
     videomae: see `trepa`; lpips: a vq.LPIPS, the lower half of each frame looks like the true one. None leaves a loss
-    out. checkpointing: compute activations twice, and hold those of `slices` frames of the decoder at a time. Raises
-    ValueError if a network is made for clips of other lengths than `frames`.
+    out. checkpointing: compute activations twice, and hold those of `slices` decoded frames at a time (a UNet has a
+    switch of its own). Raises ValueError if clips of so many `frames` are not what SyncNet and video encoder take.
     """
 
     def __init__(self, autoencoder, syncnet=None, videomae=None, lpips=None, *, frames=16, sync_weight=0.05,
@@ -655,29 +661,33 @@ class Supervision:
                 raise ValueError(f"clips of {frames} frames: the video encoder takes them by "
                                  f"{videomae.config.tubelet}")
             videomae.checkpointing = checkpointing
+        for network in filter(None, (autoencoder, syncnet, videomae, lpips)):
+            network.requires_grad_(False).eval()
         self.autoencoder, self.syncnet, self.videomae, self.lpips = autoencoder, syncnet, videomae, lpips
         weights = ("sync", syncnet, sync_weight), ("lpips", lpips, lpips_weight), ("trepa", videomae, trepa_weight)
         self.weights = {name: weight for name, network, weight in weights if network is not None}
-        self.slices = slices if checkpointing else None
+        self.frames, self.checkpointing, self.slices = frames, checkpointing, slices
 
     def decode(self, z):
         """Latents (B, 4, F, h, w) -> frames (B, F, 3, H, W) in about [-1, 1], through which gradients flow."""
         flat = rearrange(z, "b c f h w -> (b f) c h w")
-        if self.slices:
+        if self.checkpointing:
             decoded = [self._again(self.autoencoder.decode, part) for part in flat.split(self.slices)]
         else:
             decoded = [self.autoencoder.decode(flat)]
         return torch.cat(decoded).unflatten(0, (len(z), -1))
 
     def _again(self, function, *inputs):
-        return checkpoint(function, *inputs, use_reentrant=False) if self.slices else function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=False) if self.checkpointing else function(*inputs)
 
     def __call__(self, z, true, mel=None, heard=None):
-        """(weighted sum, {"sync", "lpips", "trepa"}), scalars.
+        """(weighted sum, {"sync", "lpips", "trepa"} without weights), scalars.
 
         z: (B, 4, F, h, w), from UNet.loss; true: frames (B, F, 3, H, W) in [-1, 1]; mel: (B, 1, 80, columns), what
         SyncNet hears of the clip; heard: (B,) 1 or 0, whether the UNet got the sound, else lips cannot follow it.
         """
+        if z.shape[2] != self.frames:
+            raise ValueError(f"clips of {z.shape[2]} frames: expected {self.frames}")
         found, losses = self.decode(z), {}
         if self.syncnet is not None:
             losses["sync"] = self._sync(found, mel, heard)
@@ -686,7 +696,7 @@ class Supervision:
             halves = (clips[:, :, :, low:].flatten(0, 1) for clips in (found, true))
             losses["lpips"] = self._again(self.lpips, *halves).mean()
         if self.videomae is not None:
-            losses["trepa"] = trepa(self.videomae, found.transpose(1, 2), true.transpose(1, 2))
+            losses["trepa"] = trepa(self.videomae, found.transpose(1, 2), true.transpose(1, 2))     # channels first
         return sum(self.weights[name] * loss for name, loss in losses.items()), losses
 
     def _sync(self, found, mel, heard):
@@ -698,7 +708,8 @@ class Supervision:
         halves = rearrange(frames[:, :, -height:], "(b f) c h w -> b (f c) h w", b=len(found))
         cosine = self._again(self.syncnet, halves, mel)
         with torch.autocast(cosine.device.type, enabled=False):             # not safe in half precision
-            return F.binary_cross_entropy(cosine.float(), torch.ones_like(cosine).float(), heard)
+            cosine = cosine.float().clamp(min=1e-6)                         # at 0 the gradient would be 1e12
+            return F.binary_cross_entropy(cosine, torch.ones_like(cosine), heard)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

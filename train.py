@@ -298,6 +298,8 @@ def latentsync_args(add):
     add("--vae", metavar="FILE", help="the autoencoder; with --data demo: the demo's")
     add("--whisper", metavar="FILE", help="the audio encoder; with --data demo: the demo's")
     add("--syncnet", metavar="FILE", help="a StableSyncNet, for stage 2 and to judge (with --data demo: the demo's)")
+    add("--judge", metavar="FILE", help="the SyncNet that judges, such as syncnet_v2.model, for Sync-C; default: that "
+        "of --syncnet")
     add("--videomae", metavar="FILE", help="the video encoder of TREPA, for stage 2 (likewise)")
     add("--lpips", nargs=2, metavar=("VGG16", "HEADS"), help="torchvision's vgg16 weights, and LPIPS' linear heads")
     add("--init", metavar="FILE", help="start from these weights: a released file, or those of stage 1")
@@ -1482,15 +1484,19 @@ def preparing_judge(path, device):
     return syncnet.load(sample.find_checkpoint(path), device=device)
 
 
-def in_step(faces, sound, args, device):
-    """(offset, confidence) of aligned faces and their sound. Raises Rejected if they do not belong together. The
-    original SyncNet sees such crops as it was trained on, of the aligned picture: so do the authors."""
-    judge, frames = preparing_judge(args.syncnet, device.type), faces
+def score_aligned(judge, faces, sound):
+    """syncnet.score of aligned faces, uint8 (3, r, r), by either network. The original sees such crops of them as it
+    was trained on: so do LatentSync's authors."""
     if isinstance(judge, syncnet.OriginalSyncNet):
-        crop = sample.judge_crop(np.tile([0.0, 0.0, args.resolution, args.resolution], (len(faces), 1)))
-        frames = (crop(face, i) for i, face in enumerate(faces))
+        crop = sample.judge_crop(np.tile([0.0, 0.0, *faces[0].shape[:0:-1]], (len(faces), 1)))
+        faces = (crop(face, i) for i, face in enumerate(faces))
+    return syncnet.score(judge, faces, sound)
+
+
+def in_step(faces, sound, args, device):
+    """(offset, confidence) of aligned faces and their sound. Raises Rejected if they do not belong together."""
     try:
-        score = syncnet.score(judge, frames, sound)
+        score = score_aligned(preparing_judge(args.syncnet, device.type), faces, sound)
     except ValueError as e:
         raise Rejected(f"SyncNet: {e}") from None
     if score.confidence < args.min_confidence:
@@ -2457,7 +2463,7 @@ class LatentSyncTask(Task):
             data.listen(self.whisper, args)
             data.columns = self.syncnet.config.columns if self.syncnet else None
         self.metrics = ["noise", *self.supervision.weights] if self.supervision else []
-        self.val_metrics = ["loss", "ssim", "lmd", "flicker", *(["sync_c", "offset"] if self.syncnet else [])]
+        self.val_metrics = ["loss", "ssim", "lmd", "flicker", *(["sync_c", "offset"] if self.critic else [])]
 
     def load_frozen(self, config):
         """The networks that are not trained, in the precision of the run on a GPU."""
@@ -2473,6 +2479,7 @@ class LatentSyncTask(Task):
         if args.syncnet:
             self.syncnet = place(syncnet.load(find(args.syncnet)))
             self.check_syncnet(config)
+        self.critic = place(syncnet.load(find(args.judge))) if args.judge else self.syncnet
         if args.stage == "1":
             return
         if args.trepa_weight:
@@ -2565,9 +2572,9 @@ class LatentSyncTask(Task):
 
     def sync_of(self, faces, sound):
         """What SyncNet says about faces (N, 3, H, W) in [-1, 1], if there is one."""
-        if self.syncnet is None:
+        if self.critic is None:
             return {}
-        score = syncnet.score(self.syncnet, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
+        score = score_aligned(self.critic, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
         return {"sync_c": score.confidence, "offset": float(abs(score.offset))}
 
     @torch.no_grad()
