@@ -72,8 +72,7 @@ class Config:
     layers: int = 2                             # per level on the way down; one more on the way up
     heads: int = 8                              # of every attention, whatever its width
     audio_width: int = 384                      # of Whisper's layers
-    motion: str = "all"                         # motion modules: "all", on the way "up" only, or "none"
-    motion_levels: int = 99                     # and those in so many of the finest levels only
+    motion: str = "all"                         # levels with motion modules: "all", those on the way "up", or "none"
     motion_heads: int = 8
     motion_length: int = 24                     # frames that their table of positions has
     resolution: int = 256                       # of the aligned faces, in pixels
@@ -81,6 +80,7 @@ class Config:
     velocity: bool = False                      # predicted instead of noise: no released one does
     in_channels: int = 13
     out_channels: int = 4
+    motion_levels: int = 99                     # so many of the finest levels may have motion modules
 
 
 @dataclass(frozen=True)
@@ -688,6 +688,8 @@ class Supervision:
         """
         if z.shape[2] != self.frames:
             raise ValueError(f"clips of {z.shape[2]} frames: expected {self.frames}")
+        if not self.weights:
+            return z.new_zeros(()), {}
         found, losses = self.decode(z), {}
         if self.syncnet is not None:
             losses["sync"] = self._sync(found, mel, heard)

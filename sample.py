@@ -2192,9 +2192,18 @@ def load_syncnet(args, device, dtype):
     """(network, its name) of --ckpt."""
     path = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "talking_head_syncnet.safetensors"
     model = syncnet.load(path, dtype=dtype, device=device)
-    if not isinstance(model, syncnet.OriginalSyncNet) and model.config.latent:
-        raise UserError(f"{path}: reads latents, not pictures, so it cannot judge a video")
+    check_judge(model, path, original=True)
     return model, Path(path).name
+
+
+def check_judge(model, what, original=False):
+    """Makes sure that a SyncNet looks at pictures, and is a StableSyncNet unless the original one will do."""
+    if isinstance(model, syncnet.OriginalSyncNet):
+        if not original:
+            raise UserError(f"{what}: is the original SyncNet, whose distances are no probability; expected a "
+                            "StableSyncNet that sees aligned faces, such as stable_syncnet.pt")
+    elif model.config.latent:
+        raise UserError(f"{what}: reads latents, not pictures; expected one such as stable_syncnet.pt")
 
 
 def colors_of(picture):
@@ -2604,8 +2613,7 @@ def load_dub_judge(args, device):
     if args.syncnet:
         path = find_checkpoint(args.syncnet, not args.no_download)
     judge = syncnet.load(path, device=device)
-    if isinstance(judge, syncnet.OriginalSyncNet) or judge.config.latent:
-        raise UserError(f"{path}: expected a StableSyncNet that sees aligned faces, such as stable_syncnet.pt")
+    check_judge(judge, path)
     return judge
 
 

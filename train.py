@@ -180,11 +180,13 @@ RECIPES = {
 
 def run_args(add, name, recipes):
     """Flags of every run."""
-    add("--recipe", choices=recipes, default=next(iter(recipes)), help="named settings; flags below override them")
+    add("--recipe", choices=recipes, help=f"named settings, default {next(iter(recipes))}; flags below override them")
     classes, captions = "one folder per class", "*.tsv or *.jsonl with captions"
-    holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}"}.get(name, classes)
+    faces = "videos of aligned faces, with sound"
+    holds = {"infinity": captions, "llamagen": f"{classes}, or {captions}", "syncnet": faces,
+             "latentsync": f"{faces} (see --prepare)"}.get(name, classes)
     add("--data", default="demo", metavar="DIR", help=f"a folder of {holds}, or 'demo' (default)")
-    add("--val-data", metavar="DIR", help="held-out pictures; default: every 20th of --data")
+    add("--val-data", metavar="DIR", help="what is held out; default: every 20th of --data")
     add("--out", default=f"runs/{name}", metavar="DIR", help="default: runs/MODEL")
     add("--resume", choices=["no", "auto"], default="no", help="auto: continue the run in --out if there is one")
     add("--size", type=int, help="side of the pictures in pixels")
@@ -319,10 +321,10 @@ def latentsync_args(add):
         "continues where it was, in --workers processes")
     add("--min-face", type=int, help="leave out smaller faces, in pixels; default: the size of the clips")
     add("--min-confidence", type=float, help="leave out what --syncnet trusts less; default: 3, of a StableSyncNet 0.3")
-    add("--max-offset", type=int, default=6, help="and where the sound is off by more frames (default 6)")
+    add("--max-offset", type=int, help="and where the sound is off by more frames (default 6)")
     add("--quality", metavar="MODULE:FUNCTION", help="leave out what this gives less than --min-quality to: called "
         "with three frames, uint8 (h, w, 3), of a clip")
-    add("--min-quality", type=float, default=40.0, help="default 40, the authors' for hyperIQA")
+    add("--min-quality", type=float, help="default 40, the authors' for hyperIQA")
     add("--piece", type=int, default=5, metavar="SECONDS", help="length of the clips; the last of a shot has up to "
         "twice as much (default 5)")
 
@@ -346,9 +348,10 @@ def parse_args(argv=None):
         args.steps = 0                                                      # the recipe's steps do not count then
     if getattr(args, "study", False):
         if args.model_name == "latentsync":
-            args.stage = "2"
+            args.stage = "2"                                                # whose parts it compares
         else:
             args.recipe = "study"
+    args.recipe = args.recipe or ("256" if getattr(args, "prepare", None) else next(iter(RECIPES[args.model_name])))
     recipe = RECIPES[args.model_name][args.recipe]
     for key, value in (recipe | recipe.get("stages", {}).get(getattr(args, "stage", None), {})).items():
         if getattr(args, key, None) is None:
@@ -370,11 +373,14 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import re
 import signal
+import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -1048,13 +1054,21 @@ class Clips:
 VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm"}
 
 
+def videos_in(root):
+    """Paths of the videos in a folder and those below it, sorted."""
+    return sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and p.name[0] != ".")
+
+
 def video_files(root, train, split):
     """(paths of the videos in a folder, or of those for training or validation, and what stands for the list)."""
     sample.pyav()
-    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and p.name[0] != ".")
+    files = [str(file) for file in videos_in(root)]
     if not files:
         raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
-    files = [str(file) for file in (held_out(files, train) if split else files)]
+    if split:                                                               # all clips of a video to one side
+        source = lambda file: re.sub(r"_[0-9]{6}$", "", os.path.splitext(file)[0])
+        chosen = set(held_out(list(dict.fromkeys(map(source, files))), train))
+        files = [file for file in files if source(file) in chosen]
     listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in files)
     return files, hashlib.sha256(listing.encode()).hexdigest()
 
@@ -1142,7 +1156,7 @@ class Dubs:
 
     def scene(self, index, seed, clips=1):
         """`clips` clips in a row: frames uint8 (clips * F, 3, H, W), for each clip one of another moment as reference,
-        likewise, what each frame hears (clips * F, rows * layers, C), the sound from there on, and the first frame's
+        likewise, what each frame hears (clips * F, rows * layers, C), the sound of the video, and the first frame's
         number. Raises OSError if the video is too short."""
         rng, F = np.random.default_rng(seed), self.frames
         length, frames_at, features, sound = self.video(index)
@@ -1156,16 +1170,17 @@ class Dubs:
         seen, others = frames_at(start, clips * F), torch.cat(references)
         if len(seen) < clips * F or len(others) < clips * F:
             raise OSError("ends too soon")
-        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
-        heard = torch.stack([features[int(row[0]):int(row[-1]) + 1][row - row[0]] for row in rows])
-        return seen, others, heard.flatten(1, 2).float(), sound[start * SAMPLE_RATE // FPS:], start
+        count = features.get_shape()[0] if hasattr(features, "get_shape") else len(features)
+        rows = np.stack([latentsync.window_rows(start + i, count) for i in range(clips * F)])
+        heard = features[int(rows.min()):int(rows.max()) + 1][rows - rows.min()]        # from a file only these
+        return seen, others, heard.flatten(1, 2).float(), sound, start
 
     def item(self, index, seed):
         """One clip: frames, references, what they hear, and the spectrogram that SyncNet hears, or nothing."""
         seen, others, heard, sound, start = self.scene(index, seed)
         if not self.columns:
             return seen, others, heard, torch.zeros(0)
-        mel = syncnet.mel_window(self.video(index)[3], start, self.columns)
+        mel = syncnet.mel_window(sound, start, self.columns)
         if mel is None:
             raise OSError("its sound ends too soon")
         return seen, others, heard, mel
@@ -1175,11 +1190,16 @@ class Dubs:
         for index, seed in items:
             one = first_readable(lambda i: self.item(i, seed), from_on(index, len(self)), self.name, broken)
             if one is None:
-                raise UserError(f"{self.name(0)} and {len(self) - 1} others: not one of these videos can be used; each "
-                                f"has to have sound and {3 * self.frames} frames")
+                raise self.useless()
             found.append(one[1])
         seen, others, heard, mel = (torch.stack(part) for part in zip(*found))
         return (seen, others), (heard, mel), broken
+
+
+    def useless(self):
+        """The error if no video of all can be used."""
+        return UserError(f"{self.name(0)} and {len(self) - 1} others: not one of these videos can be used; each has to "
+                         f"have sound and {3 * self.frames} frames")
 
 
 class HeadDubs(Dubs):
@@ -1208,6 +1228,20 @@ class HeadDubs(Dubs):
         return len(frames), lambda start, count: frames[start:start + count], self.heard[index], sound
 
 
+def content_of(path, most=None):
+    """A hash of a file, or of its size and of so many bytes at its start and at its end."""
+    size, found = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as f:
+        if most is None or size <= 2 * most:
+            while piece := f.read(2**20):
+                found.update(piece)
+        else:
+            found.update(b"%d" % size + f.read(most))
+            f.seek(-most, os.SEEK_END)
+            found.update(f.read())
+    return found.hexdigest()
+
+
 class DubFolder(Dubs):
     """A folder of videos with sound, whose faces are aligned and fill the picture: `train.py latentsync --prepare`
     makes them. Every 20th is for validation."""
@@ -1233,19 +1267,20 @@ class DubFolder(Dubs):
         folder = sample.check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in whisper.state_dict().values())
         ear, self.heard = hashlib.sha256(weights).hexdigest(), []
-        for path in tqdm(self.files, desc="listening", unit="video", leave=False):
-            with open(path, "rb") as f:
-                content = hashlib.file_digest(f, "sha256").hexdigest()
-            self.heard.append(folder / f"{content[:32]}_{ear[:16]}.safetensors")
-            if self.heard[-1].exists():
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for i, path in enumerate(tqdm(self.files, desc="listening", unit="video", leave=False, disable=rank > 0)):
+            self.heard.append(folder / f"{content_of(path)[:32]}_{ear[:16]}.safetensors")
+            if self.heard[-1].exists() or i % world != rank:
                 continue
             try:
                 sound = torch.from_numpy(sample.read_sound(path))
-                features = torch.cat(list(whisper.pieces(sound))).cpu()
+                features = torch.cat([piece.cpu().half() for piece in whisper.pieces(sound)])
             except (UserError, ValueError):                                 # `video` finds no file, and says so
                 continue
             with vq.atomic(self.heard[-1]) as temporary:
-                save_file({"features": features.half(), "sound": sound}, temporary)
+                save_file({"features": features, "sound": sound}, temporary)
+        if world > 1:
+            dist.barrier()
         if not any(file.exists() for file in self.heard):
             raise UserError(f"--data {self.root}: not one of these {len(self)} videos has sound that can be read")
 
@@ -1253,11 +1288,14 @@ class DubFolder(Dubs):
         if not self.heard[index].exists():
             raise OSError("no sound")
         with safe_open(self.heard[index], "pt") as f:
-            features, sound = f.get_tensor("features"), f.get_tensor("sound").numpy()
+            features, sound = f.get_slice("features"), f.get_tensor("sound").numpy()
         video = sample.Video(self.files[index])
         if video.height != video.width:
             raise UserError(f"{self.files[index]}: has {video.width} x {video.height} pixels, expected a square, an "
                             "aligned face; --prepare makes such videos")
+        if video.width < self.resolution:
+            raise UserError(f"{self.files[index]}: has {video.width} pixels, but {self.resolution} are to be painted; "
+                            "--prepare with the same --recipe makes such videos")
         return min(len(video), len(sound) * FPS // SAMPLE_RATE), lambda start, count: self._resized(
             video.clip(start, count)), features, sound
 
@@ -1361,6 +1399,9 @@ DUB_COMPANIONS = {"vae": "talking_head_kl", "whisper": "talking_head_whisper", "
 
 def check_dub_args(args):
     """What argparse does not check; of the drawn heads, the networks that go with them."""
+    for flag in ("lpips", "videomae", "lpips_weight", "sync_weight", "trepa_weight") if args.stage == "1" else ():
+        if getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: belongs to --stage 2")
     for flag, name in DUB_COMPANIONS.items() if args.data == "demo" else ():
         if getattr(args, flag) is None:
             setattr(args, flag, sample.DEMO / f"{name}.safetensors")
@@ -1368,6 +1409,11 @@ def check_dub_args(args):
                         ("--val-videos", args.val_videos, 1, None),
                         *((f"--{name}-weight", getattr(args, f"{name}_weight"), 0, None) for name in (
                             "sync", "trepa", "lpips")))
+    most = latentsync.CONFIGS[args.model].motion_length
+    if args.stage != "1" and args.frames > most:
+        raise UserError(f"--frames {args.frames}: expected at most {most}, which motion modules can tell apart")
+    if args.trepa_weight and args.frames % 2:
+        raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose an even number")
     needed = [("vae", "the autoencoder", True), ("whisper", "the audio encoder", True)]
     if args.stage != "1":
         needed += [(flag, what, getattr(args, f"{weight}_weight")) for flag, what, weight in (
@@ -1399,9 +1445,6 @@ def open_dubs(args):
 # From videos as they come to clips of aligned faces: `train.py latentsync --prepare`
 
 
-SHORTEST = 3 * 16                                                           # frames of which clips can be cut
-
-
 class Rejected(Exception):
     """Why a video or a piece of one is not used."""
 
@@ -1424,17 +1467,20 @@ def shots_of(video):
     """Frames with which a new shot begins, from 0 on, and the number of all frames. By PySceneDetect where it is
     installed, which is better at it (the authors' adaptive detector), else where colors change."""
     try:
-        from scenedetect import AdaptiveDetector, detect
+        from scenedetect import AdaptiveDetector, VideoOpenFailure, detect
+        found = detect(str(video.path), AdaptiveDetector(adaptive_threshold=2))
+        return sorted({0, *(round(begin.seconds * FPS) for begin, _ in found)}), len(video)
     except ImportError:
-        cuts, before, count = [0], None, 0
-        for i, frame in enumerate(video):
-            colors, count = sample.colors_of(Image.fromarray(frame)), i + 1
-            if before is not None and sample.is_cut(before, colors):
-                cuts.append(i)
-            before = colors
-        return cuts, count
-    found = detect(str(video.path), AdaptiveDetector(adaptive_threshold=2))
-    return sorted({0, *(round(begin.seconds * FPS) for begin, _ in found)}), len(video)
+        pass
+    except VideoOpenFailure:                                                # its reader knows fewer formats
+        pass
+    cuts, before, count = [0], None, 0
+    for i, frame in enumerate(video):
+        colors, count = sample.colors_of(Image.fromarray(frame)), i + 1
+        if before is not None and sample.is_cut(before, colors):
+            cuts.append(i)
+        before = colors
+    return cuts, count
 
 
 def pieces_of(cuts, count, length, shortest):
@@ -1447,25 +1493,14 @@ def pieces_of(cuts, count, length, shortest):
 
 
 def aligned_faces(piece, args, device):
-    """Frames of a piece, aligned, uint8 (3, r, r) each, as a list. Raises Rejected unless all of them show one face,
-    large enough. Landmarks come from NAME.npz beside NAME.mp4, as for `sample.py latentsync --landmarks`, or are
-    found."""
-    file, every = piece.video.path.with_suffix(".npz"), 1 if device.type == "cuda" else 3
+    """Frames of a piece, aligned, uint8 (3, r, r), as a list: a few less at the end of a video that is shorter than it
+    says. Raises Rejected unless all of them show one face, large enough. Landmarks come from NAME.npz beside NAME.mp4,
+    as for `sample.py latentsync --landmarks`, or are found."""
+    file = piece.path.with_suffix(".npz")
     if file.exists():
         points = sample.given_points(file, piece.start + piece.count)[piece.start:piece.start + piece.count]
     else:
-        rows, cuts = sample.find_faces(piece, device, every, instead="NAME.npz with landmarks beside NAME.mp4")
-        looked = rows[::every]
-        side_of = lambda box: max(box[2] - box[0], box[3] - box[1])
-        most = max(looked, key=lambda found: sum(side_of(box) >= 50 for box in found), default=())
-        if not most:
-            raise Rejected("no face")
-        if len(most) > 1 and sum(side_of(box) >= 50 for box in most) > 1:
-            raise Rejected(f"{len(most)} faces")
-        side = float(np.median([max(map(side_of, found)) for found in looked if found]))
-        if side < args.min_face:
-            raise Rejected(f"a face of {side:.0f} pixels, --min-face is {args.min_face}")
-        points = sample.points_of_faces(rows, cuts, every)[0]
+        points = points_of_one_face(piece, args, device)
     missing = int(np.isnan(points).any((1, 2)).sum())
     if missing:
         raise Rejected(f"no face in {missing} of {piece.count} frames")
@@ -1473,9 +1508,29 @@ def aligned_faces(piece, args, device):
     for frame, at in zip(piece, points):
         matrix = align(at)
         faces.append(latentsync.align_face(torch.from_numpy(frame), matrix, align.canvas, args.resolution).byte())
-    if len(faces) < piece.count:
+    if len(faces) < max(args.shortest, piece.count - FPS):
         raise Rejected(f"ends after {len(faces)} of {piece.count} frames")
     return faces
+
+
+def points_of_one_face(piece, args, device, smallest=50):
+    """Three points (frames, 3, 2) for every frame of a piece, by a detector, nan where it found none. Raises Rejected
+    if there is a cut, or anything but one face. Faces of less than so many pixels do not count."""
+    every = 1 if device.type == "cuda" else 3
+    rows, cuts = sample.find_faces(piece, device, every, instead="NAME.npz with landmarks beside NAME.mp4")
+    if cuts:
+        raise Rejected(f"another shot begins at frame {piece.start + cuts[0]}")
+    side = lambda box: max(box[2] - box[0], box[3] - box[1])
+    sides = [[side(box) for box in found if side(box) >= smallest] for found in rows[::every]]
+    if max(map(len, sides), default=0) > 1:
+        raise Rejected(f"{max(map(len, sides))} faces")
+    ranks = sample.points_of_faces(rows, cuts, every)
+    if not ranks or not any(sides):
+        raise Rejected(f"no face of {smallest} pixels or more")
+    median = float(np.median(sum(sides, [])))
+    if median < args.min_face:
+        raise Rejected(f"a face of {median:.0f} pixels, --min-face is {args.min_face}")
+    return ranks[0]
 
 
 @functools.lru_cache(maxsize=1)
@@ -1532,9 +1587,9 @@ def prepare_source(source, args):
         cuts, count = shots_of(video)
     except (UserError, *sample.UNREADABLE) as e:
         raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
-    pieces = pieces_of(cuts, count, args.piece * FPS, SHORTEST)
+    pieces = pieces_of(cuts, count, args.piece * FPS, args.shortest)
     if not pieces:
-        raise Rejected(f"too short: {count} frames in {len(cuts)} shots, a clip takes {SHORTEST} in one")
+        raise Rejected(f"too short: {count} frames in {len(cuts)} shots, a clip takes {args.shortest} in one")
     return pieces
 
 
@@ -1548,6 +1603,7 @@ def prepare_piece(source, out, start, count, args):
         if "pip install" in str(e):                                         # a missing package is no fault of the video
             raise
         raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
+    count = len(faces)
     part = lambda sound: sound[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
     if len(part(sound)) < count * SAMPLE_RATE // FPS - SAMPLE_RATE // FPS:
         raise Rejected("its sound ends too soon")
@@ -1566,32 +1622,39 @@ def prepare_piece(source, out, start, count, args):
     return notes | {"frames": count}
 
 
-PREPARED = ("source", "bytes", "start", "verdict", "frames", "offset", "confidence", "quality", "file")
+PREPARED = ("source", "bytes", "start", "verdict", "frames", "offset", "confidence", "quality", "file", "settings")
 
 
 class Prepared:
-    """prepared.csv: a row for every piece, with its reason if it was rejected, and one for every video that is done."""
+    """prepared.csv: a row for every piece, with its reason if it was rejected, and one for every video that is done.
+    Rows count as long as their video and their clip are what they were; failures are tried again."""
 
-    def __init__(self, path, sources):
-        self.path, self.rows = path, []
+    def __init__(self, path, sources, settings):
+        self.path, self.settings, self.rows = path, settings, []
         if path.exists():
             with open(path, newline="", encoding="utf-8") as f:
-                rows = list(csv.DictReader(f))
+                rows = [row for row in csv.DictReader(f) if None not in row.values()]       # the last may be cut off
+            other = next((row["settings"] for row in rows if row["settings"] != settings), None)
+            if other:
+                raise UserError(f"{path}: was made with other settings ({other}; now {settings}); give the same, or "
+                                "another --data")
             lost = {row["source"] for row in rows if not self._holds(row, sources)}
+            for row in rows:
+                if row["verdict"] == "kept" and row["bytes"] != sources.get(row["source"], row["bytes"]):
+                    (path.parent / row["file"]).unlink(missing_ok=True)     # of a video that is another one now
             self.rows = [row for row in rows if self._holds(row, sources)
                          and not (row["verdict"] == "done" and row["source"] in lost)]
         write_table(path, self.rows, PREPARED)
         self.known = {(row["source"], row["start"]) for row in self.rows}
 
     def _holds(self, row, sources):
-        """Whether a row was written to its end, and its source and its clip are what they were."""
-        return (None not in row.values() and row["bytes"] == sources.get(row["source"])
+        return (row["bytes"] == sources.get(row["source"], row["bytes"]) and not row["verdict"].startswith("failed")
                 and (row["verdict"] != "kept" or (self.path.parent / row["file"]).is_file()))
 
     def add(self, **row):
-        self.rows.append(row)
+        self.rows.append(row | {"settings": self.settings})
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, PREPARED).writerow(row)
+            csv.DictWriter(f, PREPARED).writerow(self.rows[-1])
 
     def has(self, source, start=""):
         return (source, str(start)) in self.known
@@ -1606,105 +1669,142 @@ class Prepared:
                 + ", ".join(f"{n} x {reason}" for reason, n in why.most_common()))
 
 
+def check_prepare_args(args):
+    """What argparse does not check -> (folder of raw videos, folder of clips)."""
+    if args.data == "demo":
+        raise UserError("--prepare: give the folder that is to hold the clips as --data DIR")
+    if args.study:
+        raise UserError("--prepare and --study exclude each other")
+    sample.check_ranges(("--piece", args.piece, 2, None), ("--min-face", args.min_face, 1, None),
+                        ("--max-offset", args.max_offset, 0, 15))
+    for flag, needs in (("min_confidence", "syncnet"), ("max_offset", "syncnet"), ("min_quality", "quality")):
+        if getattr(args, flag) is not None and not getattr(args, needs):
+            raise UserError(f"--{flag.replace('_', '-')}: goes with --{needs}")
+    sample.pyav()
+    raw, out = Path(args.prepare), sample.check_writable(args.data, "--data")
+    if raw.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--data {out}: lies in the folder of the raw videos; choose one outside of it")
+    if args.quality:
+        quality_of(args.quality)
+        args.min_quality = 40.0 if args.min_quality is None else args.min_quality
+    if args.syncnet:
+        args.syncnet = str(sample.find_checkpoint(args.syncnet))
+        judge = preparing_judge(args.syncnet, "cpu")
+        sample.check_judge(judge, f"--syncnet {args.syncnet}", original=True)
+        original = isinstance(judge, syncnet.OriginalSyncNet)
+        args.min_confidence = (3.0 if original else 0.3) if args.min_confidence is None else args.min_confidence
+        args.max_offset = 6 if args.max_offset is None else args.max_offset
+    args.resolution, args.shortest = latentsync.CONFIGS[args.model].resolution, 3 * max(16, args.frames)
+    args.min_face = args.resolution if args.min_face is None else args.min_face
+    return raw, out
+
+
 def prepare(args):
     """`train.py latentsync --prepare RAW_DIR --data OUT_DIR`: videos at 25 frames a second and their sound at 16 kHz,
     cut where shots end and every few seconds, faces aligned, sound moved into step. What cannot be used is left out,
     and prepared.csv says why; what was done before is not done again."""
-    if args.data == "demo":
-        raise UserError("--prepare: give the folder that is to hold the clips as --data DIR")
-    sample.pyav()
-    raw, out = Path(args.prepare), sample.check_writable(args.data, "--data")
-    paths = sorted(p for p in raw.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and p.name[0] != ".")
+    raw, out = check_prepare_args(args)
+    paths = {str(path.relative_to(raw)): path for path in videos_in(raw)}
     if not paths:
         raise UserError(f"--prepare {raw}: no videos in it; expected {', '.join(sorted(VIDEOS))}")
-    if out.resolve() == raw.resolve():
-        raise UserError(f"--data {out}: is the folder of the raw videos; choose another one")
-    if args.quality:
-        quality_of(args.quality)
-    if args.syncnet:
-        args.syncnet = str(sample.find_checkpoint(args.syncnet))
-        judge = preparing_judge(args.syncnet, "cpu")
-        original = isinstance(judge, syncnet.OriginalSyncNet)
-        if not original and judge.config.latent:
-            raise UserError(f"--syncnet {args.syncnet}: looks at latents; expected syncnet_v2.model or "
-                            "stable_syncnet.pt")
-        args.min_confidence = (3.0 if original else 0.3) if args.min_confidence is None else args.min_confidence
     for leftover in out.rglob(".[0-9]*.mp4"):                               # of a run that was killed
         leftover.unlink()
-    args.resolution = latentsync.CONFIGS[args.model].resolution
-    args.min_face = args.resolution if args.min_face is None else args.min_face
-    sources = {str(p.relative_to(raw)): str(p.stat().st_size) for p in paths}
-    table, name = Prepared(out / "prepared.csv", sources), {str(p.relative_to(raw)): p for p in paths}
-    left, clip = [s for s in sources if not table.has(s)], lambda s, start: f"{s.replace('.', '_')}_{start:06d}.mp4"
+    settings = [f"of {raw.resolve()}", f"{args.resolution} pixels", f"{args.piece} s", f"face {args.min_face}"]
+    if args.syncnet:
+        settings.append(f"{Path(args.syncnet).name} {args.min_confidence:g} {args.max_offset}")
+    if args.quality:
+        settings.append(f"{args.quality} {args.min_quality:g}")
+    sizes = {source: str(path.stat().st_size) for source, path in paths.items()}
+    table = Prepared(out / "prepared.csv", sizes, ", ".join(settings))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)               # ends as by Ctrl-C
+    left = [source for source in paths if not table.has(source)]
+    sources, pieces, open_pieces, jobs = iter(left), collections.deque(), collections.Counter(), {}
     with Crew(args.workers) as crew, tqdm(total=len(left), unit="video") as bar:
-        jobs = {crew.submit(prepare_source, name[source], args): (source, None) for source in left}
-        open_pieces = collections.Counter()
-        for job in crew.as_done(jobs):
-            source, start = jobs.pop(job)
-            note = functools.partial(table.add, source=source, bytes=sources[source])
-            try:
-                found, verdict = job.result(), "kept"
-            except Rejected as e:
-                found, verdict = {}, str(e)
-            if start is None and verdict != "kept":
-                note(start="", verdict=verdict)
-            elif start is None:
-                for first, count in found:
-                    if not table.has(source, first):
-                        made = crew.submit(prepare_piece, name[source], out / clip(source, first), first, count, args)
-                        jobs[made] = (source, first)
-                        open_pieces[source] += 1
-            else:
-                note(start=start, verdict=verdict, **found, **({"file": clip(source, start)} if found else {}))
-                open_pieces[source] -= 1
-            if not open_pieces[source]:
-                if verdict == "kept" or start is not None:
-                    note(start="", verdict="done")
-                bar.update()
+        while True:
+            while len(jobs) < crew.room and (pieces or (source := next(sources, None))):
+                if pieces:                                                  # first what was begun
+                    source, start, count = pieces.popleft()
+                    file = f"{source}_{start:06d}.mp4"
+                    job = crew.submit(prepare_piece, paths[source], out / file, start, count, args)
+                    jobs[job] = source, start, file
+                else:
+                    jobs[crew.submit(prepare_source, paths[source], args)] = source, "", ""
+            if not jobs:
+                break
+            for job in crew.some_done(jobs):
+                source, start, file = jobs.pop(job)
+                found, verdict = outcome_of(job)
+                if start == "" and verdict == "kept":
+                    new = [(source, *piece) for piece in found if not table.has(source, piece[0])]
+                    pieces.extend(new)
+                    open_pieces[source] = len(new)
+                elif start == "":
+                    table.add(source=source, bytes=sizes[source], start="", verdict=verdict)
+                else:
+                    notes = found | {"file": file} if verdict == "kept" else {}
+                    table.add(source=source, bytes=sizes[source], start=start, verdict=verdict, **notes)
+                    open_pieces[source] -= 1
+                if not open_pieces[source]:
+                    if start != "" or verdict == "kept":
+                        table.add(source=source, bytes=sizes[source], start="", verdict="done")
+                    bar.update()
     print(f"{table.summary()}; all rows in {table.path}")
     if not args.syncnet:
         print("note: without --syncnet sound and picture are taken to be in step")
 
 
+def outcome_of(job):
+    """(what a job found, "kept" or why not). What is no fault of the video is raised; of other surprises the row says
+    that it failed, and the next run tries again."""
+    try:
+        return job.result(), "kept"
+    except Rejected as e:
+        return None, str(e)
+    except BrokenProcessPool:
+        raise UserError("--workers: one of the processes died, out of memory perhaps; what was done is kept: start "
+                        "again, with fewer --workers, or 0 to see at which video") from None
+    except (UserError, OSError, KeyboardInterrupt):
+        raise
+    except Exception as e:
+        return None, f"failed: {type(e).__name__}: {e}".replace("\n", " ")[:200]
+
+
 class Crew:
-    """Processes that work on jobs, or with none of them this one. Jobs may be added while others are waited for."""
+    """Processes that work on jobs, or with none of them this one. room: how many jobs it takes at a time."""
 
     def __init__(self, workers):
-        self.pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), one_thread) if workers else None
+        self.room, self.pool = max(1, 2 * workers), concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), begin_work) if workers else None
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+            self.pool.shutdown(cancel_futures=True)                         # what was begun is finished
 
     def submit(self, function, *inputs):
         if self.pool:
             return self.pool.submit(function, *inputs)
         job = concurrent.futures.Future()
-        job.work = functools.partial(function, *inputs)
+        try:
+            job.set_result(function(*inputs))
+        except Exception as e:
+            job.set_exception(e)
         return job
 
-    def as_done(self, jobs):
-        """Jobs as they are done, until there are none left in this dict, which may grow in the meantime."""
-        while jobs:
-            if self.pool:
-                yield from concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_COMPLETED).done
-                continue
-            job = next(iter(jobs))
-            try:
-                job.set_result(job.work())
-            except Exception as e:
-                job.set_exception(e)
-            yield job
+    def some_done(self, jobs):
+        """Those that are done; waits until there is one."""
+        return list(concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_COMPLETED).done)
 
 
-def one_thread():
-    """What a process of a Crew begins with: others use the other cores; Ctrl-C is the parent's."""
+def begin_work():
+    """What a process of a Crew begins with: other cores are for others, Ctrl-C for the parent, with which it ends."""
     leave_signals_to_parent(None)
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    end = lambda: (multiprocessing.connection.wait([parent]), os._exit(1))
+    threading.Thread(target=end, daemon=True).start()
 
 
 def clip_config(args):
@@ -1791,6 +1891,10 @@ class Task:
 
     def load_state_dict(self, state):
         pass
+
+    def identity(self):
+        """What else a resumed run has to have the same, besides settings and data."""
+        return {}
 
     def cached(self, train_set, val_set, patch_nums):
         """The sets, or with --cache-crops their tokens."""
@@ -2341,7 +2445,7 @@ class MaskedVideo(torch.nn.Module):
         B, L, C = tokens.shape
         order = torch.rand(B, places, generator=generator, device=clips.device).argsort(1)[:, :round(seen * places)]
         index = (order[:, None] + places * torch.arange(L // places, device=clips.device)[:, None]).flatten(1)
-        known = self.inward(self.videomae.encode(tokens.gather(1, index[:, :, None].expand(-1, -1, C))))
+        known = self.inward(self.videomae.encode(tokens.gather(1, index[:, :, None].expand(-1, -1, C)))).float()
         x = self.unseen.expand(B, L, -1).scatter(1, index[:, :, None].expand(-1, -1, known.shape[2]), known)
         x = self.decoder.encode(x + self.decoder.positions)
         return self.pixels(self.norm(x)), patches, torch.zeros(B, L, device=x.device).scatter(1, index, 1.0)
@@ -2350,9 +2454,6 @@ class MaskedVideo(torch.nn.Module):
     def init_weights(self, generator=None):
         """PyTorch's default, drawn from `generator`."""
         vq.init_default(self, generator)
-        for block in [*self.videomae.blocks, *self.decoder.blocks]:
-            block.attn.q_bias.zero_()
-            block.attn.v_bias.zero_()
 
 
 class VideoMAETask(Task):
@@ -2461,7 +2562,7 @@ class LatentSyncTask(Task):
         self.model.checkpointing = args.checkpointing
         for data in (train_set, val_set):
             data.listen(self.whisper, args)
-            data.columns = self.syncnet.config.columns if self.syncnet else None
+            data.columns = self.syncnet.config.columns if self.supervision and args.sync_weight else None
         self.metrics = ["noise", *self.supervision.weights] if self.supervision else []
         self.val_metrics = ["loss", "ssim", "lmd", "flicker", *(["sync_c", "offset"] if self.critic else [])]
 
@@ -2470,7 +2571,9 @@ class LatentSyncTask(Task):
         args, half = self.args, self.args.dtype != "fp32" and self.device.type == "cuda"
         place = lambda model: model.to(self.device, sample.DTYPES[args.dtype] if half else None).requires_grad_(False)
         find = sample.find_checkpoint
-        self.autoencoder = place(vq.load_autoencoder(find(args.vae)))
+        self.autoencoder = vq.load_autoencoder(find(args.vae))
+        self.latents = vq.fingerprint(self.autoencoder)                     # before it is rounded
+        place(self.autoencoder)
         self.whisper = latentsync.load_whisper(find(args.whisper), device=self.device).requires_grad_(False)
         if self.whisper.config.width != config.audio_width:
             raise UserError(f"--whisper {args.whisper}: its features are {self.whisper.config.width} wide, but "
@@ -2479,7 +2582,10 @@ class LatentSyncTask(Task):
         if args.syncnet:
             self.syncnet = place(syncnet.load(find(args.syncnet)))
             self.check_syncnet(config)
-        self.critic = place(syncnet.load(find(args.judge))) if args.judge else self.syncnet
+        self.critic = self.syncnet
+        if args.judge:
+            self.critic = syncnet.load(find(args.judge), device=self.device).requires_grad_(False)
+            sample.check_judge(self.critic, f"--judge {args.judge}", original=True)
         if args.stage == "1":
             return
         if args.trepa_weight:
@@ -2491,15 +2597,16 @@ class LatentSyncTask(Task):
             sync_weight=args.sync_weight, trepa_weight=args.trepa_weight, lpips_weight=args.lpips_weight,
             checkpointing=args.checkpointing)
 
+    def identity(self):
+        """The networks that are not trained, and the start."""
+        given = {flag: getattr(self.args, flag) for flag in ("init", "vae", "whisper", "syncnet", "judge", "videomae")}
+        places = {flag: sample.find_checkpoint(name) for flag, name in given.items() if name}
+        return {flag: content_of(path, 2**20) if Path(path).is_file() else str(path) for flag, path in places.items()}
+
     def check_syncnet(self, config):
         """Makes sure that --syncnet can look at these clips."""
         model, name = self.syncnet, self.args.syncnet
-        if isinstance(model, syncnet.OriginalSyncNet):
-            raise UserError(f"--syncnet {name}: is the original SyncNet, whose distances are no probability; expected "
-                            "a StableSyncNet, such as stable_syncnet.pt")
-        if model.config.latent:
-            raise UserError(f"--syncnet {name}: looks at latents; expected one that looks at pixels, such as "
-                            "stable_syncnet.pt")
+        sample.check_judge(model, f"--syncnet {name}")
         if self.args.stage != "1" and self.args.sync_weight and model.frames != config.frames:
             raise UserError(f"--syncnet {name}: is made for clips of {model.frames} frames, but clips have "
                             f"{config.frames}; choose --frames {model.frames}, or another one")
@@ -2534,8 +2641,13 @@ class LatentSyncTask(Task):
         g, losses, batch = torch.Generator(self.device).manual_seed(0), [], max(1, 32 // self.args.frames)
         for start in range(0, max(1, 128 // self.args.frames), batch):
             items = [(i % len(self.val_set), (i,)) for i in range(start, start + batch)]
-            losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g)[:3], g)[0])
+            with self.half():
+                losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g)[:3], g)[0])
         return {"loss": torch.stack(losses).mean().item()} | self.judge(model, self.args.val_videos)
+
+    def half(self):
+        """The precision of training."""
+        return torch.autocast(self.device.type, sample.DTYPES[self.args.dtype], enabled=self.args.dtype != "fp32")
 
     def painted(self, model, index):
         """(painted, true faces (N, 3, H, W) in [-1, 1], sound) of one unseen video: its own words, but the reference is
@@ -2544,9 +2656,9 @@ class LatentSyncTask(Task):
         readable = first_readable(lambda i: self.val_set.scene(i, (index,), clips), from_on(index, len(self.val_set)),
                                   self.val_set.name, [])
         if readable is None:
-            raise UserError(f"{self.val_set.name(0)} and {len(self.val_set) - 1} others: not one of the videos for "
-                            f"validation can be used; each has to have sound and {3 * self.args.frames} frames")
-        seen, others, audio, sound, _ = readable[1]
+            raise self.val_set.useless()
+        seen, others, audio, sound, start = readable[1]
+        sound = sound[start * SAMPLE_RATE // FPS:]
         if model is None:
             return *[sample.to_input(seen, self.device)] * 2, sound
         g, c, F, found = torch.Generator(self.device).manual_seed(index), model.config, self.args.frames, []
@@ -2555,9 +2667,10 @@ class LatentSyncTask(Task):
         true, others = (sample.to_input(x, self.device) for x in (seen, others))
         for start in range(0, len(true), F):
             part = slice(start, start + F)
-            found.append(latentsync.paint(
-                model, self.autoencoder, true[part], audio[part].to(self.device), z, self.mask, g,
-                self.STEPS, self.args.sampling["cfg"], references=others[part])[0])
+            with self.half():
+                found.append(latentsync.paint(
+                    model, self.autoencoder, true[part], audio[part].to(self.device), z, self.mask, g,
+                    self.STEPS, self.args.sampling["cfg"], references=others[part])[0].float())
         return torch.cat(found).clamp(-1, 1), true, sound
 
     @torch.no_grad()
@@ -2568,13 +2681,16 @@ class LatentSyncTask(Task):
         for index in tqdm(range(judged), desc="painting", unit="video", leave=False):
             painted, true, sound = self.painted(model, index)
             scores.append(compare_faces(painted, true, self.mask) | self.sync_of(painted, sound))
-        return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+        return {name: float(np.nanmean([score[name] for score in scores] or [math.nan])) for name in scores[0]}
 
     def sync_of(self, faces, sound):
         """What SyncNet says about faces (N, 3, H, W) in [-1, 1], if there is one."""
         if self.critic is None:
             return {}
-        score = score_aligned(self.critic, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
+        try:
+            score = score_aligned(self.critic, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
+        except ValueError:                                                  # too short for it
+            return {"sync_c": math.nan, "offset": math.nan}
         return {"sync_c": score.confidence, "offset": float(abs(score.offset))}
 
     @torch.no_grad()
@@ -2587,8 +2703,8 @@ class LatentSyncTask(Task):
             rows += [true[:16:2], painted[:16:2]]
             if not index:
                 self.film(path.with_suffix(".mp4"), torch.cat([true, painted], 3), sound)
-        sheet = sample.grid(sample.to_pixels(torch.cat(rows).add(1).div(2)), len(rows[0]))
-        sample.save_png(path.with_suffix(".png"), sheet)
+        pictures = sample.grid(sample.to_pixels(torch.cat(rows).add(1).div(2)), len(rows[0]))
+        sample.save_png(path.with_suffix(".png"), pictures)
 
     def film(self, path, faces, sound):
         """Faces (N, 3, H, W) in [-1, 1] as a video."""
@@ -2601,7 +2717,7 @@ class LatentSyncTask(Task):
                 video.write(frame)
 
     def save(self, model, path, dtype):
-        latentsync.save(model, path, dtype, tokenizer=vq.fingerprint(self.autoencoder), sampling=self.args.sampling,
+        latentsync.save(model, path, dtype, tokenizer=self.latents, sampling=self.args.sampling,
                         stage=self.args.stage)
 
 
@@ -2693,7 +2809,7 @@ def study_latentsync(args):
     def judge(label, model):
         rows.append({"": label} | task.judge(model, STUDY_VIDEOS))
         print(", ".join(f"{name} {value:.3f}" if name else value for name, value in rows[-1].items()))
-        strips[label] = torch.cat([task.painted(model, i)[0][8:40:4] for i in range(2)], 3)
+        strips[label] = task.painted(model, 0)[0][8:40:4]
     judge("true frames", None)
     judge("before: stage 1", task.model)
     for label, changes in DUB_STUDY.items():
@@ -2705,10 +2821,12 @@ def study_latentsync(args):
             curves[label] = [row for row in csv.DictReader(f) if row["val_loss"]]
         judge(label, latentsync.load(folder / "model.safetensors", device=device))
     write_table(out / "study.csv", rows)
+    names = [name for name in ("sync_c", "flicker", "lmd") if name in rows[0]]
     charts = [sample.chart({label: ([int(row["step"]) for row in log], [float(row[f"val_{name}"]) for row in log])
-                            for label, log in curves.items()}, what, "steps", name, size=(400, 300))
-              for name, what in (("sync_c", "SyncNet's confidence"), ("flicker", "flicker"), ("lmd", "mouth points"))]
-    frames = sample.grid(sample.to_pixels(torch.cat(list(strips.values())).add(1).div(2)), 8)
+                            for label, log in curves.items()}, name, "steps", size=(400, 300)) for name in names]
+    columns = min(map(len, strips.values()))
+    frames = torch.cat([strip[:columns] for strip in strips.values()])
+    frames = sample.grid(sample.to_pixels(frames.add(1).div(2)), columns)
     sample.save_png(out / "study.png", sheet(charts), {"model": "latentsync", "steps": args.steps})
     sample.save_png(out / "study_frames.png", frames, {"rows": ", ".join(strips)})
     print(f"table in {out}/study.csv, curves in {out}/study.png, frames in {out}/study_frames.png")
@@ -2856,15 +2974,15 @@ class Log:
 
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items()})
+            csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items() if v is not None})
 
     def draw(self):
         """curves.png: what all validations so far have found."""
         with open(self.path, encoding="utf-8") as f:
             rows, names = list(csv.DictReader(f)), [name for name in self.columns if name.startswith("val_")]
-        curve = lambda name: zip(*((int(row["step"]), float(row[name])) for row in rows if row[name]))
-        charts = [sample.chart({"": tuple(curve(name))}, name.removeprefix("val_"), "steps", size=(400, 300))
-                  for name in names]
+        known = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
+        charts = [sample.chart({"": tuple(zip(*points))}, name.removeprefix("val_"), "steps", size=(400, 300))
+                  for name, points in known.items() if points]
         sample.save_png(self.path.with_name("curves.png"), sheet(charts, min(3, len(charts))))
 
     @staticmethod
@@ -2964,6 +3082,7 @@ class Run:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
         self.first, self.best = 0, -math.inf
         self.settings = {k: getattr(args, k, None) for k in self.SETTINGS} | {"data": self.task.train_set.fingerprint}
+        self.settings |= self.task.identity()
         if args.resume == "auto" and (self.out / "state.pt").exists():
             self.restore()
         if self.rank == 0:
@@ -3114,7 +3233,7 @@ def train(args):
 def main(args):
     """Trains, or what a flag asks for instead."""
     study = study_latentsync if args.model_name == "latentsync" else study_syncnet
-    for flag, instead in (("evaluate", evaluate_syncnet), ("study", study), ("prepare", prepare)):
+    for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study)):
         if getattr(args, flag, None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")

@@ -158,7 +158,7 @@ def test_references_have_no_frame_in_common_and_the_sound_is_that_of_the_frames(
         index = seed % 3
         seen, others, heard, sound, start = data.scene(index, (seed,), clips=3)
         whole, voice = train.talking_head(index)
-        assert torch.equal(seen, whole[start:start + 48]) and np.array_equal(sound, voice[start * 640:])
+        assert torch.equal(seen, whole[start:start + 48]) and np.array_equal(sound, voice)
         rows = np.stack([latentsync.window_rows(start + i, 240) for i in range(48)])
         assert torch.equal(heard[:, ::2, 0], torch.from_numpy(rows).float())
         for k in range(3):
@@ -184,11 +184,11 @@ def tiny_networks(files, tmp_path, monkeypatch):
     folder.mkdir()
     syncnet.save(tiny_syncnet(config=TINY_JUDGE), folder / "sync.safetensors")
     latentsync.save(tiny(latentsync.VideoMAE, TINY_EYE), folder / "eye.safetensors")
+    monkeypatch.setitem(train.DUB_COMPANIONS, "videomae", folder / "eye")
     latentsync.save(tiny(latentsync.UNet, replace(TINY, resolution=16, motion="none")), folder / "stage1.safetensors")
     return ("latentsync", "--vae", files / "talking_head_kl.safetensors", "--whisper",
-            files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--videomae",
-            folder / "eye.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device",
-            "cpu", "--workers", 0, "--log-every", 1, "--trepa-weight", 10), ("--init", folder / "stage1.safetensors")
+            files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device",
+            "cpu", "--workers", 0, "--log-every", 1), ("--init", folder / "stage1.safetensors")
 
 
 def small_heads(video):
@@ -202,7 +202,6 @@ def small_heads(video):
 def test_resumed_run_equals_an_uninterrupted_one(tiny_networks, tmp_path, stage, capsys):
     flags, init = tiny_networks
     argv = (*flags, "--stage", stage, *init, "--steps", 4, "--val-every", 2, "--sample-every", 0)
-    argv = argv + ("--trepa-weight", 0) if stage == "2-efficient" else argv
     run(train, *argv, "--out", tmp_path / "whole")
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
@@ -223,6 +222,16 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_networks, tmp_path, stage,
 
 def weights_of(path):
     return train.load_file(path)
+
+
+def test_a_run_goes_on_with_the_same_networks_only(tiny_networks, tmp_path, capsys):
+    """Stage 1, judged by a SyncNet for longer clips."""
+    flags, init = tiny_networks
+    judge = ROOT / "demo" / "talking_head_syncnet.safetensors"
+    argv = (*flags, *init, "--steps", 2, "--sample-every", 0, "--out", tmp_path / "out")
+    run(train, *argv, "--syncnet", judge, "--stop-after", 1)
+    said = complaint(capsys, train, *argv, "--resume", "auto")
+    assert "is of another run (syncnet was" in said
 
 
 def test_without_sound_there_is_no_sync_loss(tiny_networks, tmp_path):
@@ -247,7 +256,6 @@ def test_mistakes_are_named(tiny_networks, files, tmp_path, capsys):
     other, original = tmp_path / "other.safetensors", tmp_path / "syncnet_v2.model"
     syncnet.save(tiny_syncnet(), other)                                     # clips of 5 frames
     torch.save(syncnet.export(vq.build(syncnet.OriginalSyncNet)), original)
-    bare = tuple(flag for flag in flags if flag not in ("--videomae", tmp_path / "networks" / "eye.safetensors"))
     for extra, said in ((("--stage", 2), "--stage 2: trains attention and motion modules only"),
                         (("--stage", 2, *init, "--syncnet", other), "is made for clips of 5 frames, but clips have 4"),
                         (("--stage", 2, *init, "--syncnet", original), "is the original SyncNet"),
@@ -255,6 +263,10 @@ def test_mistakes_are_named(tiny_networks, files, tmp_path, capsys):
                         (("--stage", 2, *init, "--lpips-weight", 0.1), "--lpips: needed: VGG16 HEADS"),
                         (("--stage", 2, *init, "--videomae", other), "not a VideoMAE v2"),
                         (("--stage", 3), ""),
+                        (("--videomae", other), "--videomae: belongs to --stage 2"),
+                        (("--sync-weight", 1), "--sync-weight: belongs to --stage 2"),
+                        (("--stage", 2, *init, "--frames", 25), "--frames 25: expected at most 8"),
+                        (("--stage", 2, *init, "--frames", 5), "--frames 5: TREPA's video encoder takes frames in pairs"),
                         (("--drop-audio", 2), "--drop-audio 2.0: expected"),
                         ((*init, "--stable-diffusion", tmp_path), "exclude each other")):
         if extra == ("--stage", 3):
@@ -264,7 +276,7 @@ def test_mistakes_are_named(tiny_networks, files, tmp_path, capsys):
         line = complaint(capsys, train, *flags, *extra, "--out", tmp_path / "out")
         assert said in line, line
     data = ("--data", tmp_path, "--stage", 2, *init)
-    assert "--videomae: needed: TREPA's video encoder" in complaint(capsys, train, *bare, *data, "--out", tmp_path / "out")
+    assert "--videomae: needed: TREPA's video encoder" in complaint(capsys, train, *flags, *data, "--out", tmp_path / "out")
 
 
 def test_training_on_a_folder(tiny_networks, tmp_path, av, capsys):
@@ -277,7 +289,8 @@ def test_training_on_a_folder(tiny_networks, tmp_path, av, capsys):
     write_video(data / "short.mp4", pictures(6, 24), speech(1))
     write_video(data / "wide.mp4", pictures(20, 24)[:, :, :12], speech(0.8))
     (data / "corrupt.mp4").write_bytes((data / "0.mp4").read_bytes()[:700])
-    argv = (*flags, "--stage", 2, *init, "--data", data, "--steps", 6, "--sample-every", 0)
+    eye = train.DUB_COMPANIONS["videomae"].with_suffix(".safetensors")
+    argv = (*flags, "--stage", 2, *init, "--videomae", eye, "--data", data, "--steps", 6, "--sample-every", 0)
     run(train, *argv, "--out", tmp_path / "out")
     said = capsys.readouterr()
     assert "7 videos" in said.out and "skipped 4 unreadable of 7 videos" in said.out + said.err
@@ -311,7 +324,7 @@ def test_features_are_cached_by_content(tmp_path, av):
     data = train.DubFolder(tmp_path, 4, 16, split=False)
     data.listen(Ear(), args)
     length, frames_at, features, sound = data.video(0)
-    assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and len(features) in (40, 41) and len(sound) // 640 in (20, 21)
+    assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and features.get_shape()[0] in (40, 41) and len(sound) // 640 in (20, 21)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,7 +339,7 @@ def scene(path, seed, seconds, late=0, size=96):
     return frames, sound, points
 
 
-PREPARE = ("latentsync", "--device", "cpu", "--workers", 0, "--piece", 2)
+PREPARE = ("latentsync", "--recipe", "talking_head", "--device", "cpu", "--workers", 0, "--piece", 2)
 
 
 def rows_of(folder):
@@ -360,7 +373,7 @@ def test_videos_become_clips_of_aligned_faces(raw, tmp_path, capsys):
     assert verdicts["corrupt.mp4", ""] not in ("done", "kept")
     assert "kept 4 clips, 0.1 min; rejected: " in said and "1 x no face in .. of .. frames" in said
     assert "sound and picture are taken to be in step" in said
-    first = sample.Video(tmp_path / "out" / "good_mp4_000050.mp4")
+    first = sample.Video(tmp_path / "out" / "good.mp4_000050.mp4")
     assert (first.height, first.width, len(first)) == (64, 64, 75)          # the rest goes to the last piece
     frames, sound, points = train.talking_scene(85, 5.0, 96)
     align = latentsync.Aligner(64)
@@ -406,6 +419,18 @@ def test_quality_is_asked_of_a_function(raw, tmp_path, capsys, monkeypatch):
     assert "--quality taste:blunt" in said and "expected MODULE:FUNCTION" in said
 
 
+def test_what_goes_wrong_by_surprise_is_tried_again(raw, tmp_path, monkeypatch, capsys):
+    real = train.prepare_piece
+    monkeypatch.setattr(train, "prepare_piece", lambda source, *rest: 1 / 0 if "good" in str(source) else real(source, *rest))
+    argv = (*PREPARE, "--prepare", raw, "--data", tmp_path)
+    run(train, *argv)
+    assert "2 x failed: ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.setattr(train, "prepare_piece", real)
+    run(train, *argv)
+    assert "kept 4 clips" in capsys.readouterr().out
+    assert "with other settings" in complaint(capsys, train, *argv, "--piece", 3)
+
+
 def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     made, real = [], train.prepare_piece
 
@@ -426,9 +451,9 @@ def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     run(train, *argv)
     assert sorted(set(made)) == sorted(made) and not list(tmp_path.glob(".*"))      # nothing twice
     assert sum(row["verdict"] == "kept" for row in rows_of(tmp_path)) == 4
-    (tmp_path / "good_mp4_000000.mp4").unlink()                             # a clip that is gone is made again
+    (tmp_path / "good.mp4_000000.mp4").unlink()                             # a clip that is gone is made again
     run(train, *argv)
-    assert made.count("good_mp4_000000.mp4") == 2 and len(made) == len(set(made)) + 1
+    assert made.count("good.mp4_000000.mp4") == 2 and len(made) == len(set(made)) + 1
 
 
 def test_killed_processes_leave_no_half_clip(raw, tmp_path):
@@ -450,11 +475,15 @@ def test_a_real_clip_is_prepared(tmp_path, av):
     if not CLIP.exists():
         pytest.skip("the real clip is not in the repository")
     (tmp_path / "raw").mkdir()
-    os.symlink(CLIP / "demo1_video.mp4", tmp_path / "raw" / "a.mp4")
-    run(train, "latentsync", "--device", "cpu", "--workers", 0, "--prepare", tmp_path / "raw", "--data", tmp_path / "out",
-        "--min-face", 64)
-    verdicts = [row["verdict"] for row in rows_of(tmp_path / "out")]
-    assert verdicts in (["kept", "done"], verdicts) and verdicts
+    frames = sample.Video(CLIP / "demo1_video.mp4").clip(0, 65)
+    write_video(tmp_path / "raw" / "a.mp4", frames, sample.read_sound(CLIP / "demo1_audio.wav"))
+    argv = ("latentsync", "--device", "cpu", "--workers", 0, "--prepare", tmp_path / "raw")
+    run(train, *argv, "--data", tmp_path / "out", "--min-face", 64)
+    assert [row["verdict"] for row in rows_of(tmp_path / "out")] == ["kept", "done"]
+    video = sample.Video(tmp_path / "out" / "a.mp4_000000.mp4")
+    assert (video.width, len(video)) == (256, 65)                           # the large recipe's
+    run(train, *argv, "--data", tmp_path / "large", "--min-face", 2000)
+    assert "pixels, --min-face is 2000" in rows_of(tmp_path / "large")[0]["verdict"]
 
 
 def test_preparing_wants_folders(tmp_path, capsys, av):
@@ -462,8 +491,29 @@ def test_preparing_wants_folders(tmp_path, capsys, av):
     assert "no videos in it" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o")
     assert "give the folder" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw")
     write_video(tmp_path / "raw" / "a.mp4", pictures(20, 16), speech(0.8))
-    line = complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "raw")
-    assert "is the folder of the raw videos" in line
+    for inside in (tmp_path / "raw", tmp_path / "raw" / "clips"):
+        line = complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", inside)
+        assert "lies in the folder of the raw videos" in line
+    for flags, said in ((("--max-offset", 3), "--max-offset: goes with --syncnet"),
+                        (("--min-quality", 3), "--min-quality: goes with --quality"),
+                        (("--piece", 1), "--piece 1: expected at least 2"),
+                        (("--study",), "--prepare and --study exclude each other")):
+        assert said in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o", *flags)
+
+
+def test_shots_are_found_without_a_package(tmp_path, av, monkeypatch):
+    two = torch.cat([pictures(1, 64, seed=seed).expand(20, -1, -1, -1) for seed in (0, 5)])
+    write_video(tmp_path / "two.mp4", two)
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    assert train.shots_of(sample.Video(tmp_path / "two.mp4")) == ([0, 20], 40)
+
+
+def test_clips_of_one_video_are_not_on_both_sides(tmp_path, av):
+    for i in range(40):
+        for start in (0, 125):
+            (tmp_path / f"{i:02d}.mp4_{start:06d}.mp4").write_bytes(b"")
+    train_files, val_files = (train.video_files(tmp_path, side, True)[0] for side in (True, False))
+    assert len(train_files) == 76 and sorted(os.path.basename(f)[:6] for f in val_files) == ["19.mp4"] * 2 + ["39.mp4"] * 2
 
 
 def test_shots_become_pieces():
