@@ -30,6 +30,9 @@ TEXT_CONFIG = replace(CLASS_CONFIG, num_classes=0, text_width=128, text_slots=6)
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"av", "raw"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.video)
     if torch.cuda.is_available():
         return
     for item in items:
