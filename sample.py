@@ -250,6 +250,10 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the thing, what was expected and the way out. Exit code 2."""
 
 
+class MissingPackage(UserError):
+    """An optional package is needed now."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Device and precision
 
@@ -748,7 +752,7 @@ def pyav():
     try:
         import av
     except ImportError:
-        raise UserError("reading and writing videos needs PyAV: pip install av") from None
+        raise MissingPackage("reading and writing videos needs PyAV: pip install av") from None
     return av
 
 
@@ -2223,8 +2227,8 @@ def find_faces(video, device, every=5, count=None, instead="--face X0 Y0 X1 Y1, 
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
-        raise UserError(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install requests; "
-                        f"or say where the face is: {instead}") from None
+        raise MissingPackage(f"finding faces needs {e.name}: pip install --no-deps facenet-pytorch, pip install "
+                             f"requests; or say where the face is: {instead}") from None
     detector = MTCNN(keep_all=True, device=device if device.type == "cuda" else "cpu")     # sees 20 pixels and more
     shrink, boxes, cuts, before = max(1.0, max(video.height, video.width) / 640), [], [], None
     large = min(video.height, video.width) / shrink >= 20                   # enough for the detector

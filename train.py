@@ -1170,10 +1170,8 @@ class Dubs:
         seen, others = frames_at(start, clips * F), torch.cat(references)
         if len(seen) < clips * F or len(others) < clips * F:
             raise OSError("ends too soon")
-        count = features.get_shape()[0] if hasattr(features, "get_shape") else len(features)
-        rows = np.stack([latentsync.window_rows(start + i, count) for i in range(clips * F)])
-        heard = features[int(rows.min()):int(rows.max()) + 1][rows - rows.min()]        # from a file only these
-        return seen, others, heard.flatten(1, 2).float(), sound, start
+        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
+        return seen, others, features[rows].flatten(1, 2).float(), sound, start
 
     def item(self, index, seed):
         """One clip: frames, references, what they hear, and the spectrogram that SyncNet hears, or nothing."""
@@ -1194,7 +1192,6 @@ class Dubs:
             found.append(one[1])
         seen, others, heard, mel = (torch.stack(part) for part in zip(*found))
         return (seen, others), (heard, mel), broken
-
 
     def useless(self):
         """The error if no video of all can be used."""
@@ -1242,24 +1239,31 @@ def content_of(path, most=None):
     return found.hexdigest()
 
 
-class DubFolder(Dubs):
-    """A folder of videos with sound, whose faces are aligned and fill the picture: `train.py latentsync --prepare`
-    makes them. Every 20th is for validation."""
+class VideoFolder:
+    """What sets of videos in a folder have in common: `train.py latentsync --prepare` makes such, with sound and with
+    faces that are aligned and fill the picture. Every 20th is for validation."""
 
     READS_FILES = True
     kinds = "videos"
 
-    def __init__(self, root, frames, resolution, train=True, split=True):
-        super().__init__(frames)
-        self.root, self.resolution = root, resolution
-        self.files, listing = video_files(root, train, split)
-        self.fingerprint = f"{listing} {frames} {resolution}"
+    def __init__(self, root, train, split, *options):
+        self.root, (self.files, listing) = root, video_files(root, train, split)
+        self.fingerprint = " ".join(map(str, (listing, *options)))
 
     def __len__(self):
         return len(self.files)
 
     def name(self, index):
         return self.files[index]
+
+
+class DubFolder(VideoFolder, Dubs):
+    """Dubs of such a folder."""
+
+    def __init__(self, root, frames, resolution, train=True, split=True):
+        Dubs.__init__(self, frames)
+        VideoFolder.__init__(self, root, train, split, frames, resolution)
+        self.resolution = resolution
 
     def listen(self, whisper, args):
         """Has the audio encoder listen to all videos. What it says is kept in files that are named after the content of
@@ -1287,8 +1291,8 @@ class DubFolder(Dubs):
     def video(self, index):
         if not self.heard[index].exists():
             raise OSError("no sound")
-        with safe_open(self.heard[index], "pt") as f:
-            features, sound = f.get_slice("features"), f.get_tensor("sound").numpy()
+        heard = load_file(self.heard[index])
+        features, sound = heard["features"], heard["sound"].numpy()
         video = sample.Video(self.files[index])
         if video.height != video.width:
             raise UserError(f"{self.files[index]}: has {video.width} x {video.height} pixels, expected a square, an "
@@ -1328,23 +1332,12 @@ class HeadClips:
         return torch.stack([self.clip(index, seed) for index, seed in items]), torch.zeros(len(items)), []
 
 
-class ClipFolder(Clips):
-    """A folder of videos with sound, whose faces are aligned and fill the picture, e.g. by LatentSync's preprocessing:
-    short ones, since of each the whole sound is read for every pair. Every 20th is for validation."""
-
-    READS_FILES = True
-    kinds = "videos"
+class ClipFolder(VideoFolder, Clips):
+    """Clips of such a folder: of short videos, since of each the whole sound is read for every pair."""
 
     def __init__(self, root, config, train=True, split=True, **options):
-        super().__init__(config, **options)
-        self.files, listing = video_files(root, train, split)
-        self.fingerprint = f"{listing} {config} {options}"
-
-    def __len__(self):
-        return len(self.files)
-
-    def name(self, index):
-        return self.files[index]
+        Clips.__init__(self, config, **options)
+        VideoFolder.__init__(self, root, train, split, config, options)
 
     def video(self, index):
         video, sound = sample.Video(self.files[index]), sample.read_sound(self.files[index])
@@ -1599,9 +1592,9 @@ def prepare_piece(source, out, start, count, args):
     try:
         faces = aligned_faces(Piece(sample.Video(source), start, count), args, device)
         sound, notes = sound_of(source), {}
+    except sample.MissingPackage:                                           # no fault of the video
+        raise
     except (UserError, *sample.UNREADABLE) as e:
-        if "pip install" in str(e):                                         # a missing package is no fault of the video
-            raise
         raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
     count = len(faces)
     part = lambda sound: sound[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
@@ -2974,7 +2967,7 @@ class Log:
 
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items() if v is not None})
+            csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items()})
 
     def draw(self):
         """curves.png: what all validations so far have found."""

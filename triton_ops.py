@@ -684,10 +684,11 @@ def _nearest(z, codebook, code_norm, out, N, C, V: tl.constexpr, ROWS: tl.conste
 # group_norm_silu
 
 
-def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
+def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True, exact=False):
     """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last; keeps the memory format and the dtype.
 
-    weight, bias: (C,). Statistics over the C / groups channels of a group and all positions; silu=False leaves it out.
+    weight, bias: (C,). Statistics over the C / groups channels of a group and all positions; silu=False leaves it out;
+    exact: sums without bias also of large maps that are constant in part, which costs time on a CPU only.
 
     Bytes: read x twice (small groups once; the second time from the L2 cache if it fits), write y. Torch reads and
     writes once more for SiLU, and has no channels_last GroupNorm on CUDA: it copies to NCHW, and back for convolutions.
@@ -698,14 +699,15 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True):
     if use_triton(x) and fits:                                              # larger groups have too many tiles
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
     large = x.numel() > 2**12 * groups * len(x) and x.dtype == torch.float32 and fits
-    sums = x.device.type == "cpu" and large and not x.is_contiguous()       # then torch subtracts sums, see below
-    y = _group_norm_in_two_steps(x, weight, bias, groups, eps) if sums else F.group_norm(x, groups, weight, bias, eps)
+    biased = exact and x.device.type == "cpu" and large and not x.is_contiguous()       # torch's own, see below
+    normed = _group_norm_in_two_steps if biased else lambda x, w, b, groups, eps: F.group_norm(x, groups, w, b, eps)
+    y = normed(x, weight, bias, groups, eps)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
 def _group_norm_in_two_steps(x, weight, bias, groups, eps):
-    """F.group_norm of large channels_last maps on a CPU. There torch takes the variance as the mean of squares minus
-    the square of the mean, each one long sum: 1e-3 off where half of a map is constant, as of a masked picture."""
+    """F.group_norm of large channels_last maps on a CPU. There torch adds up values and squares one after the other, by
+    which the same number is rounded in the same direction each time: 1e-3 off where half of a map is constant."""
     N, C = x.shape[:2]
     variance, mean = torch.var_mean(x.movedim(1, -1).flatten(1, -2), 1, correction=0)      # (N, C)
     variance, mean = (v.unflatten(1, (groups, -1)) for v in (variance, mean))

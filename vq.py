@@ -181,8 +181,9 @@ CONFIGS = {
 
 
 def norm_silu(norm, x, silu=True):
-    """silu(norm(x)) for a GroupNorm module."""
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    """silu(norm(x)) for a GroupNorm module, which may be marked as `exact`."""
+    exact = getattr(norm, "exact", False)
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, exact)
 
 
 def group_norm(channels):
@@ -807,6 +808,9 @@ class KLAutoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1)
         self.post_quant_conv = nn.Conv2d(C, C, 1)
         self.decoder = Decoder(*sizes, C, attn_lowest=False)
+        for m in self.encoder.modules():
+            if isinstance(m, nn.GroupNorm):
+                m.exact = True                                              # masked pictures are constant in part
         self.to(memory_format=torch.channels_last)
 
     def encode(self, image):

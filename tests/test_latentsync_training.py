@@ -330,7 +330,7 @@ def test_features_are_cached_by_content(tmp_path, av):
     data = train.DubFolder(tmp_path, 4, 16, split=False)
     data.listen(Ear(), args)
     length, frames_at, features, sound = data.video(0)
-    assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and features.get_shape()[0] in (40, 41) and len(sound) // 640 in (20, 21)
+    assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and len(features) in (40, 41) and len(sound) // 640 in (20, 21)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
