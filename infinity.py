@@ -49,7 +49,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.checkpoint import checkpoint
 
 import vq
 from triton_ops import adaln_modulate, exponential_noise, qk_norm_rope
@@ -575,7 +574,7 @@ class Infinity(nn.Module):
         x, rope = x + torch.cat(level), self.rope(scales)[:, :L]
         for block, prepared, kept in zip(self.blocks, self.prepare(cond, memory), self._kept(B, x.device, generator)):
             arguments = (x, prepared, rope, mask, bounds, None, 0, kept)
-            x = checkpoint(block, *arguments, use_reentrant=False) if self.checkpointing else block(*arguments)
+            x = vq.checkpointed(self.checkpointing, block, *arguments)
         return self.logits(x, *self.head_modulation(cond))
 
     def null_rows(self, T):

@@ -56,7 +56,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch.utils.checkpoint import checkpoint
 
 import vq
 from triton_ops import group_norm_silu
@@ -398,7 +397,7 @@ class UNet(nn.Module):
     def _run(self, layer, *inputs):
         """A layer's output; if `checkpointing`, only its input is kept, and the backward pass computes the inside
         again, one layer at a time."""
-        return checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
+        return vq.checkpointed(self.checkpointing, layer, *inputs)
 
     def _all_but_last_layer(self, skips, time, audio):
         """Down, middle, and up but for the last layer of the last level. Of `skips` it leaves the first."""
@@ -617,7 +616,7 @@ class VideoMAE(nn.Module):
     def encode(self, tokens):
         """(B, any number, width) -> the same, after all blocks."""
         for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if self.checkpointing else block(tokens)
+            tokens = vq.checkpointed(self.checkpointing, block, tokens)
         return tokens
 
     def features(self, clips):
@@ -678,7 +677,7 @@ class Supervision:
         return torch.cat(decoded).unflatten(0, (len(z), -1))
 
     def _again(self, function, *inputs):
-        return checkpoint(function, *inputs, use_reentrant=False) if self.checkpointing else function(*inputs)
+        return vq.checkpointed(self.checkpointing, function, *inputs)
 
     def __call__(self, z, true, mel=None, heard=None):
         """(weighted sum, {"sync", "lpips", "trepa"} without weights), scalars.

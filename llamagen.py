@@ -319,7 +319,7 @@ class LlamaGen(nn.Module):
 
     def __init__(self, config, text_encoder=None):
         super().__init__()
-        self.config, self.text_encoder = config, text_encoder
+        self.config, self.text_encoder, self.checkpointing = config, text_encoder, False
         C = config.width
         if config.text_width:
             self.text_fc1 = nn.Linear(config.text_width, C, bias=False)
@@ -374,7 +374,7 @@ class LlamaGen(nn.Module):
         x = dropout(x, self.config.dropout if self.training else 0.0, generator)
         rope, mask, branch = rope_table(self.config, x.device)[:, :x.shape[1]], self.mask(words, x.shape[1]), None
         for block in self.blocks:
-            x, branch = block(x, branch, rope, mask, generator=generator)
+            x, branch = vq.checkpointed(self.checkpointing, block, x, branch, rope, mask, generator=generator)
         return x, branch
 
     def forward(self, cond, tokens, words=None, cond_drop=0.0, generator=None):

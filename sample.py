@@ -210,6 +210,7 @@ if __name__ == "__main__":
 import copy
 import csv
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -1069,11 +1070,39 @@ ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
              torch.ops.aten._scaled_dot_product_flash_attention.default,
              torch.ops.aten._scaled_dot_product_efficient_attention.default,
              torch.ops.aten._scaled_dot_product_cudnn_attention.default}
+ATTENTION_BACKWARD = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+                      torch.ops.aten._scaled_dot_product_flash_attention_backward.default,
+                      torch.ops.aten._scaled_dot_product_efficient_attention_backward.default,
+                      torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default}
 
 
 def attention_flops(q, k, v):
     """2 * B * H * Lq * Lk * (Dk + Dv)."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def flops_of(func, args, kwargs, out):
+    """Floating point operations of a call, or None if it is no matrix product, convolution or attention."""
+    if func in ATTENTION:
+        return attention_flops(*(a.shape for a in args[:3]))
+    if func in ATTENTION_BACKWARD:                                          # five products where forward has two
+        return 5 * attention_flops(*(a.shape for a in args[1:4])) // 2
+    if func._overloadpacket in flop_registry:
+        return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    return None
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating point operations of what is computed inside a `with`: `total`."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.total += flops_of(func, args, kwargs or {}, out) or 0
+        return out
 
 
 class Heavy(TorchDispatchMode):
@@ -1087,12 +1116,11 @@ class Heavy(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in ATTENTION or func._overloadpacket in flop_registry:
+        if (flops := flops_of(func, args, kwargs, out)) is not None:
             spec = tree_map(self._describe, (args, kwargs))
             key = (str(func), repr(spec), self.stage)
             if key not in self.calls:
-                flops, size = self._flops(func, args, kwargs, out), _bytes((args, kwargs, out))
-                self.calls[key] = [func, spec, self.stage, flops, size, 0]
+                self.calls[key] = [func, spec, self.stage, flops, _bytes((args, kwargs, out)), 0]
             self.calls[key][-1] += 1
         return out
 
@@ -1100,12 +1128,6 @@ class Heavy(TorchDispatchMode):
         if not isinstance(x, torch.Tensor):
             return x
         return _Tensor(tuple(x.shape), x.stride(), x.dtype, x.device, x.untyped_storage().data_ptr() in self.weights)
-
-    @staticmethod
-    def _flops(func, args, kwargs, out):
-        if func in ATTENTION:
-            return attention_flops(*(a.shape for a in args[:3]))
-        return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
 
 
 class _Tensor:
@@ -1258,6 +1280,14 @@ def copy_bandwidth(device):
     """Bytes per second, read and written, of a large copy."""
     a, b = torch.randn(2, 2**26, device=device)
     return 8 * a.numel() / op_seconds(lambda: b.copy_(a), device)
+
+
+@functools.cache
+def product_speed(device, dtype):
+    """Floating point operations per second of a large matrix product: what this device is capable of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / op_seconds(lambda: a @ b, device)
 
 
 def race(run, variants, pictures, device, rounds=3):

@@ -11,9 +11,9 @@
     python train.py infinity --recipe 2B_256 --data DIR --vae infinity_vae_d32reg.pth --t5 flan-t5-xl
 
 DIR holds one folder of pictures per class; for text *.tsv files (picture path, caption) or the originals' *.jsonl, and
-pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes),
-state.pt (what --resume auto continues from, bit for bit on a CPU), log.csv, curves.png and samples/. Every write is
-atomic.
+pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes), state/ (what --resume
+auto continues from, bit for bit on a CPU, with any number of processes), log.csv, curves.png and samples/. Every write
+is atomic.
 """
 import argparse
 import sys
@@ -136,6 +136,7 @@ RECIPES = {
     },
     "var": {
         "emoji": VAR | VAR_EMOJI,
+        "ladder": VAR | VAR_EMOJI | dict(steps=800),
         "d16": VAR | dict(model="var_d16", epochs=200),
         "d20": VAR | dict(model="var_d20", epochs=250),
         "d24": VAR | LARGE | dict(model="var_d24", init_gamma=1e-4),
@@ -207,10 +208,17 @@ def run_args(add, name, recipes):
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=4, help="processes that read pictures")
+    add("--shuffle", type=int, default=10000, metavar="N", help="size of the shuffle buffer for data in tar files")
+    add("--compile", action="store_true", help="torch.compile for the blocks of the model")
+    add("--fsdp", action="store_true", help="under torchrun: every process keeps a share of the weights and of the "
+        "optimizer's numbers (FSDP2), for models that one GPU cannot train; otherwise each has all (DDP)")
     add("--log-every", type=int, default=20)
     add("--val-every", type=int, default=500)
     add("--sample-every", type=int, default=500)
     add("--save-every", type=int, default=500)
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (default 2)")
+    add("--max-skipped", type=int, default=10, metavar="N", help="steps whose gradient is not finite are skipped; stop "
+        "after N in a row (default 10)")
     add("--stop-after", type=int, default=0, metavar="STEPS",
         help="save and stop after so many steps; --resume auto goes on")
 
@@ -222,6 +230,8 @@ def model_args(add, name):
         "; another number of classes is fine" if name == "var" else ", such as those of the last stage"))
     if name != "llamagen":
         add("--init-gamma", type=float, help="scale of the AdaLN gates at the start")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="compute activations twice instead of keeping them: slower, for less memory")
     if name != "infinity":
         add("--cache-crops", metavar="N" if name == "var" else "N|ten|flip", help="tokenize N crops of each picture "
             "before training (1: its centre)" + (", ten crops of two sizes, or the centre and its mirror image"
@@ -229,6 +239,13 @@ def model_args(add, name):
     if name != "var":
         add("--t5", metavar="DIR", help="the frozen text encoder; without it one on bytes is trained along")
         add("--short-captions", type=float, help="share of pictures that get the short one of their captions")
+
+
+def var_args(add):
+    """Flags of `train.py var` alone."""
+    add("--depth", type=int, help="another number of blocks than the recipe's; width and heads grow with it")
+    add("--scaling-laws", action="store_true", help="the paper's experiment in small: trains models of several depths "
+        "one after the other, and fits their losses as powers of their sizes; a table and a picture")
 
 
 def vq_args(add):
@@ -251,8 +268,6 @@ def infinity_args(add):
     add("--strength", type=float, help="bitwise self-correction: largest chance of a flipped bit; 0: none")
     add("--reweight", action=argparse.BooleanOptionalAction, help="weigh the tokens of coarse scales more")
     add("--scales", type=int, default=0, help="train so many of the first scales; 0: all")
-    add("--checkpointing", action=argparse.BooleanOptionalAction,
-        help="compute activations twice instead of keeping them: slower, for less memory")
 
 
 def llamagen_args(add):
@@ -334,7 +349,7 @@ def parse_args(argv=None):
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
-    own = {"vq": vq_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args,
+    own = {"vq": vq_args, "var": var_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args,
            "whisper": whisper_args, "videomae": videomae_args, "latentsync": latentsync_args}
     for name, recipes in RECIPES.items():
         add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
@@ -351,6 +366,8 @@ def parse_args(argv=None):
             args.stage = "2"                                                # whose parts it compares
         else:
             args.recipe = "study"
+    if getattr(args, "scaling_laws", False):
+        args.recipe = args.recipe or "ladder"
     args.recipe = args.recipe or ("256" if getattr(args, "prepare", None) else next(iter(RECIPES[args.model_name])))
     recipe = RECIPES[args.model_name][args.recipe]
     for key, value in (recipe | recipe.get("stages", {}).get(getattr(args, "stage", None), {})).items():
@@ -368,7 +385,8 @@ import copy
 import csv
 import functools
 import hashlib
-import importlib
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -377,20 +395,30 @@ import multiprocessing.connection
 import os
 import pickle
 import re
+import shutil
 import signal
+import tarfile
 import threading
 import time
+import zlib
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from einops import rearrange
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -441,6 +469,9 @@ class EmojiSheet:
     def __len__(self):
         return len(self.labels)
 
+    def name(self, index):
+        return self.names[index]
+
     def conditions(self, items):
         """What a model is told about these pictures."""
         return self.labels[[i for i, _ in items]]
@@ -466,8 +497,58 @@ class EmojiCaptions(EmojiSheet):
         return [self.names[i] for i, _ in items]
 
 
+class Member(collections.namedtuple("Member", "tar name start size")):
+    """A file inside a tar file, where it can be read without the others."""
+
+    def __str__(self):
+        return f"{self.tar}/{self.name}"
+
+    def read(self):
+        with open(self.tar, "rb") as f:
+            f.seek(self.start)
+            return f.read(self.size)
+
+
+def opened(file):
+    """What PIL opens: the path of a file, or the bytes of a Member."""
+    return io.BytesIO(file.read()) if isinstance(file, Member) else file
+
+
+def read_shards(root, notes):
+    """The samples of all DIR/*.tar, as webdataset packs them: [{"key", "tar" (its number), suffix: Member}, ...]; files
+    that share a name up to its first dot belong together. All headers are read once, and kept in the folder `notes`. A
+    damaged tar file counts as far as it can be read."""
+    tars, samples, broken = sorted(Path(root).glob("*.tar")), [], []
+    for number, tar in enumerate(tqdm(tars, desc="reading the headers of tar files", leave=False)):
+        mark = hashlib.sha256(f"{tar.resolve()} {tar.stat().st_size} {tar.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+        index = Path(notes) / f"tar_{mark}.json"
+        if not index.exists():
+            members, whole = [], True
+            try:
+                with tarfile.open(tar) as f:
+                    for info in f:
+                        members += [(info.name, info.offset_data, info.size)] if info.isfile() else []
+            except (tarfile.TarError, OSError, EOFError):
+                whole = False
+            index.parent.mkdir(exist_ok=True)
+            with vq.atomic(index) as temporary:
+                temporary.write_text(json.dumps({"whole": whole, "members": members}))
+        found = json.loads(index.read_text())
+        broken += [] if found["whole"] else [str(tar)]
+        size, rows = tar.stat().st_size, {}
+        for name, start, length in found["members"]:
+            folder, _, file = name.rpartition("/")
+            key, _, suffix = file.partition(".")
+            if start + length <= size:                                      # the last file of a damaged one may be cut
+                rows.setdefault((folder, key), {})[suffix.lower()] = Member(str(tar), name, start, length)
+        samples += [{"key": "/".join(key), "tar": number} | parts for key, parts in rows.items()]
+    if broken:
+        tqdm.write(f"read in part {len(broken)} damaged of {len(tars)} tar files: {', '.join(broken[:3])}")
+    return samples
+
+
 class PictureFolder:
-    """DIR/class/picture.*; every item is (index, crop): a seed of a random crop, None for the centre, or ("ten", n) and
+    """DIR/class/picture.*, or DIR/*.tar with a .cls, the number of the class, beside every picture; every item is (index, crop): a seed of a random crop, None for the centre, or ("ten", n) and
     ("flip", n) for number n of the VIEWS.
 
     The shorter edge is resized to zoom * size with Lanczos, then a square is cut; zoom is drawn between the two given.
@@ -478,34 +559,55 @@ class PictureFolder:
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     VIEWS = {"ten": 20, "flip": 2}      # corners, centre and these flipped, of 1.1 and of 1.05 * size; centre, flipped
 
-    def __init__(self, root, size, train=True, split=True, zoom=(1.125, 1.125), flip=False):
-        root = Path(root)
+    def __init__(self, root, size, train=True, split=True, zoom=(1.125, 1.125), flip=False, notes="."):
+        root, self.shards = Path(root), None
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-        found = {d.name: self._pictures_in(d) for d in folders}
-        self.classes = [name for name, paths in found.items() if paths]
-        files = [(p, c) for c, name in enumerate(self.classes) for p in found[name]]
+        files = self._packed(root, notes) if any(root.glob("*.tar")) else self._in_folders(root)
         if not files:
-            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp)")
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp), or "
+                            f"{root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its class")
         if split:
             files = held_out(files, train)
-        self.files = [str(p) for p, _ in files]
-        self.labels = torch.tensor([c for _, c in files])
+        self.files, labels, shards = zip(*files)
+        self.labels = torch.tensor(labels)
+        if isinstance(self.files[0], Member):
+            self.shards = np.array(shards)
         self.size, self.zoom, self.flip = size, zoom, flip
-        listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.files)
+        size_of = lambda file: file.size if isinstance(file, Member) else os.path.getsize(file)
+        listing = "\n".join(f"{file} {size_of(file)}" for file in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
         self.kinds = f"pictures, {len(self.classes)} classes"
 
-    def _pictures_in(self, folder):
-        return sorted(p for p in folder.rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
+    def _in_folders(self, root):
+        """[(path, class, 0)]."""
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        found = {d.name: sorted(p for p in d.rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
+                 for d in folders}
+        self.classes = [name for name, paths in found.items() if paths]
+        return [(str(p), c, 0) for c, name in enumerate(self.classes) for p in found[name]]
+
+    def _packed(self, root, notes):
+        """[(Member, class, number of the tar file)]."""
+        found = []
+        for row in read_shards(root, notes):
+            picture = next((row[suffix[1:]] for suffix in sorted(self.SUFFIXES) if suffix[1:] in row), None)
+            try:
+                found += [(picture, int(row["cls"].read()), row["tar"])] if picture else []
+            except (KeyError, ValueError, OSError):
+                raise UserError(f"{picture}: has no class; expected {row['key']}.cls beside it, a number") from None
+        self.classes = [str(c) for c in range(1 + max((c for _, c, _ in found), default=-1))]
+        return found
 
     def __len__(self):
         return len(self.files)
 
+    def name(self, index):
+        return str(self.files[index])
+
     def read(self, index, crop):
         """uint8 (3, size, size)."""
-        picture = sample.open_picture(self.files[index])
+        picture = sample.open_picture(opened(self.files[index]))
         if crop is not None and crop[0] in self.VIEWS:
             picture = view(picture, self.size, *crop)
         else:
@@ -527,8 +629,7 @@ class PictureFolder:
     def __getitems__(self, items):
         pixels, indices, broken = [], [], []
         for index, crop_seed in items:
-            found = first_readable(lambda i: self.read(i, crop_seed), from_on(index, len(self)),
-                                   self.files.__getitem__, broken)
+            found = first_readable(lambda i: self.read(i, crop_seed), from_on(index, len(self)), self.name, broken)
             if found is None:
                 raise UserError(f"{self.files[0]} and {len(self) - 1} others: not one picture can be read")
             indices.append(found[0])
@@ -614,6 +715,9 @@ class CaptionedPictures:
     def __len__(self):
         return len(self.rows)
 
+    def name(self, index):
+        return self.rows[index][0]
+
     def captions(self, index):
         """The long and the short caption of a picture, the latter by default the first sentence of the former."""
         long, *short = self.rows[index][2]
@@ -650,7 +754,7 @@ class CaptionedPictures:
         group = next(g for g in self.groups if items[0][0] in g)
         for index, seed in items:
             places = from_on(int(np.searchsorted(group, index)), len(group))
-            found = first_readable(self.read, (int(group[at]) for at in places), lambda i: self.rows[i][0], broken)
+            found = first_readable(self.read, (int(group[at]) for at in places), self.name, broken)
             if found is None:
                 raise UserError(f"{self.rows[index][0]} and {len(group) - 1} others: not one picture can be read")
             pixels.append(found[1])
@@ -675,7 +779,7 @@ def open_pictures(args):
                        size=args.size if squares else None)
         train = CaptionedPictures(args.data, **options)
         return train, CaptionedPictures(args.val_data or args.data, **options | dict(train=False))
-    options = dict(zoom=args.zoom, flip=args.flip)
+    options = dict(zoom=args.zoom, flip=args.flip, notes=Path(args.out) / "index")
     if args.val_data:
         train, val = (PictureFolder(folder, args.size, split=False, **options) for folder in (args.data, args.val_data))
         if train.classes != val.classes:
@@ -688,8 +792,11 @@ class TokenCache:
     """The pictures of a set as token indices, computed once by the frozen tokenizer and kept beside the run.
 
     crops: how many versions of each picture, as text; 1 is the centre crop, and a name of PictureFolder.VIEWS all of
-    these. Same items and results as a picture set, with tokens (B, L) instead of pixels.
+    these. Same items and results as a picture set, with tokens (B, L) instead of pixels. The tokens lie in files of
+    SHARD versions each, which the processes share among them; one that was damaged is made again.
     """
+
+    SHARD = 2**14
 
     def __init__(self, pictures, tokenizer, patch_nums, crops, device, folder, tag):
         self.pictures, self.classes, self.crops = pictures, getattr(pictures, "classes", []), crops
@@ -699,44 +806,73 @@ class TokenCache:
                 weights.update(p.detach().cpu().numpy().tobytes())
         key = f"{pictures.fingerprint} {weights.hexdigest()} {patch_nums} {crops}"
         self.fingerprint = key = hashlib.sha256(key.encode()).hexdigest()[:12]
-        path = Path(folder) / f"codes_{tag}_{key}.safetensors"
-        if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
-            self._fill(pictures, tokenizer, patch_nums, device, path)
-        while not path.exists():                                            # the first process is at it
+        named = crops if crops in PictureFolder.VIEWS else None
+        count = PictureFolder.VIEWS[named] if named else int(crops)
+        crop = lambda i, c: (named, c) if named else (i, c) if count > 1 else None
+        items, self.broken = [(i, crop(i, c)) for i in range(len(pictures)) for c in range(count)], set()
+        folder = Path(folder) / f"codes_{tag}_{key}"
+        folder.mkdir(exist_ok=True)
+        shards = {folder / f"{i:05d}.safetensors": items[start:start + self.SHARD]
+                  for i, start in enumerate(range(0, len(items), self.SHARD))}
+        rank, world = place_of_process()
+        mine = list(shards)[rank::world]
+        if damaged := [path for path in mine if path.exists() and not self._is_whole(path)]:
+            tqdm.write(f"made again: {len(damaged)} damaged of {len(shards)} files of tokens: "
+                       + ", ".join(map(str, damaged[:3])))
+        for path in damaged:
+            path.unlink()
+        of_all("nothing damaged is left")
+        for path in [path for path in mine if not path.exists()]:
+            self._fill(pictures, shards[path], tokenizer, patch_nums, device, path)
+        report_broken(self.broken, pictures)
+        while not all(path.exists() for path in shards):                    # the other processes are at it
             time.sleep(1)
-        cached = load_file(path)
-        self.tokens, self.index = cached["tokens"], cached["index"]         # (n * crops, L) int32, whose they are
+        self.files = [load_file(path) for path in shards]                   # mapped: (n, L) int32, and whose they are
+        self.ends = np.cumsum([len(file["index"]) for file in self.files])
+        self.index = torch.cat([file["index"] for file in self.files])
+        if not len(self.index):
+            raise UserError(f"--data: of {len(pictures)} pictures not one can be read")
 
-    def _fill(self, pictures, tokenizer, patch_nums, device, path):
-        named = self.crops if self.crops in PictureFolder.VIEWS else None
-        crops = PictureFolder.VIEWS[named] if named else int(self.crops)
-        crop = lambda i, c: (named, c) if named else (i, c) if crops > 1 else None
-        items = [(i, crop(i, c)) for i in range(len(pictures)) for c in range(crops)]
-        tokens, indices, broken = [], [], set()
+    @staticmethod
+    def _is_whole(path):
+        """Whether a file of tokens holds what was written."""
+        try:
+            with safe_open(path, "pt") as f:
+                return f.metadata()["crc32"] == str(zlib.crc32(f.get_tensor("tokens").numpy()))
+        except (SafetensorError, OSError, KeyError, TypeError):
+            return False
+
+    def _fill(self, pictures, items, tokenizer, patch_nums, device, path):
+        tokens, indices = [], []
         starts = range(0, len(items), 64)
-        for start in tqdm(starts, desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False):
+        for start in tqdm(starts, desc=f"tokenizing {len(items)} pictures", unit="batch", leave=False, disable=None):
             read = [(item[0], *pictures.__getitems__([item])) for item in items[start:start + 64]]
-            broken.update(path for *_, paths in read for path in paths)
+            self.broken.update(path for *_, paths in read for path in paths)
             read = [(i, pixels) for i, pixels, _, paths in read if not paths]
             if read:
                 pixels = torch.cat([pixels for _, pixels in read])
                 tokens.append(torch.cat(tokenizer.tokenize(sample.to_input(pixels, device), patch_nums), 1).int().cpu())
                 indices += [i for i, _ in read]
-        report_broken(broken, pictures)
-        if not tokens:
-            raise UserError(f"--data: of {len(pictures)} pictures not one can be read")
+        tokens = torch.cat([*tokens, torch.zeros(0, sum(h * w for h, w in vq.as_pairs(patch_nums)), dtype=torch.int32)])
         with vq.atomic(path) as temporary:
-            save_file({"tokens": torch.cat(tokens), "index": torch.tensor(indices)}, temporary)
+            save_file({"tokens": tokens, "index": torch.tensor(indices, dtype=torch.int64)}, temporary,
+                      {"crc32": str(zlib.crc32(tokens.numpy()))})
 
     def __len__(self):
         return len(self.index)
+
+    def name(self, index):
+        return self.pictures.name(int(self.index[index]))
 
     def captions(self, i):
         return self.pictures.captions(int(self.index[i]))
 
     def __getitems__(self, items):
         whose = [(int(self.index[i]), seed) for i, seed in items]
-        return self.tokens[[i for i, _ in items]].long(), self.pictures.conditions(whose), []
+        places = [(i - self.ends[file - 1] if file else i, file)
+                  for i, _ in items for file in [np.searchsorted(self.ends, i, "right")]]
+        tokens = torch.stack([self.files[file]["tokens"][row] for row, file in places])
+        return tokens.long(), self.pictures.conditions(whose), []
 
 
 class FeatureCache:
@@ -1271,7 +1407,7 @@ class DubFolder(VideoFolder, Dubs):
         folder = sample.check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in whisper.state_dict().values())
         ear, self.heard = hashlib.sha256(weights).hexdigest(), []
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = place_of_process()
         for i, path in enumerate(tqdm(self.files, desc="listening", unit="video", leave=False, disable=rank > 0)):
             self.heard.append(folder / f"{content_of(path)[:32]}_{ear[:16]}.safetensors")
             if self.heard[-1].exists() or i % world != rank:
@@ -1822,13 +1958,24 @@ class Batches:
     """Endless lists of (index, crop seed), a function of seed and step alone: that makes runs resumable.
 
     Every epoch is a new permutation; its last batch is filled from the epoch's start. A step's batch is cut into
-    contiguous shares, one for each process and each of its `accum` backward passes. groups: index arrays, each of
-    which is permuted for itself, and no batch mixes two; batches come in random order then.
+    contiguous parts, of which process `rank` of `world` takes every so manieth. groups: index arrays, each of which is
+    permuted for itself, and no batch mixes two; batches come in random order then. shards: in which tar file each item
+    is, see `permuted`.
     """
 
-    def __init__(self, groups, batch_size, seed, first=0, accum=1, rank=0, world=1):
+    def __init__(self, groups, batch_size, seed, first=0, parts=1, rank=0, world=1, shards=None, window=1):
         self.groups, self.batch_size, self.seed, self.first = groups, batch_size, seed, first
-        self.parts, self.mine = accum * world, range(rank * accum, (rank + 1) * accum)
+        self.parts, self.mine, self.shards, self.window = parts, range(rank, parts, world), shards, window
+
+    def permuted(self, group, rng):
+        """A group in random order. Items in tar files are read faster in the order in which they lie there: the files
+        come in random order, and what lies in them goes through a shuffle buffer of `window` items."""
+        if self.shards is None:
+            return group[rng.permutation(len(group))]
+        turn = rng.permutation(self.shards.max() + 1)
+        group = group[np.argsort(turn[self.shards[group]], kind="stable")]
+        starts = range(0, len(group), self.window)
+        return np.concatenate([rng.permutation(group[start:start + self.window]) for start in starts])
 
     def __iter__(self):
         share = self.batch_size // self.parts
@@ -1838,7 +1985,7 @@ class Batches:
             epoch, n = divmod(step, len(plan))
             if orders_of != epoch:
                 rng, orders_of = np.random.default_rng((self.seed, epoch)), epoch
-                orders = [group[rng.permutation(len(group))] for group in self.groups]
+                orders = [self.permuted(group, rng) for group in self.groups]
                 turns = rng.permutation(len(plan)) if len(orders) > 1 else range(len(plan))
             group, b = plan[turns[n]]
             chosen = orders[group][(b * self.batch_size + np.arange(self.batch_size)) % len(orders[group])]
@@ -1858,9 +2005,19 @@ def spread(n, most):
 
 
 class Task:
-    """What most of them have in common. Subclasses have loss, validate, picture and save."""
+    """What most of them have in common. Subclasses have loss, validate, picture and save.
 
-    metrics, val_metrics = [], ["loss"]
+    Several processes validate together, each a share, and all get the same scores. learners: {name: (module, optimizer)}
+    that are trained besides the model; length: tokens of a picture; parts: of a step's batch; UNUSED_WEIGHTS: whether
+    some are, in some steps.
+    """
+
+    metrics, val_metrics, learners, length, parts, UNUSED_WEIGHTS = [], ["loss"], {}, 0, 1, False
+
+    @staticmethod
+    def whole(model, write=False):
+        """A model as one piece, see Run.whole."""
+        return nullcontext(model)
 
     @staticmethod
     def score(scores):
@@ -1877,13 +2034,6 @@ class Task:
 
     def sync_average(self, average):
         """What the weight average has to take over at once."""
-
-    def state_dict(self):
-        """What a resumed run needs besides model and optimizer."""
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
     def identity(self):
         """What else a resumed run has to have the same, besides settings and data."""
@@ -1904,14 +2054,21 @@ class Task:
         with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
             return self.tokenizer.tokenize(sample.to_input(batch[0], self.device), patch_nums)
 
-    def mean_scores(self, scores, groups):
-        """Means over validation pictures of what scores(batch) says; groups: lists of items, none of which mix."""
-        sums = {}
-        for items, start in ((items, start) for items in groups for start in range(0, len(items), 32)):
-            batch = self.val_set.__getitems__(items[start:start + 32])
-            for key, value in scores(batch).items():
-                sums[key] = sums.get(key, 0.0) + value.item() * len(batch[1])
-        return {key: value / sum(map(len, groups)) for key, value in sums.items()}
+    def mean_scores(self, scores, groups, size=32):
+        """Means over validation pictures of what scores(batch, generator) says; groups: lists of items, none of which
+        mix, in batches of that size."""
+        batches = [items[start:start + size] for items in groups for start in range(0, len(items), size)]
+        sums = [{key: value.item() * len(items) for key, value in found.items()}
+                for items, found in self.shared(batches, scores)]
+        return {key: sum(one[key] for one in sums) / sum(map(len, groups)) for key in sums[0]}
+
+    def shared(self, batches, find):
+        """[(items, find(batch, generator))] of batches of validation items: every process finds some, and gets all."""
+        rank, world = place_of_process()
+        found = {k: find(self.val_set.__getitems__(batches[k]), torch.Generator(self.device).manual_seed(k))
+                 for k in range(rank, len(batches), world)}
+        found = {k: v for one in of_all(found) for k, v in one.items()}
+        return [(items, found[k]) for k, items in enumerate(batches)]
 
     @torch.no_grad()
     def drawn(self, n, draw):
@@ -1926,7 +2083,7 @@ class TokenizerTask(Task):
 
     NETWORK, LOAD = vq.VQVAE, staticmethod(vq.load)
     metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
-    val_metrics = ["psnr", "usage"]
+    val_metrics, UNUSED_WEIGHTS = ["psnr", "usage"], True                   # a codebook that is not in use yet
 
     @staticmethod
     def score(scores):
@@ -1941,20 +2098,23 @@ class TokenizerTask(Task):
         if args.init:
             warm_start(self.model, self.LOAD(args.init), f"--init {args.init}")
             args.warm_steps = 0                                             # its codes are not to be drawn anew
-        lpips = discriminator = self.disc_optimizer = None
+        lpips = discriminator = None
         if bool(args.lpips) != bool(args.lpips_weight):
             raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
                             "and a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
         if args.disc_weight:
             discriminator = vq.PatchDiscriminator() if args.disc == "patch" else vq.StyleDiscriminator(args.size)
             discriminator.to(device).init_weights(g)
-            self.disc_optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
+            self.learners = {"discriminator": (discriminator, optimizer)}
         if args.lpips:
             lpips = vq.load_lpips(*args.lpips).to(device)
-        self.pairs, self.moved = [], None                                   # pictures of this step; codes it restarted
+        self.pairs, self.pairs_of, self.moved = [], 0, None                 # pictures of this step; codes it restarted
         self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
                                           disc_weight=args.disc_weight, disc_start=args.disc_start,
                                           adaptive=args.adaptive, gan=args.gan)
+        if args.disc_weight:
+            self.opponent = data_parallel(discriminator, self.criterion.discriminator_loss)
 
     def check_size(self, config):
         """Makes sure that --size is that of the schedule."""
@@ -1966,63 +2126,83 @@ class TokenizerTask(Task):
     def loss(self, batch, step, g):
         image = sample.to_input(batch[0], self.device)
         rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
-        loss, metrics = self.criterion(image, rec.float(), vq_loss, step, self.model.decoder.conv_out.weight)
-        self.pairs.append((image, rec.detach().float()))
+        loss, metrics = self.judged(image, rec.float(), vq_loss, step)
         return loss, metrics if usage is None else metrics | {"usage": usage}           # (K,) one number per scale
+
+    def judged(self, image, rec, vq_loss, step):
+        """The criterion's loss and its parts; the pictures wait for the discriminator's turn."""
+        self.pairs, self.pairs_of = self.pairs if self.pairs_of == step else [], step
+        self.pairs.append((image, rec.detach()))
+        if self.criterion.adversarial(step):
+            self.criterion.discriminator.requires_grad_(False)              # it learns in its own turn only
+        return self.criterion(image, rec, vq_loss, step, self.model.decoder.conv_out.weight)
 
     def after_step(self, step, lr, g):
         """What else happens in a training step: the discriminator's update, and the care of the codebook."""
-        args, quantizer, metrics = self.args, self.model.quantize, {}
+        args, metrics, self.moved = self.args, {}, None
         if self.criterion.adversarial(step):
             metrics["disc"] = self._update_discriminator(lr)
-        self.pairs, self.moved = [], None
         if step + 1 == args.warm_steps:
-            self.moved = torch.ones_like(quantizer.idle, dtype=torch.bool)
-            quantizer.init_codebook(self._features(g), g)
+            with self.codes(self.model) as model:
+                self.moved = torch.ones_like(model.quantize.idle, dtype=torch.bool)
+                model.quantize.init_codebook(self._features(model, g), g)
         elif args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * args.steps:
-            self.moved = quantizer.idle > args.restart_after * args.accum   # idle counts forward passes
-            metrics["restarted"] = torch.tensor(float(quantizer.restart_codes(self._features(g), self.moved, g)))
-        if self.moved is not None and dist.is_initialized():
-            dist.broadcast(quantizer.codebook.data, 0)
-            self.moved[:] = True                                            # each process had found its own
+            with self.codes(self.model) as model:
+                self.moved = model.quantize.idle > args.restart_after * self.parts          # idle counts forward passes
+                metrics["restarted"] = torch.tensor(float(
+                    model.quantize.restart_codes(self._features(model, g), self.moved, g)))
         return metrics
+
+    @contextmanager
+    def codes(self, model):
+        """To change the codebook: all processes do it alike, and then have what the first one has."""
+        with self.whole(model, write=True) as model:
+            yield model
+            if dist.is_initialized():
+                dist.broadcast(model.quantize.codebook.data, 0)
 
     def sync_average(self, average):
         """Codes that jumped must jump in the weight average too, or it would hold dead ones for thousands of steps."""
         if self.moved is not None:
-            average.quantize.codebook.data[self.moved] = self.model.quantize.codebook.data[self.moved]
+            with self.whole(self.model) as model, self.codes(average) as average:
+                average.quantize.codebook.data[self.moved] = model.quantize.codebook.data[self.moved]
 
     def _update_discriminator(self, lr):
-        self.disc_optimizer.zero_grad()                                     # of what the generator's loss left there
-        losses = []
+        (discriminator, optimizer), losses = self.learners["discriminator"], []
+        discriminator.requires_grad_(True)
         for image, rec in self.pairs:
-            losses.append(self.criterion.discriminator_loss(image, rec))
-            (losses[-1] / len(self.pairs)).backward()
-        average_gradients(self.criterion.discriminator.parameters())
-        torch.nn.utils.clip_grad_norm_(self.criterion.discriminator.parameters(), self.args.clip)
-        for group in self.disc_optimizer.param_groups:
+            with synchronized(self.opponent, last=len(losses) + 1 == len(self.pairs)):
+                losses.append(self.opponent(image, rec))
+                (losses[-1] / len(self.pairs)).backward()
+        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), self.args.clip)
+        for group in optimizer.param_groups:
             group["lr"] = lr
-        self.disc_optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
         return torch.stack(losses).detach().mean()
 
     @torch.no_grad()
-    def _features(self, g):
+    def _features(self, model, g):
         """Features of 128 random training pictures, to take codes from."""
         index = torch.randint(len(self.train_set), (128,), generator=g, device=self.device).tolist()
         pixels, _, _ = self.train_set.__getitems__([(i, (i,)) for i in index])
-        return self.model.encode(sample.to_input(pixels, self.device))
+        return model.encode(sample.to_input(pixels, self.device))
 
     @torch.no_grad()
     def validate(self, model):
         """Mean PSNR in dB over the validation pictures, and how far they use the codes, in percent."""
-        psnr, tokens = [], []
-        items = spread(len(self.val_set), 1024)
-        for start in range(0, len(items), 32):
-            image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
-            tokens.append(torch.cat(indices := model.tokenize(image), 1))
-            psnr.append(sample.psnr(model.detokenize(indices), image))
+        def find(batch, g):
+            image = sample.to_input(batch[0], self.device)
+            indices = model.tokenize(image)
+            return sample.psnr(model.detokenize(indices), image).cpu(), torch.cat(indices, 1).cpu()
+        psnr, tokens = zip(*(found for _, found in self.shared(self.val_batches(), find)))
         usage = model.quantize.coverage([torch.cat(tokens)], model.config)
         return {"psnr": torch.cat(psnr).mean().item(), "usage": usage}
+
+    def val_batches(self):
+        """Up to 1,024 validation items, in batches of 32."""
+        items = spread(len(self.val_set), 1024)
+        return [items[start:start + 32] for start in range(0, len(items), 32)]
 
     @torch.no_grad()
     def picture(self, model):
@@ -2033,16 +2213,6 @@ class TokenizerTask(Task):
 
     def save(self, model, path, dtype):
         vq.save(model, path, dtype, size=self.args.size)
-
-    def state_dict(self):
-        if self.disc_optimizer is None:
-            return {}
-        return {"disc": self.criterion.discriminator.state_dict(), "disc_optimizer": self.disc_optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        if self.disc_optimizer is not None:
-            self.criterion.discriminator.load_state_dict(state["disc"])
-            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
 
 
 class AutoencoderTask(TokenizerTask):
@@ -2059,28 +2229,30 @@ class AutoencoderTask(TokenizerTask):
     def loss(self, batch, step, g):
         image = sample.to_input(batch[0], self.device)
         rec, kl = self.model(image, g)
-        self.pairs.append((image, rec.detach().float()))
-        return self.criterion(image, rec.float(), self.args.kl_weight * kl, step, self.model.decoder.conv_out.weight)
+        return self.judged(image, rec.float(), self.args.kl_weight * kl, step)
 
     def after_step(self, step, lr, g):
-        metrics = {"disc": self._update_discriminator(lr)} if self.criterion.adversarial(step) else {}
-        self.pairs = []
-        return metrics
+        return {"disc": self._update_discriminator(lr)} if self.criterion.adversarial(step) else {}
+
+    def sync_average(self, average):
+        pass
 
     @torch.no_grad()
     def validate(self, model):
         """Mean PSNR in dB over the validation pictures, and the standard deviation of scaled latents."""
-        psnr, latents, items = [], [], spread(len(self.val_set), 1024)
-        for start in range(0, len(items), 32):
-            image = sample.to_input(self.val_set.__getitems__(items[start:start + 32])[0], self.device)
-            latents.append(model.encode(image).sample())
-            psnr.append(sample.psnr(model.decode(latents[-1]).clamp(-1, 1), image))
+        def find(batch, g):
+            image = sample.to_input(batch[0], self.device)
+            latents = model.encode(image).sample()
+            return sample.psnr(model.decode(latents).clamp(-1, 1), image).cpu(), latents.cpu()
+        psnr, latents = zip(*(found for _, found in self.shared(self.val_batches(), find)))
         return {"psnr": torch.cat(psnr).mean().item(), "std": torch.cat(latents).std().item()}
 
+    @torch.no_grad()
     def save(self, model, path, dtype):
         """With the scaling that gives latents a standard deviation of 1, measured on the validation pictures."""
-        scaling = model.config.scaling / max(self.validate(model)["std"], 1e-6)
-        model.config = replace(model.config, scaling=scaling)
+        read = lambda items: sample.to_input(self.val_set.__getitems__(items)[0], self.device)
+        latents = torch.cat([model.encode(read(items)).sample() for items in self.val_batches()])
+        model.config = replace(model.config, scaling=model.config.scaling / max(latents.std().item(), 1e-6))
         super().save(model, path, dtype)
 
 
@@ -2098,6 +2270,8 @@ class VARTask(Task):
         import var
         self.args, self.device, self.classes = args, device, train_set.classes
         config = replace(var.CONFIGS[args.model], num_classes=len(train_set.classes))
+        if args.depth:
+            config = replace(config, depth=args.depth, width=config.width // config.depth * args.depth, heads=args.depth)
         self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(device)
         if args.init:
             fresh = torch.Generator().manual_seed(args.seed)                # of new class embeddings
@@ -2112,6 +2286,7 @@ class VARTask(Task):
         side = self.tokenizer.config.stride * self.patch_nums[-1]
         if args.size != side:
             raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
+        self.length = sum(p * p for p in self.patch_nums)
         self.train_set, self.val_set = self.cached(train_set, val_set, self.patch_nums)
 
     def loss(self, batch, step, g):
@@ -2122,7 +2297,7 @@ class VARTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over the validation pictures, without class dropping."""
-        def scores(batch):
+        def scores(batch, g):
             indices = self.tokens(batch, self.patch_nums)
             features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
             loss, metrics = model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, class_drop=0.0)
@@ -2166,7 +2341,7 @@ class InfinityTask(Task):
             self.model.check_pair(self.tokenizer)
         except ValueError as e:
             raise UserError(f"--vae {args.vae}: {e}; give the one that {args.init or args.model} goes with") from None
-        self.model.checkpointing = args.checkpointing
+        self.length = sum(h * w for h, w in self._scales()[:args.scales or None])
         self.t5 = self.model.text_encoder
         if self.t5 is None:
             if not args.t5:
@@ -2204,10 +2379,9 @@ class InfinityTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Means over the validation pictures, bits flipped as in training, no prompt dropped."""
-        g = torch.Generator(self.device).manual_seed(0)
         groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])
 
-        def scores(batch):
+        def scores(batch, g):
             loss, metrics = model.loss(*self._prepare(batch, g, model), text_drop=0.0)
             return {key: loss if key == "loss" else metrics[key] for key in self.val_metrics}
         return self.mean_scores(scores, [[(int(i), None) for i in g[:1024 // len(groups)]] for g in groups])
@@ -2262,7 +2436,7 @@ class LlamaGenTask(Task):
             self.model.check_pair(self.tokenizer)
         except ValueError as e:
             raise UserError(f"--vae {args.vae}: {e}; train one with train.py vq --recipe llamagen_emoji") from None
-        self.features, self.shape = None, ((side, side),)
+        self.features, self.shape, self.length = None, ((side, side),), side * side
         self.train_set, self.val_set = self.cached(train_set, val_set, self.shape)
         if t5 is not None:
             captions = sorted({c for data in (train_set, val_set) for i in range(len(data)) for c in data.captions(i)})
@@ -2293,7 +2467,7 @@ class LlamaGenTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over the validation pictures, without dropping anything."""
-        def scores(batch):
+        def scores(batch, g):
             cond, words, tokens = self._prepare(batch, model)
             loss, metrics = model.loss(cond, tokens, words, cond_drop=0.0)
             return metrics | {"loss": loss}
@@ -2345,7 +2519,7 @@ class SyncNetTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Mean loss and accuracy over pairs of the validation videos."""
-        def scores(batch):
+        def scores(batch, g):
             loss, metrics = model.loss(*self._inputs(batch, model))
             return metrics | {"loss": loss}
         n = len(self.val_set)
@@ -2474,9 +2648,8 @@ class VideoMAETask(Task):
     @torch.no_grad()
     def validate(self, model):
         """Mean squared error of what was filled in, on people that it never saw."""
-        g = torch.Generator(self.device).manual_seed(0)
         items = [[(i % len(self.val_set), (i,)) for i in range(64)]]
-        return self.mean_scores(lambda batch: {"loss": self._loss(batch, model, g)}, items)
+        return self.mean_scores(lambda batch, g: {"loss": self._loss(batch, model, g)}, items)
 
     @torch.no_grad()
     def picture(self, model):
@@ -2552,7 +2725,6 @@ class LatentSyncTask(Task):
             raise UserError(f"--stage {args.stage}: trains attention and motion modules only; give what stage 1 has "
                             "made, or a released file, as --init FILE")
         self.model.freeze(args.stage)
-        self.model.checkpointing = args.checkpointing
         for data in (train_set, val_set):
             data.listen(self.whisper, args)
             data.columns = self.syncnet.config.columns if self.supervision and args.sync_weight else None
@@ -2631,12 +2803,11 @@ class LatentSyncTask(Task):
     @torch.no_grad()
     def validate(self, model):
         """The noise loss on unseen people, always with the same noise; and how well some of them are painted."""
-        g, losses, batch = torch.Generator(self.device).manual_seed(0), [], max(1, 32 // self.args.frames)
-        for start in range(0, max(1, 128 // self.args.frames), batch):
-            items = [(i % len(self.val_set), (i,)) for i in range(start, start + batch)]
+        def scores(batch, g):
             with self.half():
-                losses.append(model.loss(*self._prepare(self.val_set.__getitems__(items), g)[:3], g)[0])
-        return {"loss": torch.stack(losses).mean().item()} | self.judge(model, self.args.val_videos)
+                return {"loss": model.loss(*self._prepare(batch, g)[:3], g)[0]}
+        items = [(i % len(self.val_set), (i,)) for i in range(max(1, 128 // self.args.frames))]
+        return self.mean_scores(scores, [items], max(1, 32 // self.args.frames)) | self.judge(model, self.args.val_videos)
 
     def half(self):
         """The precision of training."""
@@ -2670,10 +2841,12 @@ class LatentSyncTask(Task):
     def judge(self, model, videos):
         """Means over unseen videos of `compare_faces`; with a SyncNet also of sync_c, its confidence, and of offset,
         how many frames it finds the sound off."""
-        scores, judged = [], min(videos, len(self.val_set))
-        for index in tqdm(range(judged), desc="painting", unit="video", leave=False):
+        scores, (rank, world) = {}, place_of_process()
+        mine = range(rank, min(videos, len(self.val_set)), world)
+        for index in tqdm(mine, desc="painting", unit="video", leave=False, disable=rank > 0):
             painted, true, sound = self.painted(model, index)
-            scores.append(compare_faces(painted, true, self.mask) | self.sync_of(painted, sound))
+            scores[index] = compare_faces(painted, true, self.mask) | self.sync_of(painted, sound)
+        scores = [score for _, score in sorted(item for found in of_all(scores) for item in found.items())]
         return {name: float(np.nanmean([score[name] for score in scores] or [math.nan])) for name in scores[0]}
 
     def sync_of(self, faces, sound):
@@ -2825,6 +2998,47 @@ def study_latentsync(args):
     print(f"table in {out}/study.csv, curves in {out}/study.png, frames in {out}/study_frames.png")
 
 
+LADDER = (1, 2, 3, 4, 6, 8)                                                # depths; a model of depth d is 32 d wide
+
+
+def scaling_laws(args):
+    """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small. Models of all depths in LADDER see the same
+    batches; what they reach on unseen pictures is fitted as loss = (beta N)^alpha, N the number of parameters, a straight
+    line between logarithms: scaling.csv, with the correlation coefficients in scaling.png."""
+    out, rows = sample.check_writable(args.out), []
+    for depth in LADDER:
+        one, folder = copy.copy(args), out / f"d{depth}"
+        vars(one).update(depth=depth, out=str(folder), resume="auto", sample_every=0)
+        print(f"depth {depth}:")
+        train(one)                                                          # goes on, if it was interrupted
+        with open(folder / "log.csv", encoding="utf-8") as f:
+            last = [row for row in csv.DictReader(f) if row["val_loss"]][-1]
+        state = load_file(folder / "model.safetensors")
+        rows.append({"depth": depth, "parameters": sum(p.numel() for p in state.values()), "steps": int(last["step"]),
+                     **{name: float(last[f"val_{name}"]) for name in ("loss", "tail_loss", "accuracy", "tail_accuracy")}})
+    write_table(out / "scaling.csv", rows)
+    sizes, charts = np.array([row["parameters"] for row in rows]), []
+    for name, of in (("loss", "loss, all scales"), ("tail_loss", "loss, last scale"),
+                     ("accuracy", "error, all scales"), ("tail_accuracy", "error, last scale")):
+        found = np.array([1 - row[name] if "accuracy" in name else row[name] for row in rows])
+        alpha, beta, r = power_law(sizes, found)
+        law = f"({beta:.2g} N)^{alpha:.3f}, r = {r:.3f}"
+        print(f"{of}: {law}")
+        fit = np.log10((beta * sizes) ** alpha)
+        points = [(x, y, f"d{row['depth']}") for x, y, row in zip(np.log10(sizes), np.log10(found), rows)]
+        charts.append(sample.chart({law: (np.log10(sizes).tolist(), fit.tolist())}, of, "log10 N", "log10", (), points,
+                                   size=(400, 300)))
+    sample.save_png(out / "scaling.png", sheet(charts, 2), {"model": "var", "steps": args.steps})
+    print(f"table in {out}/scaling.csv, picture in {out}/scaling.png")
+
+
+def power_law(sizes, values):
+    """(alpha, beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, r their correlation."""
+    x, y = np.log(sizes), np.log(values)
+    alpha, offset = np.polyfit(x, y, 1)
+    return alpha, math.exp(offset / alpha), np.corrcoef(x, y)[0, 1]
+
+
 def write_table(path, rows, columns=None):
     """Dicts as a CSV file."""
     with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
@@ -2921,18 +3135,6 @@ def set_rates(optimizer, lr, wd):
         group["lr"], group["weight_decay"] = lr, wd * group["decay"]
 
 
-def average_gradients(parameters):
-    """Data parallelism without a wrapper: the mean of the processes' gradients, in one message."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g))
-
-
 @torch.no_grad()
 def update_average(average, model, decay, step):
     """Exponential moving average of the weights, with a shorter memory in the first steps; buffers are copied."""
@@ -2943,39 +3145,226 @@ def update_average(average, model, decay, step):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run
+# Many processes: torchrun starts them, PyTorch's engines make them train as one
 
 
-SAVE_DTYPES = sample.DTYPES | {"fp8": torch.float8_e4m3fn}
+def place_of_process():
+    """(number of this process, how many there are), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_others(device):
+    """Meets the other processes. What is computed goes over NCCL on GPUs, everything else over gloo."""
+    if place_of_process()[1] > 1 and not dist.is_initialized():
+        patience = timedelta(hours=1)                                       # while the first one draws pictures, say
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
+
+
+def of_all(thing):
+    """`thing` of every process, in order: a list. All must call it."""
+    found = [thing] * place_of_process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, thing)
+    return found
+
+
+class Objective(torch.nn.Module):
+    """A loss as the forward pass of a module that holds what is trained: before and after forward and backward is where
+    the engines come in."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *inputs):
+        return self.loss(*inputs)
+
+
+def units(model):
+    """The pieces that a model repeats, such as transformer blocks: what is compiled, and what is sharded, one by one."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    repeated = [unit for modules in lists for unit in modules]
+    nested = {id(m) for unit in repeated for m in unit.modules() if m is not unit}
+    return [unit for unit in repeated if id(unit) not in nested]
+
+
+def data_parallel(model, loss, unused=False):
+    """Every process has the whole model and a share of the batch; gradients are averaged during the backward pass.
+    unused: some weights get no gradient in some steps."""
+    objective = Objective(model, loss)
+    if not dist.is_initialized():
+        return objective
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, find_unused_parameters=unused)
+
+
+def shard(model, dtype):
+    """FSDP2: of every weight each process keeps its share; a block's are put together when its turn comes, in the
+    precision of the run. What lies outside of blocks stays in float32."""
+    keep = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, **keep)
+    for p in model.parameters():
+        p.data = p.data.contiguous()                                        # it takes no channels_last
+    mesh = init_device_mesh(next(model.parameters()).device.type, (place_of_process()[1],))
+    for unit in units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for method in ("prepare", "layer"):                                 # they need the weights as well
+            if hasattr(unit, method):
+                register_fsdp_forward_method(unit, method)
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**keep))
+
+
+@contextmanager
+def synchronized(engine, last):
+    """Processes exchange gradients in the last backward pass of a step alone."""
+    if isinstance(engine, FSDPModule):
+        engine.set_requires_gradient_sync(last)
+    with engine.no_sync() if isinstance(engine, DistributedDataParallel) and not last else nullcontext():
+        yield
+
+
+def full(x):
+    """A tensor, or what all shards of one make together. All processes must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def without_weights(model):
+    """A copy of a model that has no weights yet."""
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.new_empty(0), False) for p in model.parameters()})
+
+
+@contextmanager
+def put_together(model, empty, write=False):
+    """A model that FSDP has sharded as one piece, on every process; `empty` is from `without_weights`. write: what is
+    changed in it counts, as the first process has it."""
+    twin = copy.deepcopy(empty)
+    pairs = list(zip(twin.parameters(), model.parameters()))
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.data = full(theirs)
+        for mine, theirs in zip(twin.buffers(), model.buffers()):
+            mine.copy_(theirs)
+        yield twin
+        if write:
+            for mine, theirs in pairs:
+                theirs.copy_(distribute_tensor(mine.data, theirs.device_mesh, theirs.placements))
+            for mine, theirs in zip(twin.buffers(), model.buffers()):
+                theirs.copy_(mine)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+class Checkpoints:
+    """The state of a run in FOLDER/STEP/: tensors, written by torch.distributed.checkpoint while training goes on, by
+    every process its share, for any number of processes that may read them; and notes.json. A folder gets its name when
+    all of it is there, so no half ones are ever found; the `keep` newest stay."""
+
+    def __init__(self, folder, keep):
+        self.folder, self.keep, self.pending = folder, keep, None
+        self.rank = place_of_process()[0]
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # not to be in the way
+
+    def complete(self):
+        """All folders, the newest last."""
+        return sorted(path for path in self.folder.glob("[0-9]*") if (path / "notes.json").exists())
+
+    def begin(self, step, tensors, notes):
+        """Copies the tensors and starts to write them. Raises OSError if there is no room to begin with."""
+        self.finish()
+        if (self.folder / f"{step:07d}").exists():                          # nothing was done since
+            return
+        temporary, error = self.folder / f".{step:07d}", None
+        if self.rank == 0:
+            try:
+                for left in self.folder.glob(".[0-9]*"):                    # by a run that was killed
+                    shutil.rmtree(left)
+                temporary.mkdir(parents=True)
+                (temporary / "notes.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
+            except OSError as e:
+                error = e.strerror
+        if any(errors := of_all(error)):
+            raise OSError(next(filter(None, errors)))
+        copies = {name: x.detach().clone() for name, x in tensors.items()}
+        self.pending = temporary, dcp.async_save(
+            copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+
+    def finish(self, wait=True):
+        """Waits until the last one is written, or without `wait` looks whether it is. Raises if it could not be."""
+        if self.pending is None or not (wait or self.pending[1].done()):
+            return
+        (temporary, future), self.pending = self.pending, None
+        future.result()
+        if self.rank == 0:
+            os.replace(temporary, temporary.with_name(temporary.name[1:]))
+            for old in self.complete()[:-self.keep]:
+                shutil.rmtree(old)
+
+    def notes(self, path):
+        """What notes.json of a folder says."""
+        try:
+            return json.loads((path / "notes.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise self.useless(path, e) from None
+
+    def load(self, path, tensors_for):
+        """Fills tensors_for(names of what was saved) -> {name: tensor}."""
+        try:
+            reader = dcp.FileSystemReader(path)
+            tensors = tensors_for(reader.read_metadata().state_dict_metadata)
+            dcp.load(tensors, storage_reader=reader, process_group=self.group)
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, AttributeError, pickle.UnpicklingError,
+                dcp.api.CheckpointException) as e:
+            raise self.useless(path, e) from None
+
+    def useless(self, path, error):
+        """What to say of a broken one."""
+        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        before = [p.name for p in self.complete() if p != path]
+        return UserError(f"{path}: cannot continue from it ({reason}); delete it" + (
+            f" to go on from step {int(before[-1])}" if before else " or choose another --out"))
 
 
 class Log:
-    """log.csv: one row every few steps. A resumed run drops the rows after its checkpoint."""
+    """log.csv: one row every few steps; curves.png; with tensorboard installed its files in tensorboard/. A resumed run
+    drops the rows after its checkpoint."""
+
+    COLUMNS = ["step", "loss", "lr", "grad_norm", "seconds", "step_seconds", "data_wait", "images_per_s", "tokens_per_s",
+               "flops_share", "memory_gb", "skipped"]
 
     def __init__(self, path, task, resume_step):
-        self.path = path
-        self.columns = ["step", "loss", "lr", "grad_norm", "seconds", *task.metrics]
-        self.columns += [f"val_{m}" for m in task.val_metrics]
+        self.path, self.board = path, None
+        self.columns = [*self.COLUMNS, *task.metrics, *(f"val_{m}" for m in task.val_metrics)]
         rows = []
         if resume_step and path.exists():
             with open(path, encoding="utf-8") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume_step]
+                rows = [row for row in csv.DictReader(f) if row["step"].isdigit() and int(row["step"]) <= resume_step]
         with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, self.columns)
+            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=resume_step)
 
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, self.columns).writerow({k: self._cell(v) for k, v in row.items()})
+        for name, value in row.items() if self.board else ():
+            if name != "step" and not (isinstance(value, torch.Tensor) and value.numel() > 1):
+                self.board.add_scalar(name, float(value), row["step"])
 
     def draw(self):
-        """curves.png: what all validations so far have found."""
+        """curves.png: the loss in training, and what all validations so far have found."""
         with open(self.path, encoding="utf-8") as f:
-            rows, names = list(csv.DictReader(f)), [name for name in self.columns if name.startswith("val_")]
-        known = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
-        charts = [sample.chart({"": tuple(zip(*points))}, name.removeprefix("val_"), "steps", size=(400, 300))
-                  for name, points in known.items() if points]
+            rows = list(csv.DictReader(f))
+        known = lambda name: ([int(row["step"]) for row in rows if row[name]],
+                              [float(row[name]) for row in rows if row[name]])
+        charts = [sample.chart({"": known("loss")}, "loss in training", "steps", size=(400, 300))]
+        for name in self.columns:
+            if name.startswith("val_") and known(name)[0]:
+                charts.append(sample.chart({"": known(name)}, name.replace("val_", "validation: "), "steps",
+                                           size=(400, 300)))
         sample.save_png(self.path.with_name("curves.png"), sheet(charts, min(3, len(charts))))
 
     @staticmethod
@@ -2984,6 +3373,37 @@ class Log:
         if isinstance(value, torch.Tensor):
             return " ".join(f"{v:.6g}" for v in value.detach().flatten().tolist())
         return f"{value:.6g}" if isinstance(value, float) else value
+
+
+class Meter:
+    """How long steps take, and how long they wait for data, since the log was written last."""
+
+    def __init__(self, run):
+        self.run, self.memory = run, sample.PeakMemory(run.device)
+        self.limit = sample.product_speed(run.device, sample.DTYPES[run.args.dtype])
+        self.flops = 0                                                      # of one part of a step
+        self.start()
+
+    def start(self):
+        self.steps, self.spent, self.waited = 0, 0.0, 0.0
+
+    def numbers(self):
+        """What there is to log; counting starts anew."""
+        run, seconds = self.run, self.spent / max(self.steps, 1)
+        found = {"step_seconds": seconds, "data_wait": self.waited / self.spent,
+                 "images_per_s": run.args.batch_size / seconds, "memory_gb": self.memory() / 1e9}
+        if run.task.length:
+            found["tokens_per_s"] = found["images_per_s"] * run.task.length
+        found["flops_share"] = self.flops * run.accum / seconds / self.limit
+        self.start()
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+SAVE_DTYPES = sample.DTYPES | {"fp8": torch.float8_e4m3fn}
 
 
 def leave_signals_to_parent(_):
@@ -2995,15 +3415,16 @@ def leave_signals_to_parent(_):
 class StopOnSignal:
     """Ctrl-C and SIGTERM end the run after the step in progress, with its state saved; a second one ends it at once."""
 
+    asked = 0                                                               # the number of the signal
+
     def __enter__(self):
-        self.asked = False
         self.old = [(s, signal.signal(s, self._ask)) for s in (signal.SIGINT, signal.SIGTERM)]
         return self
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() - self.when > 1:                 # torchrun's may come twice
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.when = self.asked or number, time.monotonic()
 
     def __exit__(self, *_):
         for s, handler in self.old:
@@ -3015,10 +3436,11 @@ SYNCNET_COUNTS = ("videos", "val_pairs", "frames", "embedding", "moments", "audi
 
 def check_args(args):
     """What argparse does not check."""
-    at_least = {"batch_size": 1, "accum": 1}
+    at_least = {"batch_size": 1, "accum": 1, "keep": 1, "max_skipped": 1, "depth": 1}
     counts = ("steps", "epochs", "batch_size", "accum", "seed", "workers", "log_every", "val_every", "sample_every",
-              "save_every", "stop_after", "lr", "wd", "wd_end", "clip", *SYNCNET_COUNTS)
-    at_least |= dict.fromkeys(SYNCNET_COUNTS, 1) | dict(audio_offset=0, contrast_steps=0)
+              "save_every", "stop_after", "lr", "wd", "wd_end", "clip", "keep", "max_skipped", "depth", "shuffle",
+              *SYNCNET_COUNTS)
+    at_least |= dict.fromkeys(SYNCNET_COUNTS, 1) | dict(audio_offset=0, contrast_steps=0, shuffle=1)
     sample.check_ranges(*((f"--{k.replace('_', '-')}", getattr(args, k, None), at_least.get(k, 0), None)
                           for k in counts),
                         ("--warmup", args.warmup, 0, 1), ("--final-lr", args.final_lr, 0, 1), ("--ema", args.ema, 0, 1),
@@ -3034,199 +3456,346 @@ def check_args(args):
                             ("--short-captions", args.short_captions, 0, 1))
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
+    if args.fsdp and place_of_process()[1] == 1:
+        raise UserError("--fsdp: shards a model over several processes; start them with torchrun --nproc-per-node N")
 
 
 def prepare_folder(args):
     """Creates --out, checks that it can be written, and that no other run's results would be lost in it."""
     out = sample.check_writable(args.out)
     (out / "samples").mkdir(exist_ok=True)
-    if args.resume == "no" and any((out / name).exists() for name in ("state.pt", "model.safetensors")):
+    if args.resume == "no" and any((out / name).exists() for name in ("state", "state.pt", "model.safetensors")):
         raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another --out")
+    if (out / "state.pt").exists():
+        raise UserError(f"{out}/state.pt: was written by an older version, which this one cannot continue; start anew, "
+                        f"with --init {out}/model.safetensors")
     return out
 
 
 class Run:
-    """What a training run consists of. Random numbers come from `g`, seeded anew in every step, or from (seed, step),
-    and `save` writes all that changes: so a resumed run equals an uninterrupted one, on a CPU bit for bit."""
+    """What a training run consists of, and what it does besides its steps.
 
-    SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "accum", "lr", "schedule", "warmup", "final_lr",
-                "wd", "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps", "stage", "sync_weight",
-                "trepa_weight", "lpips_weight", "drop_audio")               # a resumed run has the same
+    A step's batch comes in `parts`, each with random draws of its own, from (seed, step, part); process r of R has parts
+    r, r + R, ... So what is computed depends on the number of parts alone: a run goes on with any number of processes
+    that divides it, and with the same one, on a CPU, bit for bit.
+    """
+
+    SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "lr", "schedule", "warmup", "final_lr", "wd",
+                "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps", "stage", "sync_weight", "trepa_weight",
+                "lpips_weight", "drop_audio", "shuffle")                    # a resumed run has the same
 
     def __init__(self, args):
         check_args(args)
         self.args = args
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = place_of_process()
         self.device, why = sample.choose_device(args.device)
-        if args.batch_size % (args.accum * self.world):
-            raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {args.accum} times "
-                            f"{self.world} processes")
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        join_others(self.device)
         self.out = prepare_folder(args)
+        self.checkpoints = Checkpoints(self.out / "state", args.keep)
+        found = self.checkpoints.complete() if args.resume == "auto" else []
+        notes = self.checkpoints.notes(found[-1]) if found else {}
+        self.share_batch(notes.get("parts", args.accum * self.world))
         train_set, val_set = open_data(args)
-        self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every rank
+        self.g = torch.Generator(self.device).manual_seed(args.seed)        # the same weights on every process
         self.task = task_of(args)(args, train_set, val_set, self.device, self.g)
-        self.model = self.task.model
         args.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)
+        self.start_engine()
+        self.step, self.best, self.skipped, self.skipped_in_a_row = 0, -math.inf, 0, 0
+        self.broken, self.stop, self.unsaved = set(), StopOnSignal(), None
+        self.settings = self.describe()
+        if found:
+            self.restore(found[-1], notes)
+        self.first, self.started = self.step, time.perf_counter()
+        self.last = min(args.steps, self.step + args.stop_after) if args.stop_after else args.steps
+        self.batches, self.log = self.open_batches(), None
+        if self.rank == 0:
+            self.log = Log(self.out / "log.csv", self.task, self.step)
+            parameters = sum(p.numel() for p in self.model.parameters())
+            shared = f" on {self.world} processes ({'FSDP' if args.fsdp else 'DDP'})" if self.world > 1 else ""
+            print(f"{self.device} ({why}){shared}, {args.dtype}, {parameters:,} parameters, "
+                  f"{len(self.task.train_set):,} {train_set.kinds}, steps {self.step} to {args.steps}", flush=True)
+        self.meter = Meter(self)
+
+    def share_batch(self, parts):
+        """Cuts a step's batch into parts, and deals them out."""
+        self.parts, batch_size = parts, self.args.batch_size
+        self.accum, left = divmod(parts, self.world)
+        if left:
+            raise UserError(f"{self.out}: this run cuts a batch into {parts} parts, which {self.world} processes cannot "
+                            f"share; start a number of them that divides {parts}")
+        if batch_size % parts:
+            raise UserError(f"--batch-size {batch_size}: not divisible by --accum {self.accum} times {self.world} "
+                            "processes" if self.world > 1 else
+                            f"--batch-size {batch_size}: not divisible by --accum {self.accum}")
+
+    def start_engine(self):
+        """Optimizer, weight average, and what lets several processes train one model."""
+        args, self.model = self.args, self.task.model
+        if getattr(args, "checkpointing", False):
+            self.model.checkpointing = True
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
+        for unit in units(self.model) if args.compile else ():
+            unit.compile()
+        if args.fsdp:
+            self.empty = without_weights(self.model)
+            self.engine = shard(Objective(self.model, self.task.loss), sample.DTYPES[args.dtype])
+            if self.average is not self.model:
+                shard(self.average, torch.float32)
+        else:
+            self.engine = data_parallel(self.model, self.task.loss, self.task.UNUSED_WEIGHTS)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), args.lr, args.betas, eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**11, growth_interval=1000,
                                            enabled=args.dtype == "fp16")
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
-        self.first, self.best = 0, -math.inf
-        self.settings = {k: getattr(args, k, None) for k in self.SETTINGS} | {"data": self.task.train_set.fingerprint}
-        self.settings |= self.task.identity()
-        if args.resume == "auto" and (self.out / "state.pt").exists():
-            self.restore()
+        self.task.whole, self.task.parts = self.whole, self.parts
+
+    def whole(self, model, write=False):
+        """A model as one piece, for as long as a `with` lasts; without --fsdp it is. write: changes to it count."""
+        return put_together(model, self.empty, write) if self.args.fsdp else nullcontext(model)
+
+    def describe(self):
+        """What a resumed run must have the same."""
+        config = getattr(self.model, "config", None)
+        config = {f"config.{k}": v for k, v in asdict(config).items()} if config else {}
+        settings = {k: getattr(self.args, k, None) for k in self.SETTINGS} | config
+        settings |= {"data": self.task.train_set.fingerprint} | self.task.identity()
+        return json.loads(json.dumps(settings, default=str))                # as it comes back from a file
+
+    def tensors(self, saved=None):
+        """All tensors of the run by name; Adam's are those of the weight they belong to. saved: names of what is about
+        to be loaded: makes room for it."""
+        found = {f"average.{name}": x for name, x in self.average.state_dict().items()} if self.args.ema else {}
+        for what, (model, optimizer) in ({"model": (self.model, self.optimizer)} | self.task.learners).items():
+            found |= {f"{what}.{name}": x for name, x in model.state_dict().items()}
+            for name, p in model.named_parameters():
+                if saved is not None and f"{what}.{name}.exp_avg" in saved:
+                    optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                          "exp_avg_sq": torch.zeros_like(p)}
+                found |= {f"{what}.{name}.{key}": x for key, x in optimizer.state.get(p, {}).items()}
+        return found
+
+    def restore(self, path, notes):
+        """Continues from a checkpoint, if that was a run with the same settings."""
+        now, then = self.settings, notes["settings"]
+        changed = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+        if changed:
+            raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or another --out")
+        self.checkpoints.load(path, self.tensors)
+        self.scaler.load_state_dict(notes["scaler"])
+        self.step, self.best, self.skipped = notes["step"], notes["best"], notes["skipped"]
+
+    def save(self):
+        """Starts to write a checkpoint: everything needed to go on exactly here."""
+        notes = {"settings": self.settings, "step": self.step, "parts": self.parts, "best": self.best,
+                 "skipped": self.skipped, "scaler": self.scaler.state_dict(), "torch": torch.__version__}
+        self.writing(f"step {self.step}", lambda: self.checkpoints.begin(self.step, self.tensors(), notes))
+
+    def writing(self, what, write):
+        """Does it, or says why not: a full disk does not end a run, which tries again when it saves next."""
+        try:
+            write()
+            self.unsaved = None
+        except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as e:
+            reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e).strip().splitlines()[-1]
+            self.unsaved = f"could not save {what} ({reason})"
+            last = [int(path.name) for path in self.checkpoints.complete()]
+            self.say(f"{self.unsaved}; " + (f"step {last[-1]} is intact" if last else "nothing is saved yet"))
+
+    def say(self, line):
+        """A line above the progress bar, from the first process alone."""
         if self.rank == 0:
-            parameters = sum(p.numel() for p in self.model.parameters())
-            print(f"{self.device} ({why}), {args.dtype}, {parameters:,} parameters, {len(self.task.train_set):,} "
-                  f"{train_set.kinds}, steps {self.first} to {args.steps}")
+            tqdm.write(line)
+            sys.stdout.flush()
 
-    def save(self, step):
-        """state.pt: everything needed to go on exactly here; model.safetensors: what sample.py takes."""
-        average = None if self.average is self.model else self.average.state_dict()
-        state = {"settings": self.settings, "step": step, "best": self.best, "model": self.model.state_dict(),
-                 "average": average, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "task": self.task.state_dict()}
-        try:
-            with vq.atomic(self.out / "state.pt") as temporary:
-                torch.save(state, temporary)
-            self.export("model.safetensors")
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"--out {self.out}: could not save step {step} ({e}); the last save is intact") from None
-
-    def export(self, name):
-        self.task.save(self.average, self.out / name, SAVE_DTYPES[self.args.save_dtype])
-
-    def restore(self):
-        """Continues from state.pt, if that was a run with the same settings."""
-        path = self.out / "state.pt"
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
-                       if v != self.settings.get(k)]
-            if changed:
-                raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or "
-                                "another --out")
-            self.model.load_state_dict(state["model"])
-            if state["average"]:
-                self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.task.load_state_dict(state["task"])
-            self.first, self.best = state["step"], state["best"]
-        except (RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as e:
-            reason = (str(e) or "it is empty").splitlines()[0]
-            raise UserError(f"{path}: cannot continue from it ({reason}); delete it or choose another --out") from None
-
-    def batches(self):
-        """Batches from step `first` on, for ever."""
-        args, data = self.args, self.task.train_set
+    def order(self, first):
+        """The items of all batches from a step on, as far as they are of this process."""
+        data = self.task.train_set
         groups = getattr(data, "groups", [np.arange(len(data))])
-        order = Batches(groups, args.batch_size, args.seed, self.first, args.accum, self.rank, self.world)
-        workers = args.workers if getattr(data, "READS_FILES", False) else 0
-        return iter(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple,
-                               worker_init_fn=leave_signals_to_parent))
+        return Batches(groups, self.args.batch_size, self.args.seed, first, self.parts, self.rank, self.world,
+                       getattr(data, "shards", None), self.args.shuffle)
 
-    def update(self, step, batches, broken):
-        """One optimizer step -> what there is to log."""
-        args, task, scaler, parts = self.args, self.task, self.scaler, []
-        self.g.manual_seed(int(np.random.default_rng((args.seed, step, self.rank)).integers(2**63)))
-        warmup = args.warmup * args.steps
-        lr = args.lr * learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
-        set_rates(self.optimizer, lr, weight_decay(step, args.steps, args.wd, args.wd_end))
-        for _ in range(args.accum):
-            batch = next(batches)
-            broken.update(batch[2])
-            with torch.autocast(self.device.type, sample.DTYPES[args.dtype], enabled=args.dtype != "fp32"):
-                loss, metrics = task.loss(batch, step, self.g)
-            scaler.scale(loss / args.accum).backward()
-            parts.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
-        average_gradients(self.model.parameters())
-        scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        scaler.step(self.optimizer)
-        scaler.update()
-        if args.dtype == "fp16" and scaler.get_scale() > 2.0**15:
-            scaler.update(2.0**15)                                          # the authors' cap
-        self.optimizer.zero_grad()
-        extra = task.after_step(step, lr, self.g)
-        if self.average is not self.model:
-            update_average(self.average, self.model, args.ema, step)
-            task.sync_average(self.average)
-        means = {k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]}
-        return means | {"lr": lr, "grad_norm": grad_norm} | extra
+    def open_batches(self):
+        """Batches from the present step on, for ever, from processes of their own if files are to be read."""
+        data = self.task.train_set
+        workers = self.args.workers if getattr(data, "READS_FILES", False) else 0
+        return iter(DataLoader(data, batch_sampler=self.order(self.step), num_workers=workers, collate_fn=tuple,
+                               worker_init_fn=leave_signals_to_parent, pin_memory=self.device.type == "cuda"))
 
-    def report(self, done, last, stopping, row, log, bar):
-        """Checkpoint, log, validation and sample grid, each when its turn has come; when stopping only what must be."""
-        args = self.args
-        due = lambda every: (last and not stopping) or (every > 0 and done % every == 0)
-        save, validate, draw = last or due(args.save_every), due(args.val_every), due(args.sample_every)
-        if not (save or validate or draw or due(args.log_every)):
+    def next_batch(self):
+        """The next part of a batch; how long that took is on record."""
+        start = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise UserError(f"a process that reads --data has died ({str(e).splitlines()[0]}); if memory was short, try "
+                            f"fewer --workers; go on with --resume auto") from None
+        self.broken.update(batch[2])
+        self.meter.waited += time.perf_counter() - start
+        return batch
+
+    def draws(self, part):
+        """The generator, at the start of what belongs to this step and part; part self.parts is what comes after all."""
+        return self.g.manual_seed(int(np.random.default_rng((self.args.seed, self.step, part)).integers(2**63)))
+
+    def rates(self):
+        """Learning rate and weight decay of this step."""
+        args, step = self.args, self.step
+        ratio = learning_rate(args.schedule, step, args.steps, args.warmup * args.steps, args.warmup_from, args.final_lr)
+        return args.lr * ratio, weight_decay(step, args.steps, args.wd, args.wd_end)
+
+    @contextmanager
+    def counted(self):
+        """Counts the products of the first part of the first step, outside of what torch.compile makes of them."""
+        if self.meter.flops:
+            yield
             return
-        loss, grad_norm = float(row["loss"]), float(row["grad_norm"])
-        if not math.isfinite(loss) or (args.dtype != "fp16" and not math.isfinite(grad_norm)):  # fp16 skips such steps
-            raise UserError(f"the loss is {loss:.3g} and its gradient {grad_norm:.3g} at step {done}; lower --lr or "
-                            f"use --dtype bf16; what was saved before is still in {self.out}")
-        bar.set_postfix(loss=f"{loss:.4g}", lr=f"{row['lr']:.2g}", refresh=False)
-        self.average.eval()
-        if validate:
-            scores = self.task.validate(self.average)
-            bar.write(f"step {done}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
-            row |= {f"val_{k}": v for k, v in scores.items()}
-            if self.task.score(scores) > self.best:
-                self.best = self.task.score(scores)
-                self.export("best.safetensors")
-        log.write({"step": done} | row)
-        if validate:
-            log.draw()
-        if save:
-            self.save(done)
-        if draw:
-            self.task.show(self.average, self.out / "samples" / f"{done:07d}")
+        with torch.compiler.set_stance("force_eager") if self.args.compile else nullcontext(), sample.Flops() as count:
+            yield
+        self.meter.flops = max(count.total, 1)
+
+    def sound(self, grad_norm, losses):
+        """Whether this step may change the weights. If many in a row may not, something is wrong: says what they saw."""
+        if math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.args.max_skipped:
+            guilty = [part for part, loss in zip(self.order(self.step), losses) if not math.isfinite(loss)]
+            name = getattr(self.task.train_set, "name", "number {}".format)
+            names = [name(i) for part in guilty for i, _ in part]
+            names = [name for found in of_all(names) for name in found]     # of all processes
+            raise UserError(f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.step + 1}" + (
+                f", whose loss was not finite for {', '.join(names[:8])}" if names else "") + "; look at these, lower "
+                "--lr or use --dtype bf16; --resume auto goes on from the last checkpoint")
+        return False
+
+    def goes_on(self):
+        """Whether there is another step to take. A signal to one process stops all after the same step."""
+        asked = torch.tensor(self.stop.asked)
+        if self.world > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.stopping = int(asked) if self.first < self.step < self.last else 0
+        return self.step < self.last and not self.stopping
+
+    def report(self, row, bar):
+        """Checkpoint, log, validation and sample grid, each when its turn has come. row: what the step has found."""
+        args, done, ended = self.args, self.step, self.step == self.last
+        self.writing("the last checkpoint", lambda: self.checkpoints.finish(wait=False))
+        due = lambda every: ended or (every > 0 and done % every == 0)
+        log, save, validate, draw = map(due, (args.log_every, args.save_every, args.val_every, args.sample_every))
+        if not (log or save or validate or draw):
+            return
+        found = of_all({k: v.float().cpu() for k, v in row.items() if isinstance(v, torch.Tensor)})
+        row |= {k: torch.stack([one[k] for one in found]).mean(0) for k in found[0]} | self.meter.numbers()
+        row |= {"skipped": self.skipped, "seconds": time.perf_counter() - self.started}
+        bar.set_postfix(loss=f"{float(row['loss']):.4g}", lr=f"{row['lr']:.2g}", refresh=False)
+        if validate or save or draw:
+            self.show(row, validate, save, draw)
+        if log or validate:
+            self.note(row)
+        if validate and self.rank == 0:
+            self.writing("curves.png", self.log.draw)
         self.model.train()
 
-    def someone_asked(self, stop):
-        """Whether any of the processes got a signal to stop: all must stop after the same step."""
-        if self.world == 1:
-            return stop.asked
-        asked = torch.tensor(float(stop.asked), device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked)
+    def note(self, row):
+        """A row of the log; and a line, where there is no terminal to show a bar on."""
+        if self.rank == 0:
+            self.writing("a row of log.csv", lambda: self.log.write({"step": self.step} | row))
+            if not sys.stderr.isatty():
+                self.say(f"step {self.step}/{self.args.steps}: loss {float(row['loss']):.4g}, lr {row['lr']:.2g}, "
+                         f"{row['step_seconds']:.3g} s/step, {row['images_per_s']:.3g} images/s, waiting for data "
+                         f"{row['data_wait']:.1%}")
+
+    def show(self, row, validate=False, save=False, draw=False):
+        """Validates, saves, draws, with the average of the weights if there is one."""
+        with self.whole(self.average) as model:
+            model.eval()
+            if validate:
+                scores = self.task.validate(model)
+                self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
+                row |= {f"val_{k}": v for k, v in scores.items()}
+                better = self.task.score(scores) > self.best
+                self.best = max(self.best, self.task.score(scores))
+                if better and self.rank == 0:
+                    self.export(model, "best.safetensors")
+            if save and self.rank == 0:
+                self.export(model, "model.safetensors")
+            if draw and self.rank == 0:
+                name = self.out / "samples" / f"{self.step:07d}"
+                self.writing(name, lambda: self.task.show(model, name))
+        if save:
+            self.save()
+
+    def export(self, model, name):
+        """What sample.py takes."""
+        dtype = SAVE_DTYPES[self.args.save_dtype]
+        self.writing(name, lambda: self.task.save(model, self.out / name, dtype))
+
+    def end(self):
+        """After the last step: what is not saved yet, and what there is to say."""
+        if self.stopping:
+            self.show({}, save=True)
+        self.writing("the last checkpoint", self.checkpoints.finish)
+        broken = sorted(set().union(*of_all(self.broken)))
+        if broken and self.rank == 0:
+            report_broken(broken, self.task.train_set)
+            self.writing("unreadable.txt", lambda: (self.out / "unreadable.txt").write_text("\n".join(broken) + "\n"))
+        if self.rank == 0:
+            self.log.draw()
+            how = "interrupted" if self.stopping else "stopped" if self.last < self.args.steps else "done"
+            print(f"{how} at step {self.step} of {self.args.steps}, {time.perf_counter() - self.started:.0f} s; weights in "
+                  f"{self.out}/model.safetensors" + ("" if self.step == self.args.steps else
+                                                     "; go on with --resume auto"), flush=True)
+        if self.unsaved:
+            raise UserError(f"--out {self.out}: {self.unsaved}; make room and go on with --resume auto")
+        if self.stopping:
+            sys.exit(128 + self.stopping)
 
 
 def train(args):
-    """The loop."""
+    """The loop. A step is a function of its number and of what the one before has left."""
     run = Run(args)
-    log = Log(run.out / "log.csv", run.task, run.first) if run.rank == 0 else None
-    end = min(args.steps, run.first + args.stop_after) if args.stop_after else args.steps
-    batches, broken, done, started, stopping = run.batches(), set(), run.first, time.perf_counter(), False
-    run.model.train()
-    with StopOnSignal() as stop, tqdm(total=args.steps, initial=done, disable=run.rank > 0, smoothing=0.05) as bar:
-        while done < end and not stopping:
-            row = run.update(done, batches, broken)
-            done += 1
+    task, model, optimizer, scaler, meter = run.task, run.model, run.optimizer, run.scaler, run.meter
+    precision = functools.partial(torch.autocast, run.device.type, sample.DTYPES[args.dtype], args.dtype != "fp32")
+    model.train()
+    with run.stop, tqdm(total=args.steps, initial=run.step, disable=None if run.rank == 0 else True, smoothing=0.05) as bar:
+        while run.goes_on():
+            began, step, parts = time.perf_counter(), run.step, []
+            lr, decay = run.rates()
+            set_rates(optimizer, lr, decay)
+            for i in range(run.accum):                                      # the parts of a batch, one after the other
+                batch, g = run.next_batch(), run.draws(run.rank + i * run.world)
+                with synchronized(run.engine, last=i == run.accum - 1), run.counted():
+                    with precision():
+                        loss, metrics = run.engine(batch, step, g)          # the task's loss
+                    scaler.scale(loss / run.accum).backward()
+                parts.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
+            scaler.unscale_(optimizer)
+            grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
+            row = {k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]}
+            if run.sound(grad_norm, [part["loss"] for part in parts]):
+                scaler.step(optimizer)
+                row |= task.after_step(step, lr, run.draws(run.parts))      # the discriminator's turn, say
+                if args.ema:
+                    update_average(run.average, model, args.ema, step)
+                    task.sync_average(run.average)
+            scaler.update()
+            if args.dtype == "fp16" and scaler.get_scale() > 2.0**15:
+                scaler.update(2.0**15)                                      # the cap of VAR's authors
+            optimizer.zero_grad()
+            run.step += 1
+            meter.steps, meter.spent = meter.steps + 1, meter.spent + time.perf_counter() - began
             bar.update()
-            stopping = run.someone_asked(stop) and done < end
-            if run.rank == 0:
-                row["seconds"] = time.perf_counter() - started
-                run.report(done, done == end or stopping, stopping, row, log, bar)
-    report_broken(broken, run.task.train_set)
-    if run.rank == 0:
-        how = "interrupted" if stopping else "stopped" if end < args.steps else "done"
-        print(f"{how} at step {done} of {args.steps}, {time.perf_counter() - started:.0f} s; weights in "
-              f"{run.out}/model.safetensors" + ("" if done == args.steps else "; go on with --resume auto"))
-    if run.world > 1:
-        dist.destroy_process_group()
-    if stopping:
-        sys.exit(130)
+            run.report(row | {"lr": lr, "grad_norm": grad_norm}, bar)
+    run.end()
 
 
 def main(args):
     """Trains, or what a flag asks for instead."""
     study = study_latentsync if args.model_name == "latentsync" else study_syncnet
-    for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study)):
+    for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study),
+                          ("scaling_laws", scaling_laws)):
         if getattr(args, flag, None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")

@@ -156,7 +156,7 @@ class Block(nn.Module):
         return modulation, self.attn.constants()
 
     def forward(self, x, prepared, mask=None, cache=None, pos=0, generator=None):
-        """x (B, l, C), the residual stream -> the same."""
+        """x (B, l, C), the residual stream -> the same. generator: of stochastic depth, in training."""
         modulation, constants = prepared
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
@@ -198,7 +198,7 @@ class VAR(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False
         C, patch_nums = config.width, config.patch_nums
         lengths = [p * p for p in patch_nums]
         level = torch.tensor([k for k, n in enumerate(lengths) for _ in range(n)])
@@ -257,7 +257,7 @@ class VAR(nn.Module):
         x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(features)], 1)       # (B, L, C)
         x = x + self.positions(0, x.shape[1])
         for block, prepared in zip(self.blocks, self.prepare(cond)):
-            x = block(x, prepared, mask=self.mask, generator=generator)
+            x = vq.checkpointed(self.checkpointing, block, x, prepared, mask=self.mask, generator=generator)
         return self.logits(x, *self.head_modulation(cond))
 
     def loss(self, labels, tokens, features, *, class_drop=None, label_smoothing=0.0, generator=None):

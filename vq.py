@@ -66,6 +66,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from triton_ops import group_norm_silu, vq_nearest
 
@@ -431,7 +432,7 @@ class CodebookQuantizer(ResidualQuantizer):
     def __init__(self, config):
         super().__init__(config)
         self.codebook = nn.Parameter(torch.zeros(config.vocab_size, config.z_channels))
-        # training steps since a code was last used
+        # forward passes in training since a code was last used
         self.register_buffer("idle", torch.zeros(config.vocab_size, dtype=torch.int64))
 
     def nearest(self, z):
@@ -545,11 +546,11 @@ class SingleScaleVQ(CodebookQuantizer):
 
     @torch.no_grad()
     def _record(self, index):
-        """Keeps the last 65,536 indices of this process."""
-        index = index.flatten()
-        self.recent.copy_(torch.cat([self.recent, index.to(self.recent.dtype)])[-len(self.recent):])
-        used = index.bincount(minlength=len(self.codebook)) > 0
-        self.idle.copy_(torch.where(used, 0, self.idle + 1))
+        """Keeps the last 65,536 indices, of all processes."""
+        for index in of_all_processes(index.flatten()):
+            self.recent.copy_(torch.cat([self.recent, index.to(self.recent.dtype)])[-len(self.recent):])
+            used = index.bincount(minlength=len(self.codebook)) > 0
+            self.idle.copy_(torch.where(used, 0, self.idle + 1))
 
 
 class MultiScaleVQ(CodebookQuantizer):
@@ -591,21 +592,22 @@ class MultiScaleVQ(CodebookQuantizer):
         if self.training:
             self._record(torch.stack(counts))
         # The original's rule: a code is used if hit 8 % as often as by an even spread of the last scale's cells.
-        threshold = 0.08 * _world_size() * f[:, 0].numel() / len(self.codebook)
+        threshold = 0.08 * f[:, 0].numel() / len(self.codebook)
         usage = (self.hits >= threshold).float().mean(1) * 100
         return f_hat.detach() - f.detach() + f, loss / len(self.patch_nums), usage
 
     @torch.no_grad()
     def _record(self, counts):
         """Updates the moving averages. The decay is 0 at the first update ever, 0.9 up to 100, then 0.99. As in the
-        original every scale counts as an update: in the first step only the first scale starts from full counts."""
-        if _world_size() > 1:
-            dist.all_reduce(counts)
-        for hits, count in zip(self.hits, counts):
-            decay = torch.where(self.hit_updates < 100, 0.9, 0.99) * (self.hit_updates > 0)
-            hits.copy_(hits * decay + count * (1 - decay))
-            self.hit_updates += 1
-        self.idle.copy_(torch.where(counts.sum(0) > 0, 0, self.idle + 1))
+        original every scale counts as an update: in the first step only the first scale starts from full counts. What
+        several processes have counted comes in one by one, not summed up as there: then it does not matter whether they
+        share a batch or one of them takes its parts in turn."""
+        for counts in of_all_processes(counts):
+            for hits, count in zip(self.hits, counts):
+                decay = torch.where(self.hit_updates < 100, 0.9, 0.99) * (self.hit_updates > 0)
+                hits.copy_(hits * decay + count * (1 - decay))
+                self.hit_updates += 1
+            self.idle.copy_(torch.where(counts.sum(0) > 0, 0, self.idle + 1))
 
 
 class MultiScaleBSQ(ResidualQuantizer):
@@ -671,8 +673,13 @@ class MultiScaleBSQ(ResidualQuantizer):
         return commitment, entropy(p).sum(1).mean(), entropy(p.mean((0, 2, 3))).sum()
 
 
-def _world_size():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def of_all_processes(x):
+    """A tensor of every process that trains along, in their order: a list."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [x]
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.contiguous())
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1242,7 +1249,28 @@ def load_lpips(vgg_path, heads_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What model files share: a filter bank, and checkpoints
+# What model files share: recomputation, a filter bank, and checkpoints
+
+
+def checkpointed(wanted, function, *inputs, generator=None, **options):
+    """function(*inputs, **options, generator=generator if there is one). If `wanted`, only the inputs are kept, and the
+    backward pass computes the inside again, with the same draws: less memory for a third more time."""
+    if generator is not None:
+        options["generator"] = generator
+    if not (wanted and torch.is_grad_enabled()):
+        return function(*inputs, **options)
+    before, runs = generator.get_state() if generator is not None else None, itertools.count()
+
+    def inside(*inputs):
+        if before is None or not next(runs):
+            return function(*inputs, **options)
+        now = generator.get_state()
+        generator.set_state(before)
+        try:
+            return function(*inputs, **options)
+        finally:
+            generator.set_state(now)
+    return checkpoint(inside, *inputs, use_reentrant=False)
 
 
 def slaney_mels(bands, low, high, n_fft, rate):

@@ -174,14 +174,23 @@ def test_references_have_no_frame_in_common_and_the_sound_is_that_of_the_frames(
 @pytest.fixture
 def tiny_networks(files, tmp_path, monkeypatch):
     """Flags of a run with networks that take milliseconds."""
+    make_tiny(monkeypatch)
+    folder = tmp_path / "networks"
+    folder.mkdir()
+    return tiny_flags(folder, files, monkeypatch)
+
+
+def make_tiny(monkeypatch):
     monkeypatch.setitem(latentsync.CONFIGS, "talking_head", replace(TINY, resolution=16, motion="none"))
     monkeypatch.setattr(train, "VAL_HEADS", 4)
     monkeypatch.setattr(train.LatentSyncTask, "STEPS", 2)
     recipe = train.RECIPES["latentsync"]["talking_head"]
     monkeypatch.setitem(train.RECIPES["latentsync"], "talking_head", recipe | dict(val_clips=1))
     monkeypatch.setattr(train.HeadDubs, "video", small_heads(train.HeadDubs.video))
-    folder = tmp_path / "networks"
-    folder.mkdir()
+
+
+def tiny_flags(folder, files, monkeypatch):
+    """(flags, those of the start) of a run whose networks lie in these two folders."""
     syncnet.save(tiny_syncnet(config=TINY_JUDGE), folder / "sync.safetensors")
     latentsync.save(tiny(latentsync.VideoMAE, TINY_EYE), folder / "eye.safetensors")
     monkeypatch.setitem(train.DUB_COMPANIONS, "videomae", folder / "eye")

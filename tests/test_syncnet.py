@@ -580,6 +580,10 @@ SYNCNET = ("syncnet", "--videos", 6, "--val-pairs", 8, "--batch-size", 4, "--dev
 
 @pytest.fixture
 def tiny_network(monkeypatch):
+    make_tiny(monkeypatch)
+
+
+def make_tiny(monkeypatch):
     monkeypatch.setitem(syncnet.CONFIGS, "talking_head", TINY)
     monkeypatch.setattr(train, "VAL_HEADS", 4)
     monkeypatch.setattr(train.TalkingHeads, "some", lambda self, n: [(f[:40], s) for f, s in [self.whole(0)]])

@@ -26,6 +26,10 @@ from test_cli import complaint, run
 
 @pytest.fixture(autouse=True)
 def tiny_configs(monkeypatch):
+    make_tiny(monkeypatch)
+
+
+def make_tiny(monkeypatch):
     monkeypatch.setitem(vq.CONFIGS, "emoji_vq", VQ_CONFIG)
     monkeypatch.setitem(var.CONFIGS, "emoji_var", VAR_CONFIG)
     monkeypatch.setitem(vq.CONFIGS, "emoji_bsq", BITS_CONFIG)
@@ -135,7 +139,7 @@ def test_ctrl_c_saves_the_run(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "interrupted at step" in out and "go on with --resume auto" in out
-    assert (tmp_path / "a" / "state.pt").exists() and (tmp_path / "a" / "model.safetensors").exists()
+    assert list((tmp_path / "a" / "state").glob("0*")) and (tmp_path / "a" / "model.safetensors").exists()
 
 
 def test_two_processes_compute_what_one_does(pictures, files, tmp_path):
@@ -375,9 +379,11 @@ def test_batches_cover_every_epoch_and_continue_anywhere():
     epoch = [i for batch in take(3) for i, _ in batch]
     assert sorted(epoch[:10]) == list(range(10)) and epoch[10:] == epoch[:2]
     assert take(4, first=2) == take(6)[2:]
-    ranks = [take(2, rank=r, world=2) for r in (0, 1)]
+    ranks = [take(2, parts=2, rank=r, world=2) for r in (0, 1)]
     assert [a + b for a, b in zip(*ranks)] == take(2)
-    assert [a + b for a, b in zip(*[iter(take(4, accum=2))] * 2)] == take(2)
+    assert [a + b for a, b in zip(*[iter(take(4, parts=2))] * 2)] == take(2)
+    ranks = [take(4, parts=4, rank=r, world=2) for r in (0, 1)]             # two parts each, in turn
+    assert [part for pair in zip(*ranks) for part in pair] == take(8, parts=4)
 
 
 def test_pictures_of_every_kind_are_read_as_a_person_sees_them(tmp_path):
