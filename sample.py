@@ -215,6 +215,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -1646,9 +1647,7 @@ def write_npz(job, path, chunk=250):
     if rank == 0:
         with vq.atomic(path) as temporary:
             merge_npz(temporary, chunks, len(labels))
-        for file in [*chunks, note]:
-            file.unlink()
-        parts.rmdir()
+        shutil.rmtree(parts)                                                # and what a process that was killed left there
         print(f"{len(labels)} pictures -> {path}")
 
 
@@ -2870,6 +2869,9 @@ def guarded(run, args):
                 "--dtype bf16")
         sys.exit(_complain(f"out of GPU memory: {hint} ({str(e).splitlines()[0]})"))
     except RuntimeError as e:
+        if "WORLD_SIZE" in os.environ and any(words in str(e) for words in ("by peer", "Broken pipe", "NCCL")):
+            sys.exit(_complain(f"another process of this run has died; what it said above, or torchrun below, is the "
+                               f"reason ({str(e).splitlines()[0]})"))
         if type(e).__name__ != "InductorError":                             # whose module takes seconds to import
             raise
         needs = "torch.compile failed; it needs a C++ compiler and room in its cache folder. Leave out --compile"

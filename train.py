@@ -221,6 +221,8 @@ def run_args(add, name, recipes):
         "after N in a row (default 10)")
     add("--stop-after", type=int, default=0, metavar="STEPS",
         help="save and stop after so many steps; --resume auto goes on")
+    add("--bench", action="store_true", help="train nothing: how long a step takes, and its bare products alone")
+    add("--json", metavar="FILE", help="with --bench: its numbers")
 
 
 def model_args(add, name):
@@ -398,8 +400,10 @@ import re
 import shutil
 import signal
 import tarfile
+import tempfile
 import threading
 import time
+import warnings
 import zlib
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -533,9 +537,9 @@ def read_shards(root, notes):
             index.parent.mkdir(exist_ok=True)
             with vq.atomic(index) as temporary:
                 temporary.write_text(json.dumps({"whole": whole, "members": members}))
-        found = json.loads(index.read_text())
-        broken += [] if found["whole"] else [str(tar)]
-        size, rows = tar.stat().st_size, {}
+        found, size, rows = json.loads(index.read_text()), tar.stat().st_size, {}
+        end = max((start + length for _, start, length in found["members"]), default=0)
+        broken += [] if found["whole"] and end + 1024 <= size else [str(tar)]       # two empty blocks say that it is over
         for name, start, length in found["members"]:
             folder, _, file = name.rpartition("/")
             key, _, suffix = file.partition(".")
@@ -3021,10 +3025,10 @@ def scaling_laws(args):
     for name, of in (("loss", "loss, all scales"), ("tail_loss", "loss, last scale"),
                      ("accuracy", "error, all scales"), ("tail_accuracy", "error, last scale")):
         found = np.array([1 - row[name] if "accuracy" in name else row[name] for row in rows])
-        alpha, beta, r = power_law(sizes, found)
-        law = f"({beta:.2g} N)^{alpha:.3f}, r = {r:.3f}"
+        alpha, offset, r = power_law(sizes, found)
+        law = f"({math.exp(min(offset / alpha, 700)):.2g} N)^{alpha:.3f}, r = {r:.3f}"
         print(f"{of}: {law}")
-        fit = np.log10((beta * sizes) ** alpha)
+        fit = (alpha * np.log(sizes) + offset) / math.log(10)
         points = [(x, y, f"d{row['depth']}") for x, y, row in zip(np.log10(sizes), np.log10(found), rows)]
         charts.append(sample.chart({law: (np.log10(sizes).tolist(), fit.tolist())}, of, "log10 N", "log10", (), points,
                                    size=(400, 300)))
@@ -3033,10 +3037,10 @@ def scaling_laws(args):
 
 
 def power_law(sizes, values):
-    """(alpha, beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, r their correlation."""
+    """(alpha, alpha log beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, whose correlation
+    is r."""
     x, y = np.log(sizes), np.log(values)
-    alpha, offset = np.polyfit(x, y, 1)
-    return alpha, math.exp(offset / alpha), np.corrcoef(x, y)[0, 1]
+    return *np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1]
 
 
 def write_table(path, rows, columns=None):
@@ -3270,8 +3274,8 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("[0-9]*") if (path / "notes.json").exists())
 
     def begin(self, step, tensors, notes):
-        """Copies the tensors and starts to write them. Raises OSError if there is no room to begin with."""
-        self.finish()
+        """Copies the tensors and starts to write them, once the last ones are written. Raises OSError if there is no
+        room to begin with."""
         if (self.folder / f"{step:07d}").exists():                          # nothing was done since
             return
         temporary, error = self.folder / f".{step:07d}", None
@@ -3289,10 +3293,8 @@ class Checkpoints:
         self.pending = temporary, dcp.async_save(
             copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
 
-    def finish(self, wait=True):
-        """Waits until the last one is written, or without `wait` looks whether it is. Raises if it could not be."""
-        if self.pending is None or not (wait or self.pending[1].done()):
-            return
+    def finish(self):
+        """Waits until the last one is written. Raises if it could not be."""
         (temporary, future), self.pending = self.pending, None
         future.result()
         if self.rank == 0:
@@ -3379,7 +3381,7 @@ class Meter:
     """How long steps take, and how long they wait for data, since the log was written last."""
 
     def __init__(self, run):
-        self.run, self.memory = run, sample.PeakMemory(run.device)
+        self.run = run
         self.limit = sample.product_speed(run.device, sample.DTYPES[run.args.dtype])
         self.flops = 0                                                      # of one part of a step
         self.start()
@@ -3391,7 +3393,7 @@ class Meter:
         """What there is to log; counting starts anew."""
         run, seconds = self.run, self.spent / max(self.steps, 1)
         found = {"step_seconds": seconds, "data_wait": self.waited / self.spent,
-                 "images_per_s": run.args.batch_size / seconds, "memory_gb": self.memory() / 1e9}
+                 "images_per_s": run.args.batch_size / seconds, "memory_gb": run.memory() / 1e9}
         if run.task.length:
             found["tokens_per_s"] = found["images_per_s"] * run.task.length
         found["flops_share"] = self.flops * run.accum / seconds / self.limit
@@ -3489,6 +3491,7 @@ class Run:
         self.args = args
         self.rank, self.world = place_of_process()
         self.device, why = sample.choose_device(args.device)
+        self.memory = sample.PeakMemory(self.device)
         join_others(self.device)
         self.out = prepare_folder(args)
         self.checkpoints = Checkpoints(self.out / "state", args.keep)
@@ -3587,18 +3590,25 @@ class Run:
         """Starts to write a checkpoint: everything needed to go on exactly here."""
         notes = {"settings": self.settings, "step": self.step, "parts": self.parts, "best": self.best,
                  "skipped": self.skipped, "scaler": self.scaler.state_dict(), "torch": torch.__version__}
-        self.writing(f"step {self.step}", lambda: self.checkpoints.begin(self.step, self.tensors(), notes))
+        self.settle()
+        self.unsaved = self.writing(f"step {self.step}", lambda: self.checkpoints.begin(self.step, self.tensors(), notes))
+
+    def settle(self, wait=True):
+        """Waits for the checkpoint that is being written, or without `wait` looks whether it is done."""
+        if self.checkpoints.pending and (wait or self.checkpoints.pending[1].done()):
+            step = int(self.checkpoints.pending[0].name[1:])
+            self.unsaved = self.writing(f"step {step}", self.checkpoints.finish)
 
     def writing(self, what, write):
-        """Does it, or says why not: a full disk does not end a run, which tries again when it saves next."""
+        """Does it; a full disk does not end a run, which tries again when it saves next. What went wrong, or None."""
         try:
             write()
-            self.unsaved = None
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as e:
             reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e).strip().splitlines()[-1]
-            self.unsaved = f"could not save {what} ({reason})"
             last = [int(path.name) for path in self.checkpoints.complete()]
-            self.say(f"{self.unsaved}; " + (f"step {last[-1]} is intact" if last else "nothing is saved yet"))
+            self.say(f"could not save {what} ({reason}); " + (
+                f"step {last[-1]} is intact" if last else "nothing is saved yet"))
+            return f"could not save {what} ({reason})"
 
     def say(self, line):
         """A line above the progress bar, from the first process alone."""
@@ -3623,13 +3633,7 @@ class Run:
     def next_batch(self):
         """The next part of a batch; how long that took is on record."""
         start = time.perf_counter()
-        try:
-            batch = next(self.batches)
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
-                raise
-            raise UserError(f"a process that reads --data has died ({str(e).splitlines()[0]}); if memory was short, try "
-                            f"fewer --workers; go on with --resume auto") from None
+        batch = next(self.batches)
         self.broken.update(batch[2])
         self.meter.waited += time.perf_counter() - start
         return batch
@@ -3670,6 +3674,19 @@ class Run:
                 "--lr or use --dtype bf16; --resume auto goes on from the last checkpoint")
         return False
 
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Nothing is left half-written, whatever ended the run; unless somebody is in a hurry."""
+        self.stop.__exit__()
+        if kind is not None and kind is not KeyboardInterrupt:
+            self.settle()
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise UserError(f"a process that reads --data has died ({str(error).splitlines()[0]}); if memory was short, "
+                            f"try fewer --workers; go on with --resume auto") from None
+
     def goes_on(self):
         """Whether there is another step to take. A signal to one process stops all after the same step."""
         asked = torch.tensor(self.stop.asked)
@@ -3681,7 +3698,7 @@ class Run:
     def report(self, row, bar):
         """Checkpoint, log, validation and sample grid, each when its turn has come. row: what the step has found."""
         args, done, ended = self.args, self.step, self.step == self.last
-        self.writing("the last checkpoint", lambda: self.checkpoints.finish(wait=False))
+        self.settle(wait=False)
         due = lambda every: ended or (every > 0 and done % every == 0)
         log, save, validate, draw = map(due, (args.log_every, args.save_every, args.val_every, args.sample_every))
         if not (log or save or validate or draw):
@@ -3736,7 +3753,7 @@ class Run:
         """After the last step: what is not saved yet, and what there is to say."""
         if self.stopping:
             self.show({}, save=True)
-        self.writing("the last checkpoint", self.checkpoints.finish)
+        self.settle()
         broken = sorted(set().union(*of_all(self.broken)))
         if broken and self.rank == 0:
             report_broken(broken, self.task.train_set)
@@ -3759,7 +3776,7 @@ def train(args):
     task, model, optimizer, scaler, meter = run.task, run.model, run.optimizer, run.scaler, run.meter
     precision = functools.partial(torch.autocast, run.device.type, sample.DTYPES[args.dtype], args.dtype != "fp32")
     model.train()
-    with run.stop, tqdm(total=args.steps, initial=run.step, disable=None if run.rank == 0 else True, smoothing=0.05) as bar:
+    with run, tqdm(total=args.steps, initial=run.step, disable=None if run.rank == 0 else True, smoothing=0.05) as bar:
         while run.goes_on():
             began, step, parts = time.perf_counter(), run.step, []
             lr, decay = run.rates()
@@ -3791,17 +3808,70 @@ def train(args):
     run.end()
 
 
+class OneStep:
+    """A training step of a run that can be taken again and again: its rate is 0."""
+
+    def __init__(self, run):
+        self.run, self.batches = run, [run.next_batch() for _ in range(run.accum)]
+        set_rates(run.optimizer, 0.0, 0.0)
+
+    def __call__(self):
+        for part, batch in enumerate(self.batches):
+            loss = self.forward(batch, self.run.draws(part))
+            self.backward(loss)
+        self.update()
+        return loss.detach()
+
+    def forward(self, batch, g):
+        dtype = self.run.args.dtype
+        with torch.autocast(self.run.device.type, sample.DTYPES[dtype], dtype != "fp32"):
+            return self.run.engine(batch, self.run.step, g)[0] / self.run.accum
+
+    def backward(self, loss):
+        self.run.scaler.scale(loss).backward()
+
+    def update(self):
+        run = self.run
+        run.scaler.unscale_(run.optimizer)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        if run.args.ema:
+            update_average(run.average, run.model, run.args.ema, run.step)
+
+
+def bench_step(args):
+    """`train.py MODEL --bench`: the time of a step, of its stages, and of the bare matrix products, convolutions and
+    attention calls in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.out, args.resume = folder, "no"
+        run = Run(args)
+        run.model.train()
+        one = OneStep(run)
+        stages = {name: [(one, name)] for name in ("forward", "backward", "update")}
+        found = sample.bench(f"{args.model_name} {args.recipe}", one, stages, "rest", run.model.parameters(), run.device,
+                             sample.DTYPES[args.dtype], args.batch_size, run.memory)
+    sample.print_bench(found, run.task.length)
+    if args.json:
+        with vq.atomic(args.json) as temporary:
+            temporary.write_text(json.dumps(found, indent=1))
+
+
 def main(args):
     """Trains, or what a flag asks for instead."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # says the writer of checkpoints of one process
     study = study_latentsync if args.model_name == "latentsync" else study_syncnet
     for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study),
-                          ("scaling_laws", scaling_laws)):
+                          ("scaling_laws", scaling_laws), ("bench", bench_step)):
         if getattr(args, flag, None):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")
             check_args(args)
             return instead(args)
     train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def break_something(fault):
 
         def start_engine(self):
             for p in self.task.model.parameters():
-                p.data = p.data.contiguous()
+                p.data = p.data.clone(memory_format=torch.contiguous_format)
             start(self)
         train.Run.start_engine = start_engine
     if kind == "sleep":
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     make_tiny()
     break_something(os.environ.get("LEGIBLE_FAULT", ""))
     for argv in json.loads(Path(sys.argv[1]).read_text()):
-        sample.guarded(train.main, train.parse_args([str(a) for a in argv]))
+        sample.guarded(train.train, train.parse_args([str(a) for a in argv]))
