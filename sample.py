@@ -1647,7 +1647,7 @@ def write_npz(job, path, chunk=250):
     if rank == 0:
         with vq.atomic(path) as temporary:
             merge_npz(temporary, chunks, len(labels))
-        shutil.rmtree(parts)                                                # and what a process that was killed left there
+        shutil.rmtree(parts)                                                # and what killed processes have left there
         print(f"{len(labels)} pictures -> {path}")
 
 

@@ -136,7 +136,7 @@ RECIPES = {
     },
     "var": {
         "emoji": VAR | VAR_EMOJI,
-        "ladder": VAR | VAR_EMOJI | dict(steps=800),
+        "ladder": VAR | VAR_EMOJI | dict(steps=800, lr=8e-4, warmup=0.1),
         "d16": VAR | dict(model="var_d16", epochs=200),
         "d20": VAR | dict(model="var_d20", epochs=250),
         "d24": VAR | LARGE | dict(model="var_d24", init_gamma=1e-4),
@@ -351,8 +351,8 @@ def parse_args(argv=None):
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
-    own = {"vq": vq_args, "var": var_args, "infinity": infinity_args, "llamagen": llamagen_args, "syncnet": syncnet_args,
-           "whisper": whisper_args, "videomae": videomae_args, "latentsync": latentsync_args}
+    own = {"vq": vq_args, "var": var_args, "infinity": infinity_args, "llamagen": llamagen_args,
+           "syncnet": syncnet_args, "whisper": whisper_args, "videomae": videomae_args, "latentsync": latentsync_args}
     for name, recipes in RECIPES.items():
         add = models.add_parser(name, help=f"recipes: {', '.join(recipes)}", **style).add_argument
         run_args(add, name, recipes)
@@ -518,49 +518,74 @@ def opened(file):
     return io.BytesIO(file.read()) if isinstance(file, Member) else file
 
 
+def size_of(file):
+    """In bytes; 0 if there is no such file."""
+    return file.size if isinstance(file, Member) else os.path.getsize(file) if os.path.exists(file) else 0
+
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def index_of(tar):
+    """Where the files in a tar file lie: {"whole": whether it is not damaged, "members": [(name, start, size, what)]};
+    `what` of a picture is its width and height, of a text the text."""
+    members, whole = [], True
+    try:
+        with tarfile.open(tar) as f:
+            for info in f:
+                suffix, what = Path(info.name).suffix.lower(), None
+                if suffix in SUFFIXES:
+                    try:
+                        with Image.open(f.extractfile(info)) as picture:    # reads the header only
+                            what = picture.size
+                    except sample.UNREADABLE:
+                        what = 1, 1                                         # it will be skipped when its turn comes
+                elif suffix in (".cls", ".txt", ".json"):
+                    what = f.extractfile(info).read().decode("utf-8", "replace")
+                if what is not None:
+                    members.append((info.name, info.offset_data, info.size, what))
+    except (tarfile.TarError, OSError, EOFError):
+        whole = False
+    end = members[-1][1] + members[-1][2] + 1024 if members else 0          # two empty blocks say that it is over
+    return {"whole": whole and end <= os.path.getsize(tar), "members": members}
+
+
 def read_shards(root, notes):
-    """The samples of all DIR/*.tar, as webdataset packs them: [{"key", "tar" (its number), suffix: Member}, ...]; files
-    that share a name up to its first dot belong together. All headers are read once, and kept in the folder `notes`. A
-    damaged tar file counts as far as it can be read."""
+    """The samples in all ROOT/*.tar, as webdataset packs them: [(Member of the picture, its (w, h), {suffix: text},
+    number of the tar file)]. Files that share a name up to its first dot belong together. Every tar file is read
+    through once, and what lies where is kept in the folder `notes`. A damaged one counts as far as it can be read."""
     tars, samples, broken = sorted(Path(root).glob("*.tar")), [], []
-    for number, tar in enumerate(tqdm(tars, desc="reading the headers of tar files", leave=False)):
-        mark = hashlib.sha256(f"{tar.resolve()} {tar.stat().st_size} {tar.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-        index = Path(notes) / f"tar_{mark}.json"
+    for number, tar in enumerate(tqdm(tars, desc="reading tar files", leave=False, disable=None)):
+        mark = f"{tar.resolve()} {tar.stat().st_size} {tar.stat().st_mtime_ns}"
+        index = Path(notes) / f"tar_{hashlib.sha256(mark.encode()).hexdigest()[:16]}.json"
         if not index.exists():
-            members, whole = [], True
-            try:
-                with tarfile.open(tar) as f:
-                    for info in f:
-                        members += [(info.name, info.offset_data, info.size)] if info.isfile() else []
-            except (tarfile.TarError, OSError, EOFError):
-                whole = False
             index.parent.mkdir(exist_ok=True)
             with vq.atomic(index) as temporary:
-                temporary.write_text(json.dumps({"whole": whole, "members": members}))
-        found, size, rows = json.loads(index.read_text()), tar.stat().st_size, {}
-        end = max((start + length for _, start, length in found["members"]), default=0)
-        broken += [] if found["whole"] and end + 1024 <= size else [str(tar)]       # two empty blocks say that it is over
-        for name, start, length in found["members"]:
+                temporary.write_text(json.dumps(index_of(tar)), encoding="utf-8")
+        found, rows = json.loads(index.read_text(encoding="utf-8")), {}
+        broken += [] if found["whole"] else [str(tar)]
+        for name, start, size, what in found["members"]:
             folder, _, file = name.rpartition("/")
             key, _, suffix = file.partition(".")
-            if start + length <= size:                                      # the last file of a damaged one may be cut
-                rows.setdefault((folder, key), {})[suffix.lower()] = Member(str(tar), name, start, length)
-        samples += [{"key": "/".join(key), "tar": number} | parts for key, parts in rows.items()]
+            rows.setdefault((folder, key), {})[suffix.lower()] = (Member(str(tar), name, start, size), what)
+        for parts in rows.values():
+            texts = {suffix: what for suffix, (_, what) in parts.items() if isinstance(what, str)}
+            pictures = [part for part in parts.values() if not isinstance(part[1], str)]
+            samples += [(*picture, texts, number) for picture in pictures[:1]]
     if broken:
         tqdm.write(f"read in part {len(broken)} damaged of {len(tars)} tar files: {', '.join(broken[:3])}")
     return samples
 
 
 class PictureFolder:
-    """DIR/class/picture.*, or DIR/*.tar with a .cls, the number of the class, beside every picture; every item is (index, crop): a seed of a random crop, None for the centre, or ("ten", n) and
-    ("flip", n) for number n of the VIEWS.
+    """DIR/class/picture.*, or DIR/*.tar with a .cls, the number of the class, beside every picture. Items are (index,
+    crop): a seed of a random crop, None for the centre, or ("ten", n) and ("flip", n) for number n of the VIEWS.
 
     The shorter edge is resized to zoom * size with Lanczos, then a square is cut; zoom is drawn between the two given.
     In place of an unreadable file comes the next readable one, and its path is handed on.
     """
 
     READS_FILES = True                          # so that processes of their own are worth it
-    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     VIEWS = {"ten": 20, "flip": 2}      # corners, centre and these flipped, of 1.1 and of 1.05 * size; centre, flipped
 
     def __init__(self, root, size, train=True, split=True, zoom=(1.125, 1.125), flip=False, notes="."):
@@ -569,8 +594,8 @@ class PictureFolder:
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
         files = self._packed(root, notes) if any(root.glob("*.tar")) else self._in_folders(root)
         if not files:
-            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp), or "
-                            f"{root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its class")
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp), "
+                            f"or {root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its class")
         if split:
             files = held_out(files, train)
         self.files, labels, shards = zip(*files)
@@ -578,7 +603,6 @@ class PictureFolder:
         if isinstance(self.files[0], Member):
             self.shards = np.array(shards)
         self.size, self.zoom, self.flip = size, zoom, flip
-        size_of = lambda file: file.size if isinstance(file, Member) else os.path.getsize(file)
         listing = "\n".join(f"{file} {size_of(file)}" for file in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
         self.kinds = f"pictures, {len(self.classes)} classes"
@@ -586,7 +610,7 @@ class PictureFolder:
     def _in_folders(self, root):
         """[(path, class, 0)]."""
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-        found = {d.name: sorted(p for p in d.rglob("*") if p.suffix.lower() in self.SUFFIXES and p.is_file())
+        found = {d.name: sorted(p for p in d.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
                  for d in folders}
         self.classes = [name for name, paths in found.items() if paths]
         return [(str(p), c, 0) for c, name in enumerate(self.classes) for p in found[name]]
@@ -594,12 +618,11 @@ class PictureFolder:
     def _packed(self, root, notes):
         """[(Member, class, number of the tar file)]."""
         found = []
-        for row in read_shards(root, notes):
-            picture = next((row[suffix[1:]] for suffix in sorted(self.SUFFIXES) if suffix[1:] in row), None)
+        for picture, _, texts, number in read_shards(root, notes):
             try:
-                found += [(picture, int(row["cls"].read()), row["tar"])] if picture else []
-            except (KeyError, ValueError, OSError):
-                raise UserError(f"{picture}: has no class; expected {row['key']}.cls beside it, a number") from None
+                found.append((picture, int(texts["cls"]), number))
+            except (KeyError, ValueError):
+                raise UserError(f"{picture}: has no class; expected a .cls beside it, with a number") from None
         self.classes = [str(c) for c in range(1 + max((c for _, c, _ in found), default=-1))]
         return found
 
@@ -663,20 +686,28 @@ class CaptionedPictures:
 
     root: a .tsv or .jsonl file, or a folder of them. A line of the first: picture path, tab, caption; of the second, as
     in Infinity: {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}, or as in
-    LlamaGen: {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. Broken lines
-    are skipped and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, then its
-    centre is cut; or with `size`, instead of pixels, a square of that side. Items are (index, seed), seed None for the
-    whole caption.
+    LlamaGen: {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. Or a folder of
+    tar files, with a caption as .txt, or such a line as .json, beside each picture. Broken lines are skipped and
+    counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, then its centre is cut;
+    or with `size`, instead of pixels, a square of that side. Items are (index, seed), seed None for the whole caption.
     """
 
     READS_FILES = True
 
-    def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None):
+    def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None, notes="."):
         self.pixels, self.short_captions, self.root, self.size = pixels, short_captions, Path(root), size
         files = [self.root] if self.root.is_file() else sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
-        if not files:
-            raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption) or .jsonl files")
+        packed = [] if files or not any(self.root.glob("*.tar")) else read_shards(self.root, notes)
+        if not files and not packed:
+            raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption), .jsonl or .tar "
+                            "files")
         self.rows, broken = [], []
+        for picture, (w, h), texts, number in packed:
+            try:
+                row = json.loads(texts["json"]) if "json" in texts else {"long_caption": texts["txt"]}
+                self.rows.append(self._row(picture, {"h_div_w": h / w} | row, number))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                broken.append(str(picture))
         for file in files:
             for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 try:
@@ -693,34 +724,38 @@ class CaptionedPictures:
         ratios = np.array([row[1] for row in self.rows])
         self.aspects = sorted(set(ratios.tolist()))
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
-        size_of = lambda path: f" {os.path.getsize(path)}" if size and os.path.exists(path) else ""
-        listing = hashlib.sha256("\n".join(f"{row}{size_of(row[0])}" for row in self.rows).encode()).hexdigest()
+        self.shards = np.array([row[3] for row in self.rows]) if packed else None
+        listing = "\n".join(f"{row[:3]} {size_of(row[0]) if size else ''}" for row in self.rows)
+        listing = hashlib.sha256(listing.encode()).hexdigest()
         self.fingerprint = f"{listing} {size or pixels}"
         self.kinds = f"pictures, {len(self.aspects)} aspect ratios"
 
     def _parse(self, file, line):
-        """(path, aspect ratio, captions, the long one first)."""
+        """A row of a line."""
         if file.suffix == ".tsv":
             path, caption = line.split("\t")[:2]
             row = {"image_path": path, "long_caption": caption}
         else:
             row = json.loads(line)
+        return self._row(str(file.parent / row["image_path"]), row)
+
+    def _row(self, path, row, shard=0):
+        """(path or Member, aspect ratio, captions, the long one first, number of the tar file)."""
         if isinstance(row.get("text"), list):
-            row = {"image_path": row["image_path"], "long_caption": row["text"][0] if row["text"] else ""}
+            row = row | {"long_caption": row["text"][0] if row["text"] else "", "text": ""}
         captions = [text.split("--")[0].strip() for text in (row["long_caption"], row.get("text") or "")]
-        path = file.parent / row["image_path"]
         if not captions[0]:
             raise ValueError("no caption")
         if not (ratio := float(row.get("h_div_w") or 0)):
             with Image.open(path) as picture:                               # reads the header only
                 ratio = picture.height / picture.width
-        return str(path), 1.0 if self.size else vq.nearest_aspect(ratio), [c for c in captions if c]
+        return path, 1.0 if self.size else vq.nearest_aspect(ratio), [c for c in captions if c], shard
 
     def __len__(self):
         return len(self.rows)
 
     def name(self, index):
-        return self.rows[index][0]
+        return str(self.rows[index][0])
 
     def captions(self, index):
         """The long and the short caption of a picture, the latter by default the first sentence of the former."""
@@ -746,9 +781,9 @@ class CaptionedPictures:
 
     def read(self, index):
         """uint8 (3, h, w)."""
-        path, ratio, _ = self.rows[index]
+        path, ratio, *_ = self.rows[index]
         h, w = [self.size] * 2 if self.size else (16 * n for n in vq.schedule(ratio, self.pixels)[-1])
-        picture = sample.open_picture(path)
+        picture = sample.open_picture(opened(path))
         if self.size and min(picture.size) < self.size:
             raise OSError(f"smaller than {self.size} pixels")               # the authors leave such pictures out, too
         return torch.from_numpy(np.array(sample.cover(picture, h, w))).permute(2, 0, 1)
@@ -780,7 +815,7 @@ def open_pictures(args):
         if not args.pixels and not squares:
             raise UserError(f"--data {args.data}: give the size of pictures as --pixels, one of {', '.join(vq.PIXELS)}")
         options = dict(pixels=args.pixels, short_captions=args.short_captions, split=not args.val_data,
-                       size=args.size if squares else None)
+                       size=args.size if squares else None, notes=Path(args.out) / "index")
         train = CaptionedPictures(args.data, **options)
         return train, CaptionedPictures(args.val_data or args.data, **options | dict(train=False))
     options = dict(zoom=args.zoom, flip=args.flip, notes=Path(args.out) / "index")
@@ -2011,9 +2046,9 @@ def spread(n, most):
 class Task:
     """What most of them have in common. Subclasses have loss, validate, picture and save.
 
-    Several processes validate together, each a share, and all get the same scores. learners: {name: (module, optimizer)}
-    that are trained besides the model; length: tokens of a picture; parts: of a step's batch; UNUSED_WEIGHTS: whether
-    some are, in some steps.
+    Several processes validate together, each a share, and all get the same scores. learners: {name: (module,
+    optimizer)} that are trained besides the model; length: tokens of a picture; parts: of a step's batch;
+    UNUSED_WEIGHTS: whether some are, in some steps.
     """
 
     metrics, val_metrics, learners, length, parts, UNUSED_WEIGHTS = [], ["loss"], {}, 0, 1, False
@@ -2275,7 +2310,8 @@ class VARTask(Task):
         self.args, self.device, self.classes = args, device, train_set.classes
         config = replace(var.CONFIGS[args.model], num_classes=len(train_set.classes))
         if args.depth:
-            config = replace(config, depth=args.depth, width=config.width // config.depth * args.depth, heads=args.depth)
+            width = config.width // config.depth * args.depth
+            config = replace(config, depth=args.depth, width=width, heads=args.depth)
         self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(device)
         if args.init:
             fresh = torch.Generator().manual_seed(args.seed)                # of new class embeddings
@@ -2811,7 +2847,8 @@ class LatentSyncTask(Task):
             with self.half():
                 return {"loss": model.loss(*self._prepare(batch, g)[:3], g)[0]}
         items = [(i % len(self.val_set), (i,)) for i in range(max(1, 128 // self.args.frames))]
-        return self.mean_scores(scores, [items], max(1, 32 // self.args.frames)) | self.judge(model, self.args.val_videos)
+        losses = self.mean_scores(scores, [items], max(1, 32 // self.args.frames))
+        return losses | self.judge(model, self.args.val_videos)
 
     def half(self):
         """The precision of training."""
@@ -3007,19 +3044,21 @@ LADDER = (1, 2, 3, 4, 6, 8)                                                # dep
 
 def scaling_laws(args):
     """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small. Models of all depths in LADDER see the same
-    batches; what they reach on unseen pictures is fitted as loss = (beta N)^alpha, N the number of parameters, a straight
-    line between logarithms: scaling.csv, with the correlation coefficients in scaling.png."""
-    out, rows = sample.check_writable(args.out), []
+    batches; what they reach on unseen pictures is fitted as loss = (beta N)^alpha, N the number of parameters, a
+    straight line between logarithms: scaling.csv, with the correlation coefficients in scaling.png. --lr is that of the
+    recipe's own depth; the wider a model, the lower the best rate (muP, arXiv 2203.03466)."""
+    import var
+    out, rows, usual = sample.check_writable(args.out), [], var.CONFIGS[args.model].depth
     for depth in LADDER:
         one, folder = copy.copy(args), out / f"d{depth}"
-        vars(one).update(depth=depth, out=str(folder), resume="auto", sample_every=0)
+        vars(one).update(depth=depth, lr=args.lr * usual / depth, out=str(folder), resume="auto", sample_every=0)
         print(f"depth {depth}:")
         train(one)                                                          # goes on, if it was interrupted
         with open(folder / "log.csv", encoding="utf-8") as f:
             last = [row for row in csv.DictReader(f) if row["val_loss"]][-1]
-        state = load_file(folder / "model.safetensors")
+        state, names = load_file(folder / "model.safetensors"), ("loss", "tail_loss", "accuracy", "tail_accuracy")
         rows.append({"depth": depth, "parameters": sum(p.numel() for p in state.values()), "steps": int(last["step"]),
-                     **{name: float(last[f"val_{name}"]) for name in ("loss", "tail_loss", "accuracy", "tail_accuracy")}})
+                     **{name: float(last[f"val_{name}"]) for name in names}})
     write_table(out / "scaling.csv", rows)
     sizes, charts = np.array([row["parameters"] for row in rows]), []
     for name, of in (("loss", "loss, all scales"), ("tail_loss", "loss, last scale"),
@@ -3028,17 +3067,17 @@ def scaling_laws(args):
         alpha, offset, r = power_law(sizes, found)
         law = f"({math.exp(min(offset / alpha, 700)):.2g} N)^{alpha:.3f}, r = {r:.3f}"
         print(f"{of}: {law}")
-        fit = (alpha * np.log(sizes) + offset) / math.log(10)
         points = [(x, y, f"d{row['depth']}") for x, y, row in zip(np.log10(sizes), np.log10(found), rows)]
-        charts.append(sample.chart({law: (np.log10(sizes).tolist(), fit.tolist())}, of, "log10 N", "log10", (), points,
-                                   size=(400, 300)))
+        ends = [points[0][0] - 0.1, points[-1][0] + 0.1]
+        line = ends, [alpha * x + offset / math.log(10) for x in ends]
+        charts.append(sample.chart({law: line}, of, "log10 N", "log10", (), points, size=(400, 300)))
     sample.save_png(out / "scaling.png", sheet(charts, 2), {"model": "var", "steps": args.steps})
     print(f"table in {out}/scaling.csv, picture in {out}/scaling.png")
 
 
 def power_law(sizes, values):
-    """(alpha, alpha log beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, whose correlation
-    is r."""
+    """(alpha, alpha log beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, whose
+    correlation is r."""
     x, y = np.log(sizes), np.log(values)
     return *np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1]
 
@@ -3185,7 +3224,7 @@ class Objective(torch.nn.Module):
 
 
 def units(model):
-    """The pieces that a model repeats, such as transformer blocks: what is compiled, and what is sharded, one by one."""
+    """The pieces that a model repeats, such as transformer blocks: what is compiled and what is sharded, one by one."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
     repeated = [unit for modules in lists for unit in modules]
     nested = {id(m) for unit in repeated for m in unit.modules() if m is not unit}
@@ -3331,8 +3370,8 @@ class Log:
     """log.csv: one row every few steps; curves.png; with tensorboard installed its files in tensorboard/. A resumed run
     drops the rows after its checkpoint."""
 
-    COLUMNS = ["step", "loss", "lr", "grad_norm", "seconds", "step_seconds", "data_wait", "images_per_s", "tokens_per_s",
-               "flops_share", "memory_gb", "skipped"]
+    COLUMNS = ["step", "loss", "lr", "grad_norm", "seconds", "step_seconds", "data_wait", "images_per_s",
+               "tokens_per_s", "flops_share", "memory_gb", "skipped"]
 
     def __init__(self, path, task, resume_step):
         self.path, self.board = path, None
@@ -3477,9 +3516,9 @@ def prepare_folder(args):
 class Run:
     """What a training run consists of, and what it does besides its steps.
 
-    A step's batch comes in `parts`, each with random draws of its own, from (seed, step, part); process r of R has parts
-    r, r + R, ... So what is computed depends on the number of parts alone: a run goes on with any number of processes
-    that divides it, and with the same one, on a CPU, bit for bit.
+    A step's batch comes in `parts`, each with random draws of its own, from (seed, step, part); process r of R has
+    parts r, r + R, ... So what is computed depends on the number of parts alone: a run goes on with any number of
+    processes that divides it, on a CPU bit for bit as if nothing had happened.
     """
 
     SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "lr", "schedule", "warmup", "final_lr", "wd",
@@ -3524,8 +3563,8 @@ class Run:
         self.parts, batch_size = parts, self.args.batch_size
         self.accum, left = divmod(parts, self.world)
         if left:
-            raise UserError(f"{self.out}: this run cuts a batch into {parts} parts, which {self.world} processes cannot "
-                            f"share; start a number of them that divides {parts}")
+            raise UserError(f"{self.out}: this run cuts a batch into {parts} parts, which {self.world} processes "
+                            f"cannot share; start a number of them that divides {parts}")
         if batch_size % parts:
             raise UserError(f"--batch-size {batch_size}: not divisible by --accum {self.accum} times {self.world} "
                             "processes" if self.world > 1 else
@@ -3591,7 +3630,8 @@ class Run:
         notes = {"settings": self.settings, "step": self.step, "parts": self.parts, "best": self.best,
                  "skipped": self.skipped, "scaler": self.scaler.state_dict(), "torch": torch.__version__}
         self.settle()
-        self.unsaved = self.writing(f"step {self.step}", lambda: self.checkpoints.begin(self.step, self.tensors(), notes))
+        begin = lambda: self.checkpoints.begin(self.step, self.tensors(), notes)
+        self.unsaved = self.writing(f"step {self.step}", begin)
 
     def settle(self, wait=True):
         """Waits for the checkpoint that is being written, or without `wait` looks whether it is done."""
@@ -3639,13 +3679,14 @@ class Run:
         return batch
 
     def draws(self, part):
-        """The generator, at the start of what belongs to this step and part; part self.parts is what comes after all."""
+        """The generator, at the start of what belongs to this step and part; part self.parts comes after all others."""
         return self.g.manual_seed(int(np.random.default_rng((self.args.seed, self.step, part)).integers(2**63)))
 
     def rates(self):
         """Learning rate and weight decay of this step."""
         args, step = self.args, self.step
-        ratio = learning_rate(args.schedule, step, args.steps, args.warmup * args.steps, args.warmup_from, args.final_lr)
+        warmup = args.warmup * args.steps
+        ratio = learning_rate(args.schedule, step, args.steps, warmup, args.warmup_from, args.final_lr)
         return args.lr * ratio, weight_decay(step, args.steps, args.wd, args.wd_end)
 
     @contextmanager
@@ -3659,7 +3700,7 @@ class Run:
         self.meter.flops = max(count.total, 1)
 
     def sound(self, grad_norm, losses):
-        """Whether this step may change the weights. If many in a row may not, something is wrong: says what they saw."""
+        """Whether this step may change the weights. If many in a row may not, something is wrong: says what it saw."""
         if math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
             return True
@@ -3669,9 +3710,10 @@ class Run:
             name = getattr(self.task.train_set, "name", "number {}".format)
             names = [name(i) for part in guilty for i, _ in part]
             names = [name for found in of_all(names) for name in found]     # of all processes
-            raise UserError(f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.step + 1}" + (
-                f", whose loss was not finite for {', '.join(names[:8])}" if names else "") + "; look at these, lower "
-                "--lr or use --dtype bf16; --resume auto goes on from the last checkpoint")
+            raise UserError(
+                f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.step + 1}"
+                + (f", whose loss was not finite for {', '.join(names[:8])}" if names else "")
+                + "; look at these, lower --lr or use --dtype bf16; --resume auto goes on from the last checkpoint")
         return False
 
     def __enter__(self):
@@ -3684,8 +3726,8 @@ class Run:
         if kind is not None and kind is not KeyboardInterrupt:
             self.settle()
         if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-            raise UserError(f"a process that reads --data has died ({str(error).splitlines()[0]}); if memory was short, "
-                            f"try fewer --workers; go on with --resume auto") from None
+            raise UserError(f"a process that reads --data has died ({str(error).splitlines()[0]}); if memory was short,"
+                            " try fewer --workers; go on with --resume auto") from None
 
     def goes_on(self):
         """Whether there is another step to take. A signal to one process stops all after the same step."""
@@ -3761,9 +3803,9 @@ class Run:
         if self.rank == 0:
             self.log.draw()
             how = "interrupted" if self.stopping else "stopped" if self.last < self.args.steps else "done"
-            print(f"{how} at step {self.step} of {self.args.steps}, {time.perf_counter() - self.started:.0f} s; weights in "
-                  f"{self.out}/model.safetensors" + ("" if self.step == self.args.steps else
-                                                     "; go on with --resume auto"), flush=True)
+            seconds, more = time.perf_counter() - self.started, self.step < self.args.steps
+            print(f"{how} at step {self.step} of {self.args.steps}, {seconds:.0f} s; weights in "
+                  f"{self.out}/model.safetensors" + ("; go on with --resume auto" if more else ""), flush=True)
         if self.unsaved:
             raise UserError(f"--out {self.out}: {self.unsaved}; make room and go on with --resume auto")
         if self.stopping:
@@ -3776,7 +3818,9 @@ def train(args):
     task, model, optimizer, scaler, meter = run.task, run.model, run.optimizer, run.scaler, run.meter
     precision = functools.partial(torch.autocast, run.device.type, sample.DTYPES[args.dtype], args.dtype != "fp32")
     model.train()
-    with run, tqdm(total=args.steps, initial=run.step, disable=None if run.rank == 0 else True, smoothing=0.05) as bar:
+    hidden = None if run.rank == 0 else True                                # None: where there is no terminal
+    bar = tqdm(total=args.steps, initial=run.step, disable=hidden, smoothing=0.05)
+    with run:
         while run.goes_on():
             began, step, parts = time.perf_counter(), run.step, []
             lr, decay = run.rates()
@@ -3805,7 +3849,8 @@ def train(args):
             meter.steps, meter.spent = meter.steps + 1, meter.spent + time.perf_counter() - began
             bar.update()
             run.report(row | {"lr": lr, "grad_norm": grad_norm}, bar)
-    run.end()
+        bar.close()
+        run.end()
 
 
 class OneStep:
@@ -3850,8 +3895,9 @@ def bench_step(args):
         run.model.train()
         one = OneStep(run)
         stages = {name: [(one, name)] for name in ("forward", "backward", "update")}
-        found = sample.bench(f"{args.model_name} {args.recipe}", one, stages, "rest", run.model.parameters(), run.device,
-                             sample.DTYPES[args.dtype], args.batch_size, run.memory)
+        name, dtype = f"{args.model_name} {args.recipe}", sample.DTYPES[args.dtype]
+        found = sample.bench(name, one, stages, "rest", run.model.parameters(), run.device, dtype, args.batch_size,
+                             run.memory)
     sample.print_bench(found, run.task.length)
     if args.json:
         with vq.atomic(args.json) as temporary:
@@ -3860,7 +3906,7 @@ def bench_step(args):
 
 def main(args):
     """Trains, or what a flag asks for instead."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # says the writer of checkpoints of one process
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # so says the writer of checkpoints
     study = study_latentsync if args.model_name == "latentsync" else study_syncnet
     for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study),
                           ("scaling_laws", scaling_laws), ("bench", bench_step)):

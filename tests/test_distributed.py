@@ -206,7 +206,28 @@ def test_tar_files_hold_the_same_pictures(pictures, tmp_path, capsys):
     (tmp_path / "tars" / "3.tar").unlink()
     with tarfile.open(tmp_path / "tars" / "3.tar", "w") as tar:
         tar.add(files[0], "a.png")
-    assert "a.png: has no class; expected /a.cls beside it" in complaint(capsys, train, *argv, "--out", tmp_path / "c")
+    assert "a.png: has no class; expected a .cls beside it" in complaint(capsys, train, *argv, "--out", tmp_path / "c")
+
+
+def test_tar_files_with_captions(tmp_path, capsys):
+    """The pictures of `captioned`, with texts beside them: the same buckets."""
+    folder = captioned(tmp_path / "data")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for i, line in enumerate((folder / "a.tsv").read_text().splitlines()[:24]):
+            (tmp_path / "text").write_text(line.split("\t")[1] if i else json.dumps({"long_caption": "long", "text": "s"}))
+            tar.add(folder / f"{i}.png", f"{i}.png")
+            tar.add(tmp_path / "text", f"{i}.{'txt' if i else 'json'}")
+        tar.add(folder / "0.png", "mute.png")
+    packed = train.CaptionedPictures(tmp_path / "tars", "0.06M", split=False, notes=tmp_path)
+    plain = train.CaptionedPictures(folder, "0.06M", split=False)
+    assert "skipped 1 broken of 25 lines" in capsys.readouterr().out and packed.captions(0) == ["long", "s"]
+    assert packed.aspects == plain.aspects == [1.0, 1.5] and packed.name(3) == str(tmp_path / "tars" / "0.tar" / "3.png")
+    for i in (1, 2, 23):
+        (a, one, _), (b, two, _) = packed.__getitems__([(i, None)]), plain.__getitems__([(i, None)])
+        assert torch.equal(a, b) and one == two
+    (_, _, broken), (_, _, also) = packed.__getitems__([(9, None)]), plain.__getitems__([(9, None)])
+    assert broken[0].endswith("0.tar/9.png") and also[0].endswith("data/9.png")
 
 
 def test_damaged_tokens_are_made_again(pictures, files, tmp_path, capsys, monkeypatch):
