@@ -1997,9 +1997,9 @@ class Batches:
     """Endless lists of (index, crop seed), a function of seed and step alone: that makes runs resumable.
 
     Every epoch is a new permutation; its last batch is filled from the epoch's start. A step's batch is cut into
-    contiguous parts, of which process `rank` of `world` takes every so manieth. groups: index arrays, each of which is
-    permuted for itself, and no batch mixes two; batches come in random order then. shards: in which tar file each item
-    is, see `permuted`.
+    contiguous parts; process `rank` of `world` gets parts rank, rank + world, ... groups: arrays of indices, such as
+    the pictures of one aspect ratio; a batch comes from one of them, and batches come in random order. shards: in which
+    tar file each item is, see `permuted`.
     """
 
     def __init__(self, groups, batch_size, seed, first=0, parts=1, rank=0, world=1, shards=None, window=1):
@@ -2149,6 +2149,7 @@ class TokenizerTask(Task):
         if args.lpips:
             lpips = vq.load_lpips(*args.lpips).to(device)
         self.pairs, self.pairs_of, self.moved = [], 0, None                 # pictures of this step; codes it restarted
+        self.ready = None                                                   # whether there are codes
         self.criterion = vq.TokenizerLoss(lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight,
                                           disc_weight=args.disc_weight, disc_start=args.disc_start,
                                           adaptive=args.adaptive, gan=args.gan)
@@ -2164,6 +2165,8 @@ class TokenizerTask(Task):
 
     def loss(self, batch, step, g):
         image = sample.to_input(batch[0], self.device)
+        if self.ready is None:
+            self.ready = step >= self.args.warm_steps                       # a run that is continued has codes by then
         rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
         loss, metrics = self.judged(image, rec.float(), vq_loss, step)
         return loss, metrics if usage is None else metrics | {"usage": usage}           # (K,) one number per scale
@@ -2181,7 +2184,8 @@ class TokenizerTask(Task):
         args, metrics, self.moved = self.args, {}, None
         if self.criterion.adversarial(step):
             metrics["disc"] = self._update_discriminator(lr)
-        if step + 1 == args.warm_steps:
+        if not self.ready and step + 1 >= args.warm_steps:                  # later, if that step was skipped
+            self.ready = True
             with self.codes(self.model) as model:
                 self.moved = torch.ones_like(model.quantize.idle, dtype=torch.bool)
                 model.quantize.init_codebook(self._features(model, g), g)
@@ -2213,10 +2217,11 @@ class TokenizerTask(Task):
             with synchronized(self.opponent, last=len(losses) + 1 == len(self.pairs)):
                 losses.append(self.opponent(image, rec))
                 (losses[-1] / len(self.pairs)).backward()
-        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), self.args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), self.args.clip)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad()
         return torch.stack(losses).detach().mean()
 
@@ -3189,6 +3194,14 @@ def update_average(average, model, decay, step):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Many processes: torchrun starts them, PyTorch's engines make them train as one
+#
+# A step's batch is cut into parts. Two processes (world 2, ranks 0 and 1) with --accum 2 share four: rank 0 takes parts
+# 0 and 2, rank 1 parts 1 and 3. Each goes forward and backward with its own parts and draws; during the backward pass of
+# its last one the engine averages all gradients, so that every process clips, judges and applies the same ones. With
+# DDP each process has the whole model and all of Adam's numbers; with FSDP a share of both and of the average, and the
+# weights of a block are put together when its turn comes, and given up after it. What is written on disk, drawn or
+# printed is the first process's business (rank 0), what is validated is shared. `of_all` and everything that calls it
+# must be reached by all of them, or they wait for each other for ever.
 
 
 def place_of_process():
@@ -3212,8 +3225,8 @@ def of_all(thing):
 
 
 class Objective(torch.nn.Module):
-    """A loss as the forward pass of a module that holds what is trained: before and after forward and backward is where
-    the engines come in."""
+    """A task's loss as the forward pass of a module that holds the task's model. DDP and FSDP act when the module that
+    they wrap is called, and a task calls `model.loss`, which no wrapper would see."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -3232,7 +3245,7 @@ def units(model):
 
 
 def data_parallel(model, loss, unused=False):
-    """Every process has the whole model and a share of the batch; gradients are averaged during the backward pass.
+    """Every process has the whole model and a share of the batch; DDP averages gradients during the backward pass.
     unused: some weights get no gradient in some steps."""
     objective = Objective(model, loss)
     if not dist.is_initialized():
@@ -3258,7 +3271,8 @@ def shard(model, dtype):
 
 @contextmanager
 def synchronized(engine, last):
-    """Processes exchange gradients in the last backward pass of a step alone."""
+    """Processes exchange gradients in the last backward pass of a step alone; until then they add up (with FSDP those
+    of whole weights, which takes memory)."""
     if isinstance(engine, FSDPModule):
         engine.set_requires_gradient_sync(last)
     with engine.no_sync() if isinstance(engine, DistributedDataParallel) and not last else nullcontext():
@@ -3271,7 +3285,7 @@ def full(x):
 
 
 def without_weights(model):
-    """A copy of a model that has no weights yet."""
+    """A copy of a model that has no weights yet: deepcopy takes the empty ones for copies that it has already made."""
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.new_empty(0), False) for p in model.parameters()})
 
 
@@ -3313,12 +3327,10 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("[0-9]*") if (path / "notes.json").exists())
 
     def begin(self, step, tensors, notes):
-        """Copies the tensors and starts to write them, once the last ones are written. Raises OSError if there is no
+        """Copies the tensors and starts to write them; `finish` the last ones before. Raises OSError if there is no
         room to begin with."""
-        if (self.folder / f"{step:07d}").exists():                          # nothing was done since
-            return
-        temporary, error = self.folder / f".{step:07d}", None
-        if self.rank == 0:
+        temporary, error, known = self.folder / f".{step:07d}", None, (self.folder / f"{step:07d}").exists()
+        if self.rank == 0 and not known:
             try:
                 for left in self.folder.glob(".[0-9]*"):                    # by a run that was killed
                     shutil.rmtree(left)
@@ -3326,8 +3338,11 @@ class Checkpoints:
                 (temporary / "notes.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
             except OSError as e:
                 error = e.strerror
-        if any(errors := of_all(error)):
-            raise OSError(next(filter(None, errors)))
+        error, known = of_all((error, known))[0]                            # all do what the first one decides
+        if error:
+            raise OSError(error)
+        if known:                                                           # nothing was done since
+            return
         copies = {name: x.detach().clone() for name, x in tensors.items()}
         self.pending = temporary, dcp.async_save(
             copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
@@ -3516,9 +3531,10 @@ def prepare_folder(args):
 class Run:
     """What a training run consists of, and what it does besides its steps.
 
-    A step's batch comes in `parts`, each with random draws of its own, from (seed, step, part); process r of R has
-    parts r, r + R, ... So what is computed depends on the number of parts alone: a run goes on with any number of
-    processes that divides it, on a CPU bit for bit as if nothing had happened.
+    A step's batch comes in so many `parts`, each with random draws of its own, from (seed, step, part); process r of R
+    has parts r, r + R, ... So what is computed depends on the number of parts alone: a run goes on with any number of
+    processes that divides it. On a CPU, with the same number, bit for bit as if nothing had happened; with another one
+    up to the order of sums.
     """
 
     SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "lr", "schedule", "warmup", "final_lr", "wd",
@@ -3679,7 +3695,8 @@ class Run:
         return batch
 
     def draws(self, part):
-        """The generator, at the start of what belongs to this step and part; part self.parts comes after all others."""
+        """The generator, set to the start of the draws of this step and part; those after the last part are for what
+        all processes do alike."""
         return self.g.manual_seed(int(np.random.default_rng((self.args.seed, self.step, part)).integers(2**63)))
 
     def rates(self):
@@ -3699,8 +3716,9 @@ class Run:
             yield
         self.meter.flops = max(count.total, 1)
 
-    def sound(self, grad_norm, losses):
-        """Whether this step may change the weights. If many in a row may not, something is wrong: says what it saw."""
+    def may_learn(self, grad_norm, losses):
+        """Whether this step may change the weights: a gradient that is not finite, if only in one part on one process,
+        spoils the average of all. If many in a row may not, something is wrong: stops, and says what they saw."""
         if math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
             return True
@@ -3750,7 +3768,7 @@ class Run:
         row |= {"skipped": self.skipped, "seconds": time.perf_counter() - self.started}
         bar.set_postfix(loss=f"{float(row['loss']):.4g}", lr=f"{row['lr']:.2g}", refresh=False)
         if validate or save or draw:
-            self.show(row, validate, save, draw)
+            self.publish(row, validate, save, draw)
         if log or validate:
             self.note(row)
         if validate and self.rank == 0:
@@ -3766,7 +3784,7 @@ class Run:
                          f"{row['step_seconds']:.3g} s/step, {row['images_per_s']:.3g} images/s, waiting for data "
                          f"{row['data_wait']:.1%}")
 
-    def show(self, row, validate=False, save=False, draw=False):
+    def publish(self, row, validate=False, save=False, draw=False):
         """Validates, saves, draws, with the average of the weights if there is one."""
         with self.whole(self.average) as model:
             model.eval()
@@ -3794,7 +3812,7 @@ class Run:
     def end(self):
         """After the last step: what is not saved yet, and what there is to say."""
         if self.stopping:
-            self.show({}, save=True)
+            self.publish({}, save=True)
         self.settle()
         broken = sorted(set().union(*of_all(self.broken)))
         if broken and self.rank == 0:
@@ -3818,24 +3836,24 @@ def train(args):
     task, model, optimizer, scaler, meter = run.task, run.model, run.optimizer, run.scaler, run.meter
     precision = functools.partial(torch.autocast, run.device.type, sample.DTYPES[args.dtype], args.dtype != "fp32")
     model.train()
-    hidden = None if run.rank == 0 else True                                # None: where there is no terminal
+    hidden = None if run.rank == 0 else True                                # None: hidden unless there is a terminal
     bar = tqdm(total=args.steps, initial=run.step, disable=hidden, smoothing=0.05)
     with run:
         while run.goes_on():
-            began, step, parts = time.perf_counter(), run.step, []
-            lr, decay = run.rates()
-            set_rates(optimizer, lr, decay)
-            for i in range(run.accum):                                      # the parts of a batch, one after the other
+            began, step, found = time.perf_counter(), run.step, []
+            lr, wd = run.rates()
+            set_rates(optimizer, lr, wd)
+            for i in range(run.accum):                                      # this process's parts of the batch
                 batch, g = run.next_batch(), run.draws(run.rank + i * run.world)
                 with synchronized(run.engine, last=i == run.accum - 1), run.counted():
                     with precision():
                         loss, metrics = run.engine(batch, step, g)          # the task's loss
-                    scaler.scale(loss / run.accum).backward()
-                parts.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
+                    scaler.scale(loss / run.accum).backward()               # the last: averages over all processes
+                found.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
             scaler.unscale_(optimizer)
             grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-            row = {k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]}
-            if run.sound(grad_norm, [part["loss"] for part in parts]):
+            row = {k: torch.stack([part[k] for part in found]).mean(0) for k in found[0]}
+            if run.may_learn(grad_norm, [part["loss"] for part in found]):  # the norm is the same for all processes
                 scaler.step(optimizer)
                 row |= task.after_step(step, lr, run.draws(run.parts))      # the discriminator's turn, say
                 if args.ema:

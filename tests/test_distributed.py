@@ -84,10 +84,10 @@ def every_model(nets, pictures):
         "var": ("var", *size, *of_pictures, "--vae", nets / "emoji_vq.safetensors"),
         "llamagen": ("llamagen", *size, *of_pictures, "--vq", nets / "single.safetensors", "--dropout", 0.1),
         "infinity": ("infinity", *size, "--vae", nets / "emoji_bsq.safetensors"),
-        "syncnet": ("syncnet", "--videos", 4, "--val-pairs", 4, "--contrast-steps", 1),
+        "syncnet": ("syncnet", "--videos", 2, "--val-pairs", 2, "--contrast-steps", 1),
         "latentsync": ("latentsync", "--stage", 2, "--init", nets / "stage1.safetensors", "--vae", nets / "kl.safetensors",
                        "--whisper", nets / "ear.safetensors", "--syncnet", nets / "sync.safetensors", "--videomae",
-                       nets / "eye.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1)}
+                       nets / "eye.safetensors", "--frames", 4, "--videos", 2, "--val-videos", 1)}
 
 
 def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
