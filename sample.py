@@ -659,7 +659,7 @@ def check_writable(path, flag="--out", suffix=None):
         folder.mkdir(parents=True, exist_ok=True)
         if suffix and path.is_dir():
             raise OSError(21, "it is a folder")
-        probe = folder / f".{os.getpid()}.probe"
+        probe = folder / f".{os.urandom(6).hex()}.probe"                    # other machines may look at the same time
         probe.touch()
         probe.unlink()
     except OSError as e:

@@ -544,7 +544,7 @@ def index_of(tar):
                     what = f.extractfile(info).read().decode("utf-8", "replace")
                 if what is not None:
                     members.append((info.name, info.offset_data, info.size, what))
-    except (tarfile.TarError, OSError, EOFError):
+    except (tarfile.TarError, EOFError):
         whole = False
     end = members[-1][1] + members[-1][2] + 1024 if members else 0          # two empty blocks say that it is over
     return {"whole": whole and end <= os.path.getsize(tar), "members": members}
@@ -603,7 +603,7 @@ class PictureFolder:
         if isinstance(self.files[0], Member):
             self.shards = np.array(shards)
         self.size, self.zoom, self.flip = size, zoom, flip
-        listing = "\n".join(f"{file} {size_of(file)}" for file in self.files)
+        listing = "\n".join(f"{os.path.relpath(str(file), root)} {size_of(file)}" for file in self.files)
         self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
         self.kinds = f"pictures, {len(self.classes)} classes"
 
@@ -725,7 +725,9 @@ class CaptionedPictures:
         self.aspects = sorted(set(ratios.tolist()))
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
         self.shards = np.array([row[3] for row in self.rows]) if packed else None
-        listing = "\n".join(f"{row[:3]} {size_of(row[0]) if size else ''}" for row in self.rows)
+        near = files[0].parent if files else self.root                      # the data may lie elsewhere next time
+        listing = "\n".join(f"{os.path.relpath(str(row[0]), near)} {row[1:3]} {size_of(row[0]) if size else ''}"
+                            for row in self.rows)
         listing = hashlib.sha256(listing.encode()).hexdigest()
         self.fingerprint = f"{listing} {size or pixels}"
         self.kinds = f"pictures, {len(self.aspects)} aspect ratios"
@@ -1244,7 +1246,7 @@ def video_files(root, train, split):
         source = lambda file: re.sub(r"_[0-9]{6}$", "", os.path.splitext(file)[0])
         chosen = set(held_out(list(dict.fromkeys(map(source, files))), train))
         files = [file for file in files if source(file) in chosen]
-    listing = "\n".join(f"{p} {os.path.getsize(p)}" for p in files)
+    listing = "\n".join(f"{os.path.relpath(p, root)} {os.path.getsize(p)}" for p in files)
     return files, hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -2076,7 +2078,7 @@ class Task:
 
     def identity(self):
         """What else a resumed run has to have the same, besides settings and data."""
-        return {}
+        return {"tokenizer": vq.fingerprint(self.tokenizer)} if hasattr(self, "tokenizer") else {}
 
     def cached(self, train_set, val_set, patch_nums):
         """The sets, or with --cache-crops their tokens."""
@@ -2093,9 +2095,14 @@ class Task:
         with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
             return self.tokenizer.tokenize(sample.to_input(batch[0], self.device), patch_nums)
 
-    def mean_scores(self, scores, groups, size=32):
+    def val_size(self):
+        """How many pictures to validate at once: no more than are trained on at once."""
+        return max(1, min(32, self.args.batch_size // self.parts))
+
+    def mean_scores(self, scores, groups, size=None):
         """Means over validation pictures of what scores(batch, generator) says; groups: lists of items, none of which
         mix, in batches of that size."""
+        size = size or self.val_size()
         batches = [items[start:start + size] for items in groups for start in range(0, len(items), size)]
         sums = [{key: value.item() * len(items) for key, value in found.items()}
                 for items, found in self.shared(batches, scores)]
@@ -2244,9 +2251,9 @@ class TokenizerTask(Task):
         return {"psnr": torch.cat(psnr).mean().item(), "usage": usage}
 
     def val_batches(self):
-        """Up to 1,024 validation items, in batches of 32."""
-        items = spread(len(self.val_set), 1024)
-        return [items[start:start + 32] for start in range(0, len(items), 32)]
+        """Up to 1,024 validation items, in batches."""
+        items, size = spread(len(self.val_set), 1024), self.val_size()
+        return [items[start:start + size] for start in range(0, len(items), size)]
 
     @torch.no_grad()
     def picture(self, model):
@@ -2296,8 +2303,10 @@ class AutoencoderTask(TokenizerTask):
         """With the scaling that gives latents a standard deviation of 1, measured on the validation pictures."""
         read = lambda items: sample.to_input(self.val_set.__getitems__(items)[0], self.device)
         latents = torch.cat([model.encode(read(items)).sample() for items in self.val_batches()])
-        model.config = replace(model.config, scaling=model.config.scaling / max(latents.std().item(), 1e-6))
+        config = model.config
+        model.config = replace(config, scaling=config.scaling / max(latents.std().item(), 1e-6))
         super().save(model, path, dtype)
+        model.config = config
 
 
 class VARTask(Task):
@@ -3195,13 +3204,16 @@ def update_average(average, model, decay, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # Many processes: torchrun starts them, PyTorch's engines make them train as one
 #
-# A step's batch is cut into parts. Two processes (world 2, ranks 0 and 1) with --accum 2 share four: rank 0 takes parts
-# 0 and 2, rank 1 parts 1 and 3. Each goes forward and backward with its own parts and draws; during the backward pass of
-# its last one the engine averages all gradients, so that every process clips, judges and applies the same ones. With
-# DDP each process has the whole model and all of Adam's numbers; with FSDP a share of both and of the average, and the
-# weights of a block are put together when its turn comes, and given up after it. What is written on disk, drawn or
-# printed is the first process's business (rank 0), what is validated is shared. `of_all` and everything that calls it
-# must be reached by all of them, or they wait for each other for ever.
+# A step's batch is cut into parts. Two processes (world 2, ranks 0 and 1) with --accum 2 share four: rank 0 takes
+# parts 0 and 2, rank 1 parts 1 and 3. Each goes forward and backward with its own parts and draws; during the backward
+# pass of its last one the engine averages all gradients, so that every process clips, judges and applies the same
+# ones. With DDP each process has the whole model and all of Adam's numbers; with FSDP a share of both and of the
+# average, and the weights of a block are put together when its turn comes, and given up after it. What is written on
+# disk, drawn or printed is the first process's business (rank 0), what is validated is shared. `of_all` and everything
+# that calls it must be reached by all of them, or they wait for each other for ever.
+
+
+PATIENCE = timedelta(hours=1)                                               # while the first one draws pictures, say
 
 
 def place_of_process():
@@ -3212,8 +3224,7 @@ def place_of_process():
 def join_others(device):
     """Meets the other processes. What is computed goes over NCCL on GPUs, everything else over gloo."""
     if place_of_process()[1] > 1 and not dist.is_initialized():
-        patience = timedelta(hours=1)                                       # while the first one draws pictures, say
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def of_all(thing):
@@ -3320,7 +3331,9 @@ class Checkpoints:
     def __init__(self, folder, keep):
         self.folder, self.keep, self.pending = folder, keep, None
         self.rank = place_of_process()[0]
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None      # not to be in the way
+        self.group = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)   # so as not to be in the way of training
 
     def complete(self):
         """All folders, the newest last."""
@@ -3343,7 +3356,10 @@ class Checkpoints:
             raise OSError(error)
         if known:                                                           # nothing was done since
             return
-        copies = {name: x.detach().clone() for name, x in tensors.items()}
+        world, whole = place_of_process()[1], [name for name, x in tensors.items() if not isinstance(x, DTensor)]
+        not_mine = {name for i, name in enumerate(whole) if i % world != self.rank}         # all processes have these
+        copies = {name: x.detach().clone() if x.device.type == "cpu" else x.detach()        # those of a GPU are copied
+                  for name, x in tensors.items() if name not in not_mine}                   # to the CPU in any case
         self.pending = temporary, dcp.async_save(
             copies, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
 
@@ -3537,9 +3553,12 @@ class Run:
     up to the order of sums.
     """
 
-    SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "lr", "schedule", "warmup", "final_lr", "wd",
-                "wd_end", "clip", "ema", "dtype", "seed", "contrast_steps", "stage", "sync_weight", "trepa_weight",
-                "lpips_weight", "drop_audio", "shuffle")                    # a resumed run has the same
+    SETTINGS = ("model_name", "recipe", "size", "steps", "batch_size", "lr", "schedule", "warmup", "warmup_from",
+                "final_lr", "wd", "wd_end", "betas", "clip", "ema", "dtype", "seed", "shuffle", "zoom", "flip",
+                "l1", "l2", "lpips_weight", "disc_weight", "disc_start", "disc", "gan", "adaptive", "kl_weight",
+                "warm_steps", "restart_after", "pixels", "strength", "reweight", "scales", "short_captions", "t5",
+                "clean", "dropout", "moments", "contrast_steps", "audio_offset", "unaligned", "stage", "sync_weight",
+                "trepa_weight", "drop_audio")                               # a resumed run has the same
 
     def __init__(self, args):
         check_args(args)
@@ -3550,7 +3569,7 @@ class Run:
         join_others(self.device)
         self.out = prepare_folder(args)
         self.checkpoints = Checkpoints(self.out / "state", args.keep)
-        found = self.checkpoints.complete() if args.resume == "auto" else []
+        found = of_all(self.checkpoints.complete() if args.resume == "auto" else [])[0]
         notes = self.checkpoints.notes(found[-1]) if found else {}
         self.share_batch(notes.get("parts", args.accum * self.world))
         train_set, val_set = open_data(args)
@@ -3559,8 +3578,11 @@ class Run:
         args.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)
         self.start_engine()
         self.step, self.best, self.skipped, self.skipped_in_a_row = 0, -math.inf, 0, 0
-        self.broken, self.stop, self.unsaved = set(), StopOnSignal(), None
+        self.broken, self.stop, self.unsaved, self.unexported = set(), StopOnSignal(), None, None
         self.settings = self.describe()
+        if others := [k for one in of_all(self.settings) for k in one if one[k] != self.settings[k]]:
+            raise UserError(f"processes do not see the same {', '.join(sorted(set(others)))}: all machines need the "
+                            "same --data, --out and weights")
         if found:
             self.restore(found[-1], notes)
         self.first, self.started = self.step, time.perf_counter()
@@ -3639,11 +3661,13 @@ class Run:
             raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or another --out")
         self.checkpoints.load(path, self.tensors)
         self.scaler.load_state_dict(notes["scaler"])
-        self.step, self.best, self.skipped = notes["step"], notes["best"], notes["skipped"]
+        self.step, self.skipped = notes["step"], notes["skipped"]
+        if (self.out / "best.json").exists():
+            self.best = json.loads((self.out / "best.json").read_text())["score"]
 
     def save(self):
         """Starts to write a checkpoint: everything needed to go on exactly here."""
-        notes = {"settings": self.settings, "step": self.step, "parts": self.parts, "best": self.best,
+        notes = {"settings": self.settings, "step": self.step, "parts": self.parts,
                  "skipped": self.skipped, "scaler": self.scaler.state_dict(), "torch": torch.__version__}
         self.settle()
         begin = lambda: self.checkpoints.begin(self.step, self.tensors(), notes)
@@ -3659,7 +3683,7 @@ class Run:
         """Does it; a full disk does not end a run, which tries again when it saves next. What went wrong, or None."""
         try:
             write()
-        except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as e:
+        except (OSError, RuntimeError, ValueError, SafetensorError, dcp.api.CheckpointException) as e:
             reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e).strip().splitlines()[-1]
             last = [int(path.name) for path in self.checkpoints.complete()]
             self.say(f"could not save {what} ({reason}); " + (
@@ -3785,29 +3809,37 @@ class Run:
                          f"{row['data_wait']:.1%}")
 
     def publish(self, row, validate=False, save=False, draw=False):
-        """Validates, saves, draws, with the average of the weights if there is one."""
+        """Saves, validates, draws, with the average of the weights if there is one. What cannot be replaced comes
+        first; it is written while the rest goes on."""
+        if save:
+            self.save()
         with self.whole(self.average) as model:
             model.eval()
+            if save:
+                self.unexported = self.export(model, "model.safetensors")
             if validate:
-                scores = self.task.validate(model)
+                with torch.autocast(self.device.type, sample.DTYPES[self.args.dtype], self.args.dtype != "fp32"):
+                    scores = self.task.validate(model)
                 self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in scores.items()))
                 row |= {f"val_{k}": v for k, v in scores.items()}
-                better = self.task.score(scores) > self.best
-                self.best = max(self.best, self.task.score(scores))
-                if better and self.rank == 0:
-                    self.export(model, "best.safetensors")
-            if save and self.rank == 0:
-                self.export(model, "model.safetensors")
+                if self.task.score(scores) > self.best and not self.export(model, "best.safetensors"):
+                    self.best = self.task.score(scores)
+                    self.writing("best.json", self.note_best)
             if draw and self.rank == 0:
                 name = self.out / "samples" / f"{self.step:07d}"
                 self.writing(name, lambda: self.task.show(model, name))
-        if save:
-            self.save()
 
     def export(self, model, name):
-        """What sample.py takes."""
+        """What sample.py takes. Returns what went wrong, or None."""
         dtype = SAVE_DTYPES[self.args.save_dtype]
-        self.writing(name, lambda: self.task.save(model, self.out / name, dtype))
+        save = lambda: self.task.save(model, self.out / name, dtype)
+        return self.writing(name, save) if self.rank == 0 else None
+
+    def note_best(self):
+        """Beside best.safetensors: of which step it is, and how good."""
+        if self.rank == 0:
+            with vq.atomic(self.out / "best.json") as temporary:
+                temporary.write_text(json.dumps({"step": self.step, "score": self.best}))
 
     def end(self):
         """After the last step: what is not saved yet, and what there is to say."""
@@ -3819,13 +3851,13 @@ class Run:
             report_broken(broken, self.task.train_set)
             self.writing("unreadable.txt", lambda: (self.out / "unreadable.txt").write_text("\n".join(broken) + "\n"))
         if self.rank == 0:
-            self.log.draw()
+            self.writing("curves.png", self.log.draw)
             how = "interrupted" if self.stopping else "stopped" if self.last < self.args.steps else "done"
             seconds, more = time.perf_counter() - self.started, self.step < self.args.steps
             print(f"{how} at step {self.step} of {self.args.steps}, {seconds:.0f} s; weights in "
                   f"{self.out}/model.safetensors" + ("; go on with --resume auto" if more else ""), flush=True)
-        if self.unsaved:
-            raise UserError(f"--out {self.out}: {self.unsaved}; make room and go on with --resume auto")
+        if wrong := self.unsaved or self.unexported:
+            raise UserError(f"--out {self.out}: {wrong}; make room and go on with --resume auto")
         if self.stopping:
             sys.exit(128 + self.stopping)
 

@@ -1504,7 +1504,7 @@ def save_checkpoint(path, state, config, dtype=None, **extra):
 def atomic(path):
     """A temporary name beside `path` to write to; renamed at the end, removed after an error: no half files."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.urandom(6).hex()}.{path.name}")       # several machines may write the same file
     try:
         yield temporary
         os.replace(temporary, path)
