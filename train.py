@@ -3615,7 +3615,7 @@ class Run:
             self.model.checkpointing = True
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else self.model
         for unit in units(self.model) if args.compile else ():
-            unit.compile()
+            unit.compile(dynamic=False)
         if args.fsdp:
             self.empty = without_weights(self.model)
             self.engine = shard(Objective(self.model, self.task.loss), sample.DTYPES[args.dtype])

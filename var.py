@@ -134,7 +134,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each between an AdaLN modulation and a gate that come from the condition."""
 
-    def __init__(self, config, drop_path):
+    def __init__(self, config):
         super().__init__()
         C = config.width
         self.attn = Attention(config)
@@ -143,7 +143,7 @@ class Block(nn.Module):
             self.adaln_table = nn.Parameter(torch.zeros(1, 1, 6, C))
         else:
             self.adaln = nn.Linear(C, 6 * C)
-        self.eps, self.drop_path = config.norm_eps, drop_path
+        self.eps = config.norm_eps
 
     def prepare(self, cond, shared=None):
         """Condition (B, C) -> all that no token has a part in: the modulation (B, 1, 6, C), two gates, two scales and
@@ -155,24 +155,20 @@ class Block(nn.Module):
             modulation = rearrange(modulation, "b (six c) -> b 1 six c", six=6)
         return modulation, self.attn.constants()
 
-    def forward(self, x, prepared, mask=None, cache=None, pos=0, generator=None):
-        """x (B, l, C), the residual stream -> the same. generator: of stochastic depth, in training."""
+    def forward(self, x, prepared, mask=None, cache=None, pos=0, kept=None):
+        """x (B, l, C), the residual stream -> the same. kept: factors (2, B, 1, 1) of both branches, in training."""
         modulation, constants = prepared
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
-        h = self._drop(self.attn(h, constants, mask, cache, pos), generator)
+        h = self._drop(self.attn(h, constants, mask, cache, pos), kept, 0)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, gate=gate1, out_dtype=dtype)
-        h = self._drop(self.ffn(h), generator)
+        h = self._drop(self.ffn(h), kept, 1)
         return torch.addcmul(x, gate2, h)
 
-    def _drop(self, branch, generator):
-        """Stochastic depth: in training, removes the branch for some pictures and scales it up for the others."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        kept = torch.rand(len(branch), 1, 1, generator=generator, device=branch.device) < keep
-        return branch * (kept / keep).to(branch.dtype)
+    @staticmethod
+    def _drop(branch, kept, which):
+        return branch if kept is None else branch * kept[which].to(branch.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,8 +208,7 @@ class VAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(lengths), C))
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(C, 6 * C)
-        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_adaln = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.vocab_size)
 
@@ -256,9 +251,17 @@ class VAR(nn.Module):
         cond = self.class_embed(labels)
         x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(features)], 1)       # (B, L, C)
         x = x + self.positions(0, x.shape[1])
-        for block, prepared in zip(self.blocks, self.prepare(cond)):
-            x = vq.checkpointed(self.checkpointing, block, x, prepared, mask=self.mask, generator=generator)
+        for block, prepared, kept in zip(self.blocks, self.prepare(cond), self._kept(len(x), x.device, generator)):
+            x = vq.checkpointed(self.checkpointing, block, x, prepared, self.mask, kept=kept)
         return self.logits(x, *self.head_modulation(cond))
+
+    def _kept(self, B, device, generator):
+        """Stochastic depth, per block: in training, factors (2, B, 1, 1) of both branches, which remove a branch for
+        some pictures and scale it up for the others, in deeper blocks more often; otherwise None."""
+        for i in range(self.config.depth):
+            keep = 1 - self.config.drop_path * i / max(self.config.depth - 1, 1)
+            draw = lambda: torch.rand(B, 1, 1, generator=generator, device=device)
+            yield (torch.stack([draw(), draw()]) < keep).float() / keep if self.training and keep < 1 else None
 
     def loss(self, labels, tokens, features, *, class_drop=None, label_smoothing=0.0, generator=None):
         """Cross entropy, mean over the L tokens and the batch -> (loss, {accuracy, tail_loss, tail_accuracy}).

@@ -419,3 +419,15 @@ def test_bench_of_a_step(pictures, files, tmp_path, capsys):
     said, found = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "share of the limit" in said and not (tmp_path / "none").exists()
     assert found["stages"]["backward"]["flops"] > 1.5 * found["stages"]["forward"]["flops"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_training_on_a_gpu(pictures, files, tmp_path, capsys, dtype):
+    """Half precision, compiled and recomputed blocks, a checkpoint written from the GPU, and on from it."""
+    argv = ("var", "--size", 16, "--data", pictures, "--vae", files[1], "--batch-size", 4, "--accum", 2, "--steps", 6,
+            "--dtype", dtype, "--device", "cuda", "--compile", "--checkpointing", "--ema", 0.5, "--out", tmp_path / "a")
+    run(train, *argv, "--stop-after", 3)
+    run(train, *argv, "--resume", "auto")
+    assert "done at step 6 of 6" in capsys.readouterr().out and steps_saved(tmp_path / "a") == [3, 6]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "a").values())
