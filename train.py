@@ -3058,8 +3058,8 @@ LADDER = (1, 2, 3, 4, 6, 8)                                                # dep
 
 def scaling_laws(args):
     """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small. Models of all depths in LADDER see the same
-    batches; what they reach on unseen pictures is fitted as loss = (beta N)^alpha, N the number of parameters, a
-    straight line between logarithms: scaling.csv, with the correlation coefficients in scaling.png. --lr is that of the
+    batches; what they reach on unseen pictures is fitted as loss = a N^alpha, N the number of parameters, a straight
+    line between logarithms: scaling.csv, with the correlation coefficients in scaling.png. --lr is that of the
     recipe's own depth; the wider a model, the lower the best rate (muP, arXiv 2203.03466)."""
     import var
     out, rows, usual = sample.check_writable(args.out), [], var.CONFIGS[args.model].depth
@@ -3074,23 +3074,28 @@ def scaling_laws(args):
         rows.append({"depth": depth, "parameters": sum(p.numel() for p in state.values()), "steps": int(last["step"]),
                      **{name: float(last[f"val_{name}"]) for name in names}})
     write_table(out / "scaling.csv", rows)
+    sample.save_png(out / "scaling.png", scaling_charts(rows), {"model": "var", "steps": args.steps})
+    print(f"table in {out}/scaling.csv, picture in {out}/scaling.png")
+
+
+def scaling_charts(rows):
+    """Fits the four laws, prints and draws them."""
     sizes, charts = np.array([row["parameters"] for row in rows]), []
     for name, of in (("loss", "loss, all scales"), ("tail_loss", "loss, last scale"),
                      ("accuracy", "error, all scales"), ("tail_accuracy", "error, last scale")):
         found = np.array([1 - row[name] if "accuracy" in name else row[name] for row in rows])
         alpha, offset, r = power_law(sizes, found)
-        law = f"({math.exp(min(offset / alpha, 700)):.2g} N)^{alpha:.3f}, r = {r:.3f}"
+        law = f"{math.exp(offset):.3g} N^{alpha:.4f}, r = {r:.3f}"
         print(f"{of}: {law}")
         points = [(x, y, f"d{row['depth']}") for x, y, row in zip(np.log10(sizes), np.log10(found), rows)]
         ends = [points[0][0] - 0.1, points[-1][0] + 0.1]
         line = ends, [alpha * x + offset / math.log(10) for x in ends]
         charts.append(sample.chart({law: line}, of, "log10 N", "log10", (), points, size=(400, 300)))
-    sample.save_png(out / "scaling.png", sheet(charts, 2), {"model": "var", "steps": args.steps})
-    print(f"table in {out}/scaling.csv, picture in {out}/scaling.png")
+    return sheet(charts, 2)
 
 
 def power_law(sizes, values):
-    """(alpha, alpha log beta, r) of values = (beta * sizes)^alpha, by least squares between logarithms, whose
+    """(alpha, log a, r) of values = a * sizes^alpha, by least squares between logarithms, whose
     correlation is r."""
     x, y = np.log(sizes), np.log(values)
     return *np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1]
