@@ -1877,7 +1877,7 @@ def prepare(args):
     paths = {str(path.relative_to(raw)): path for path in videos_in(raw)}
     if not paths:
         raise UserError(f"--prepare {raw}: no videos in it; expected {', '.join(sorted(VIDEOS))}")
-    for leftover in out.rglob(".[0-9]*.mp4"):                               # of a run that was killed
+    for leftover in out.rglob(f".{'[0-9a-f]' * 12}.*.mp4"):                 # of a run that was killed
         leftover.unlink()
     settings = [f"of {raw.resolve()}", f"{args.resolution} pixels", f"{args.piece} s", f"face {args.min_face}"]
     if args.syncnet:

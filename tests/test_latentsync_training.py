@@ -462,7 +462,7 @@ def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     assert e.value.code == 130
     with open(tmp_path / "prepared.csv", "a") as f:
         f.write("good.mp4,1234")                                            # a row that a crash cut off
-    (tmp_path / ".99.half.mp4").write_bytes(b"half")                        # and a clip
+    (tmp_path / ".0123456789ab.half.mp4").write_bytes(b"half")                        # and a clip
     monkeypatch.setenv("GO_ON", "1")
     run(train, *argv)
     assert sorted(set(made)) == sorted(made) and not list(tmp_path.glob(".*"))      # nothing twice
