@@ -3430,6 +3430,8 @@ class Log:
         for name, value in row.items() if self.board else ():
             if name != "step" and not (isinstance(value, torch.Tensor) and value.numel() > 1):
                 self.board.add_scalar(name, float(value), row["step"])
+        if self.board:
+            self.board.flush()
 
     def draw(self):
         """curves.png: the loss in training, and what all validations so far have found."""

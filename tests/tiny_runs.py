@@ -78,3 +78,5 @@ if __name__ == "__main__":
     break_something(os.environ.get("LEGIBLE_FAULT", ""))
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         sample.guarded(train.train, train.parse_args([str(a) for a in argv]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
