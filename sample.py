@@ -282,6 +282,11 @@ def _choose_device(name):
     return this_process_gpu() if name == "cuda" else torch.device(name), "as asked"
 
 
+def place_of_process():
+    """(number of this process, how many there are), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def this_process_gpu():
     """The GPU of this process: the first, or under torchrun one for each."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -406,7 +411,7 @@ def address_of(home, file):
 
 def fetch_once(address, path):
     """A file, unless it is there. Under torchrun the first process fetches and the others wait."""
-    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+    if not path.exists() and place_of_process()[0] == 0:
         fetch(address, path)
     while not path.exists():
         time.sleep(1)
@@ -1621,7 +1626,7 @@ def write_npz(job, path, chunk=250):
     Every picture has its own generator: neither the batch size nor the number of processes changes it.
     """
     args, labels = job.args, choose_labels(job)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place_of_process()
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(exist_ok=True)
     files = [(str(f.resolve()), f.stat().st_size, int(f.stat().st_mtime)) for f in job.files]

@@ -12,8 +12,8 @@
 
 DIR holds one folder of pictures per class; for text *.tsv files (picture path, caption) or the originals' *.jsonl, and
 pictures of all aspect ratios. A run writes into --out: model.safetensors (what sample.py takes), state/ (what --resume
-auto continues from, bit for bit on a CPU, with any number of processes), log.csv, curves.png and samples/. Every write
-is atomic.
+auto continues from, on a CPU bit for bit, or with another number of processes), log.csv, curves.png and samples/.
+Every write is atomic.
 """
 import argparse
 import sys
@@ -430,7 +430,7 @@ import latentsync
 import sample
 import syncnet
 import vq
-from sample import UserError
+from sample import UserError, place_of_process
 from syncnet import FPS, SAMPLE_RATE
 
 
@@ -924,7 +924,7 @@ class FeatureCache:
         weights = [p.float().sum().item() for p in (t5.embed.weight, *t5.blocks[-1].parameters())]
         key = hashlib.sha256(f"{slots} {clean} {t5.config} {weights} {captions}".encode()).hexdigest()[:12]
         path = Path(folder) / f"text_{key}.safetensors"
-        if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+        if not path.exists() and place_of_process()[0] == 0:
             rows = []
             for start in tqdm(range(0, len(captions), 16), desc=f"reading {len(captions)} captions", leave=False):
                 rows += [row.half() for row in sample.encode_texts(t5, captions[start:start + 16], slots, clean)]
@@ -3053,7 +3053,7 @@ def study_latentsync(args):
     print(f"table in {out}/study.csv, curves in {out}/study.png, frames in {out}/study_frames.png")
 
 
-LADDER = (1, 2, 3, 4, 6, 8)                                                # depths; a model of depth d is 32 d wide
+LADDER = (1, 2, 3, 4, 6, 8)                                                # depths; the demo's are 32 wide per block
 
 
 def scaling_laws(args):
@@ -3095,8 +3095,7 @@ def scaling_charts(rows):
 
 
 def power_law(sizes, values):
-    """(alpha, log a, r) of values = a * sizes^alpha, by least squares between logarithms, whose
-    correlation is r."""
+    """(alpha, log a, r) of values = a * sizes^alpha, by least squares between logarithms, whose correlation is r."""
     x, y = np.log(sizes), np.log(values)
     return *np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1]
 
@@ -3219,11 +3218,6 @@ def update_average(average, model, decay, step):
 
 
 PATIENCE = timedelta(hours=1)                                               # while the first one draws pictures, say
-
-
-def place_of_process():
-    """(number of this process, how many there are), as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join_others(device):
@@ -3968,7 +3962,7 @@ def main(args):
     for flag, instead in (("evaluate", evaluate_syncnet), ("prepare", prepare), ("study", study),
                           ("scaling_laws", scaling_laws), ("bench", bench_step)):
         if getattr(args, flag, None):
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if place_of_process()[1] > 1:
                 raise UserError(f"--{flag}: runs in one process; start it without torchrun")
             check_args(args)
             return instead(args)
