@@ -1,8 +1,8 @@
 """Infinity: text -> image by next-scale prediction of bits. Full definition of the model, all of it in this one file.
 
 Like VAR, a transformer draws a picture resolution by resolution, from one token to 64 x 64 and more, all tokens of a
-resolution at once. But a token is d bits (d = 16 ... 64), the signs of d channels, so the vocabulary has 2^d entries.
-No softmax could span it: the head is d independent two-way classifiers (the paper's infinite-vocabulary classifier).
+resolution at once. But a token consists of d bits (d = 16 ... 64), the signs of d channels. The vocabulary then has 2^d
+entries, too many for a softmax, so the head is one two-way classifier per bit (an infinite-vocabulary classifier).
 
     prompt --> T5 --> text (T, 2048) --+--> pooled: one vector, the first token and the condition of every AdaLN
                                        +--> memory: k and v of every cross-attention, computed once
@@ -16,34 +16,33 @@ No softmax could span it: the head is d independent two-way classifiers (the pap
     bits -> codes +-1/sqrt(d) -> grown bilinearly, added to f_hat, the picture so far; f_hat resized is the next input
 
 How it differs from VAR (var.py), besides the bits:
-- *bitwise self-correction*: training flips random bits of every scale and computes the targets of the finer ones
-  against the flipped picture, so the model learns to repair what it drew wrong. See `self_correct`;
-- the condition is text: pooled into AdaLN, and attended to by a cross-attention between attention and feed-forward;
-- pictures have any aspect ratio and several sizes: schedules come from `vq.schedule`, positions are 2D RoPE on the grid
-  of the full resolution, so that the same place has the same angle at every scale and size, and no table is learned;
-- guidance and temperature may differ from scale to scale, guidance may act on features instead of logits;
-- one AdaLN map is shared by all blocks, each adding a table of its own.
-With patchify a token is four neighbours' bits: 14 bits of a map twice as large become D = 56 (8B).
+- *Bitwise self-correction*: training flips random bits of every scale and computes the targets of the finer scales
+  against the flipped picture, so the model learns to repair its own mistakes. See `self_correct`.
+- The condition is text. It is pooled for AdaLN, and a cross-attention between attention and feed-forward reads it.
+- Pictures have any aspect ratio and several sizes: schedules come from `vq.schedule`. Positions are 2D RoPE on the grid
+  of the full resolution, so a place has the same angle at every scale and size, and no table is learned.
+- Guidance and temperature may differ from scale to scale, and guidance may act on features instead of logits.
+- One AdaLN map is shared by all blocks, and each block adds a table of its own.
+With patchify a token holds the bits of 2 x 2 neighbours: 4 x 14 = 56 bits, from a map of twice the size (8B).
 
 Letters: B batch, R rows (2B with guidance, else B), L tokens of all scales, l tokens of one scale, T text tokens, C
-width, Ct text width, H heads, d bits of a tokenizer token, D bits of a transformer token (but inside of attention, as
-everywhere, the width of a head), K scales, h w token-map size; the first scale has one token.
+width, Ct text width, H heads, D head dim, K scales, h w token-map size (h_K w_K: of the last scale), d bits of a
+tokenizer token. A transformer token has `bits` of them: d, or 4 d with patchify. tau is the temperature of the logits.
 Paper: Infinity: Scaling Bitwise AutoRegressive Modeling for High-Resolution Image Synthesis, arXiv 2412.04431. Released
 weights, repository FoundationVision/Infinity: infinity_125M_256x256.pth (tokenizer d16, 0.06M pixels),
 infinity_2b_reg.pth (tokenizer d32reg, 1M), the folders infinity_8b_weights (tokenizer d56_f8_14_patchify, 1M) and
-infinity_8b_512x512_weights (0.25M); all with the encoder of google/flan-t5-xl, which stands here too.
+infinity_8b_512x512_weights (0.25M). All read the features of google/flan-t5-xl, whose encoder is in lib/text.py.
 
     tokenizer, model = vq.load("infinity_vae_d32reg.pth"), infinity.load("infinity_2b_reg.pth")
-    text, mask = infinity.load_t5("flan-t5-xl").encode(["a red fox in the snow"])
-    images = model.sample(tokenizer, text, mask, scales=vq.schedule(aspect=1.0, pixels="1M"), cfg=3, tau=0.5,
+    text, text_mask = lib.text.load_t5("flan-t5-xl").encode(["a red fox in the snow"])
+    images = model.sample(tokenizer, text, text_mask, scales=vq.schedule(aspect=1.0, pixels="1M"), cfg=3, tau=0.5,
                           generator=torch.Generator().manual_seed(0))       # (1, 3, 1024, 1024) in [0, 1]
 """
 import itertools
 import math
 import re
-from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -56,24 +55,24 @@ from triton_ops import adaln_modulate, exponential_noise, qk_norm_rope
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of an Infinity. Released files tell all but patchify, norm_eps, text_drop and drop_path."""
+    """Sizes of an Infinity. `infer_config` reads them from a released file, except patchify, norm_eps and the drops."""
 
     depth: int = 32
     width: int = 2048                           # C
     heads: int = 16                             # H
-    bits: int = 32                              # D
-    patchify: bool = False                      # a token is 2 x 2 of the tokenizer's: D = 4 d
+    bits: int = 32                              # per transformer token
+    patchify: bool = False                      # a token is 2 x 2 of the tokenizer's: bits = 4 d
     text_width: int = 2048                      # Ct, a multiple of 128
     text_maxlen: int = 512                      # rows of the null text
     levels: int = 15                            # rows of the level embedding, at least K
-    chunks: int = 8                             # in official keys the blocks stand in so many groups
+    chunks: int = 8                             # number of groups in which official keys store the blocks
     norm_eps: float = 1e-6
     text_drop: float = 0.1                      # share of prompts replaced by the null text in training
-    drop_path: float = 0.1                      # of the last block; grows linearly from 0 at the first
+    drop_path: float = 0.1                      # rate of the last block; grows linearly from 0 at the first
 
     @property
     def hidden(self):
-        """Width inside the feed-forward: 4 C to the nearest multiple of 256, halves to the even one."""
+        """Width inside the feed-forward: 4 C rounded to a multiple of 256. Python rounds halves to even numbers."""
         return round(4 * self.width / 256) * 256
 
 
@@ -87,233 +86,63 @@ CONFIGS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text: the encoder of Flan-T5
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """Sizes of a T5 encoder (version 1.1, gated GELU). Files tell all but max_distance and eps."""
-
-    vocab_size: int = 32128
-    width: int = 2048                           # Ct; these are Flan-T5-XL's
-    layers: int = 24
-    heads: int = 32
-    head_dim: int = 64                          # heads * head_dim need not be the width
-    hidden: int = 5120
-    buckets: int = 32                           # of relative positions
-    max_distance: int = 128                     # beyond it all distances share the last bucket
-    eps: float = 1e-6
-
-
-BYTE_T5 = T5Config(vocab_size=259, width=128, layers=3, heads=4, head_dim=32, hidden=256)   # the demo's, on bytes
-
-
-class T5Attention(nn.Module):
-    """Bidirectional attention without biases and without the usual 1 / sqrt(head_dim): T5's weights absorbed it."""
-
-    def __init__(self, config):
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, config.width, bias=False)
-
-    def forward(self, x, bias):                                             # (B, T, Ct), (B or 1, H, T, T)
-        q, k, v = (rearrange(f(x), "b t (h d) -> b h t d", h=self.heads) for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
-        return self.o(rearrange(out, "b h t d -> b t (h d)"))
-
-
-class T5Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)), the latter gelu(wi_0 x) * wi_1 x."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(config.width, config.eps) for _ in range(2))
-        self.attn = T5Attention(config)
-        self.wi_0, self.wi_1 = (nn.Linear(config.width, config.hidden, bias=False) for _ in range(2))
-        self.wo = nn.Linear(config.hidden, config.width, bias=False)
-
-    def forward(self, x, bias):
-        dtype = self.wo.weight.dtype                                        # of the products; the stream is float32,
-        x = x + self.attn(self.norm1(x).to(dtype), bias)                    # as T5's grows beyond what float16 holds
-        h = self.norm2(x).to(dtype)
-        return x + self.wo(F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h))
-
-
-class T5Encoder(nn.Module):
-    """Token ids -> features. `tokenize` turns prompts into ids: bytes, or what `load_t5` found beside the weights."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.tokenize = config, byte_ids
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.relative_bias = nn.Embedding(config.buckets, config.heads)     # of the first layer, used by all
-        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, config.eps)
-
-    def bucket(self, distance):
-        """Key position - query position -> bucket: half of them for each sign; of these one for each distance below a
-        half of them, then logarithmically wider ones up to max_distance."""
-        half = self.config.buckets // 2
-        exact, n = half // 2, distance.abs()
-        far = (n.clamp(min=1).float() / exact).log() / math.log(self.config.max_distance / exact) * (half - exact)
-        far = (exact + far.long()).clamp(max=half - 1)
-        return torch.where(distance > 0, half, 0) + torch.where(n < exact, n, far)
-
-    def forward(self, ids, mask=None):
-        """ids (B, T) int64, mask (B, T) bool, False for padding -> features (B, T, Ct) float32."""
-        place = torch.arange(ids.shape[1], device=ids.device)
-        bias = self.relative_bias(self.bucket(place - place[:, None]))                  # (T, T, H)
-        bias = rearrange(bias, "q k h -> 1 h q k")
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None], -math.inf)
-        x = self.embed(ids).float()
-        for block in self.blocks:
-            x = block(x, bias)
-        return self.norm(x)
-
-    def encode(self, prompts, max_length=512):
-        """Prompts -> (features (B, T, Ct), mask (B, T) bool or None where no prompt is padded). T: the longest one."""
-        device = self.embed.weight.device
-        ids, mask = self.tokenize(prompts, max_length)
-        mask = None if bool(mask.all()) else mask.to(device)
-        return self(ids.to(device), mask), mask
-
-    @torch.no_grad()
-    def init_weights(self, generator=None):
-        """T5's own rule: normal, of variance 1 / inputs, but q smaller, as nothing divides by sqrt(head_dim)."""
-        c = self.config
-        for name, p in self.named_parameters():
-            if "norm" in name:
-                p.fill_(1)
-            elif "embed" in name:
-                p.normal_(0, 1, generator=generator)
-            elif "relative_bias" in name:
-                p.normal_(0, c.width ** -0.5, generator=generator)
-            else:
-                p.normal_(0, (p.shape[1] * (c.head_dim if ".q." in name else 1)) ** -0.5, generator=generator)
-
-
-def byte_ids(prompts, max_length=512):
-    """Tokens without a vocabulary file, as ByT5's: UTF-8 bytes + 3, then 1 for the end; 0 pads -> ids, mask (B, T)."""
-    rows = [torch.tensor([b + 3 for b in prompt.encode()[:max_length - 1]] + [1]) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return ids, ids != 0
-
-
-def load_tokenizer(path):
-    """The function prompts, max_length -> ids, mask (B, T) of a `tokenizer.json`; needs the package `tokenizers`."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise vq.CheckpointError(f"{path}: to read it, `pip install tokenizers`") from None
-    tokenizer = Tokenizer.from_file(str(path))
-
-    def tokenize(prompts, max_length=512):
-        tokenizer.enable_truncation(max_length)
-        tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
-        rows = tokenizer.encode_batch(list(prompts))
-        return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows]).bool()
-    return tokenize
-
-
-T5_RENAMES = [  # fragment of a key of transformers' T5EncoderModel, of ours
-    ("shared", "embed"), ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "relative_bias"),
-    ("encoder.block.{}.layer.0.SelfAttention", "blocks.{}.attn"), ("encoder.final_layer_norm", "norm"),
-    ("encoder.block.{}.layer.0.layer_norm", "blocks.{}.norm1"),
-    ("encoder.block.{}.layer.1.layer_norm", "blocks.{}.norm2"),
-    ("encoder.block.{}.layer.1.DenseReluDense", "blocks.{}"),
-]
-
-
-def load_t5(path, dtype=torch.float32, device="cpu"):
-    """A T5Encoder in eval mode from a Hugging Face folder (safetensors or .bin, sharded or not, with tokenizer.json).
-
-    Decoder weights, if there are any, are left out. Raises vq.CheckpointError.
-    """
-    state, _ = vq.read_checkpoint(path)
-    vq.require(state, "shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
-               "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", path=path,
-               what="a T5 of version 1.1 (such as google/flan-t5-xl)")
-    state = {k: v for k, v in state.items() if k.startswith(("shared.", "encoder.")) and "embed_tokens" not in k}
-    state = vq.rename_keys(state, T5_RENAMES)
-    model = vq.build_on(device, T5Encoder, infer_t5_config(state), cast=lambda model: model.to(dtype))
-    vq.load_strict(model, state, path)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if (folder / "tokenizer.json").exists():
-        model.tokenize = load_tokenizer(folder / "tokenizer.json")
-    elif model.config.vocab_size > 384:                                     # those on bytes have 259, or 384
-        raise vq.CheckpointError(f"{folder}: has no tokenizer.json; it belongs to the weights, get it from there too")
-    return model.eval()
-
-
-def infer_t5_config(state):
-    """The T5Config of a state dict under our keys."""
-    (vocab_size, width), (buckets, heads) = state["embed.weight"].shape, state["relative_bias.weight"].shape
-    inner, hidden = len(state["blocks.0.attn.q.weight"]), len(state["blocks.0.wi_0.weight"])
-    layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    return T5Config(vocab_size, width, layers, heads, inner // heads, hidden, buckets)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Building blocks
 
 
 def rope_angles(scales, head_dim, device=None):
-    """2D RoPE: (h, w) of every scale -> angles (L, head_dim / 2), the first half of them for y, the second for x.
+    """2D RoPE: (h, w) of every scale -> angles (L, D / 2), the first half of them for rows, the second for columns.
 
-    Places are counted on the grid of the 1M schedule of that aspect ratio, whatever the size of the picture, and
-    rounded, halves to the even one. Frequencies fall from 1 to nearly 1 / 10000, as in text.
+    Positions are counted on the grid of the 1M schedule of that aspect ratio, whatever the size of the picture, and
+    rounded, halves to the even number. Frequencies fall from 1 to nearly 1 / 10000, as in text.
     """
     H, W = vq.ASPECTS[vq.nearest_aspect(scales[-1][0] / scales[-1][1])][-1]
-    place = lambda n, full: (torch.arange(n, device=device, dtype=torch.float32) * (full / n)).round()
+
+    def positions(n, full):
+        return (torch.arange(n, device=device, dtype=torch.float32) * (full / n)).round()
     frequency = 10000 ** (-torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2))
-    grids = [torch.cartesian_prod(place(h, H), place(w, W)) for h, w in scales]         # (h * w, 2), row by row
+    grids = [torch.cartesian_prod(positions(h, H), positions(w, W)) for h, w in scales]     # (h * w, 2), row by row
     return (torch.cat(grids)[:, :, None] * frequency).flatten(1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of this scale and of all coarser ones."""
+    """Multi-head attention to the tokens of the same scale and of all coarser scales. As in VAR, a score is the cosine
+    of q and k times a learned sharpness."""
 
     def __init__(self, config):
         super().__init__()
         C, H = config.width, config.heads
         self.heads = H
-        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; inside each head-major
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
-        self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # q has this length: sharpness
+        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; head-major inside each
+        self.q_bias = nn.Parameter(torch.zeros(C))
+        self.v_bias = nn.Parameter(torch.zeros(C))
+        self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # log of the sharpness
         self.proj = nn.Linear(C, C)
 
-    def constants(self):
-        """What depends on weights alone: the bias of qkv (3C,), zero for k; the length of q (H,)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return bias, self.log_scale.float().clamp(max=math.log(100)).exp().flatten()
-
-    def forward(self, x, constants, rope, bounds=None, cache=None, pos=0):
-        """x (B, l, C); rope: cos and sin (l, D / 2), applied after the normalisation, so that lengths stay.
+    def forward(self, x, rope, bounds=None, kv_cache=None, pos=0):
+        """x (B, l, C) -> (B, l, C). rope: cos and sin (2, l, D / 2), applied to normalised q and k.
 
         bounds: in training, (start, end) of every scale. Attention is full within a scale and causal between scales, so
-        a call per scale, whose keys are all that is there up to its end, needs no mask, and skips what a mask would
-        hide. cache: in sampling, (k, v) of all scales, each (B, H, L, D), filled up to pos.
+        one call per scale, with the keys up to its end, needs no mask and skips what a mask would hide.
+        kv_cache (2, B, H, L, D): keys and values of the coarser scales up to pos; those of x are written behind them.
         """
-        bias, q_scale = constants
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                            # (B, l, 3C)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b l h d", three=3, h=self.heads)
-        k_cache, v_cache = cache if cache is not None else (None, None)
+        q_scale = self.log_scale.float().clamp(max=math.log(100)).exp().flatten()       # (H,), at most 100
+        k_cache, v_cache = kv_cache if kv_cache is not None else (None, None)
         q, k, v = qk_norm_rope(q, k, v, q_scale=q_scale, cos=rope[0], sin=rope[1], k_cache=k_cache, v_cache=v_cache,
                                pos=pos)
-        attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0)     # the sharpness is in q
         if bounds is None:
-            out = attend(q, k, v)                                           # (B, H, l, D)
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)        # (B, H, l, D); q_scale replaces the scale
         else:
-            parts = zip(q.split([b - a for a, b in bounds], 2), bounds)
-            out = torch.cat([attend(part, k[:, :, :b], v[:, :, :b]) for part, (_, b) in parts], 2)
+            parts = zip(q.split([end - start for start, end in bounds], 2), bounds)
+            out = torch.cat([F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], scale=1.0)
+                             for part, (_, end) in parts], 2)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of picture tokens to text. No normalisation of q and k, no positions, no gate."""
+    """Multi-head attention of picture tokens to text. q and k are not normalised, and there are no positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -325,14 +154,14 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(C, C)
 
     def keys_values(self, memory):
-        """Text memory (B, T, C) -> k, v (B, H, T, D): the same at all scales, so computed once."""
+        """Text memory (B, T, C) -> k, v (B, H, T, D)."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         kv = F.linear(memory.to(self.kv.weight.dtype), self.kv.weight, bias)
         return rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.heads).unbind(0)
 
-    def forward(self, x, k, v, mask):                                       # mask (B, 1, 1, T) bool, or None
+    def forward(self, x, k, v, text_mask):                                  # text_mask (B, 1, 1, T) bool, or None
         q = rearrange(self.q(x), "b l (h d) -> b h l d", h=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # scale D ** -0.5
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # scale D ** -0.5
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))
 
 
@@ -349,7 +178,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, each between an AdaLN modulation and a gate; in between, the text is read."""
+    """A transformer block: attention, cross-attention to the text, feed-forward. The pooled text modulates and gates
+    the first and the last."""
 
     def __init__(self, config):
         super().__init__()
@@ -360,27 +190,38 @@ class Block(nn.Module):
         self.adaln_table = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         self.eps = config.norm_eps
 
-    def prepare(self, shared, memory):
-        """Shared AdaLN output (B, 1, 6, C), text memory (B, T, C) -> all that no picture token has a part in: two
-        gates, two scales, two shifts (of each the first for attention); constants of attention; text keys, values."""
-        return self.adaln_table + shared, self.attn.constants(), self.cross.keys_values(memory)
+    def condition(self, shared, memory):
+        """What depends on the prompt only. Output of the shared AdaLN map (B, 1, 6, C) and text memory (B, T, C) -> two
+        gates, two scales and two shifts (B, 1, 6, C), the first of each for attention; text keys, values (B, H, T, D).
+        """
+        return self.adaln_table + shared, *self.cross.keys_values(memory)
 
-    def forward(self, x, prepared, rope, mask, bounds=None, cache=None, pos=0, kept=(1.0, 1.0)):
-        """x (B, l, C), the residual stream -> the same. kept: factors of the two gated branches, see drop_path."""
-        modulation, constants, (k, v) = prepared
+    def forward(self, x, condition, rope, text_mask, bounds=None, kv_cache=None, pos=0, branch_scale=None):
+        """Residual stream x (B, l, C) -> the same. condition: what the method above returns; branch_scale: see
+        `Infinity.branch_scale`; the rest as in the attentions."""
+        modulation, text_k, text_v = condition
+        # In a textbook this reads
+        #     x = x + gate1 * attn(modulate(norm(x), scale1, shift1))
+        #     x = x + cross(cross_norm(x), text)
+        #     x = x + gate2 * ffn(modulate(norm(x), scale2, shift2))
+        # Here each adaln_modulate does the sum before it as well, in the same pass over memory.
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
+        if branch_scale is not None:
+            gate1 = gate1 * branch_scale[0]
+            gate2 = gate2 * branch_scale[1]
+        dtype = self.ffn.fc1.weight.dtype                                   # for matrix products; x may be wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
-        h = self.attn(h, constants, rope, bounds, cache, pos)
-        weight, bias = (p.float()[None, None] for p in (self.cross_norm.weight, self.cross_norm.bias))
-        h, x = adaln_modulate(h, weight - 1, bias, self.eps, residual=x, gate=gate1 * kept[0], out_dtype=dtype)
-        h = self.cross(h, k, v, mask)
+        h = self.attn(h, rope, bounds, kv_cache, pos)
+        # adaln_modulate multiplies by 1 + scale, so the weight of cross_norm is given as weight - 1.
+        scale, shift = self.cross_norm.weight.float()[None, None] - 1, self.cross_norm.bias.float()[None, None]
+        h, x = adaln_modulate(h, scale, shift, self.eps, residual=x, gate=gate1, out_dtype=dtype)
+        h = self.cross(h, text_k, text_v, text_mask)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, out_dtype=dtype)
-        return torch.addcmul(x, gate2 * kept[1], self.ffn(h))
+        return torch.addcmul(x, gate2, self.ffn(h))
 
 
 class TextPool(nn.Module):
-    """Text (B, T, Ct) -> one vector (B, C): attention of a learned query per head. Heads: Ct / 128, whatever C is."""
+    """Text (B, T, Ct) -> one vector (B, C) by attention with a learned query per head; Ct / 128 heads for any C."""
 
     def __init__(self, config):
         super().__init__()
@@ -390,12 +231,12 @@ class TextPool(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(C))
         self.proj = nn.Linear(C, C)
 
-    def forward(self, text, mask):
+    def forward(self, text, text_mask):
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
         kv = F.linear(text, self.kv.weight, bias)
         k, v = rearrange(kv, "b t (two h d) -> two b h t d", two=2, h=self.query.shape[1])
         q = self.query[:, :, None].expand(len(text), -1, -1, -1).to(k.dtype)            # (B, heads, 1, C / heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # scale (C / heads) ** -0.5
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # scale (C / heads) ** -0.5
         return self.proj(rearrange(out, "b h 1 d -> b (h d)"))
 
 
@@ -404,7 +245,7 @@ class TextPool(nn.Module):
 
 
 def fold(x, size):
-    """Tokenizer tokens (B, 2h * 2w, d) -> transformer tokens (B, h * w, 4d), those of 2 x 2 neighbours bit by bit."""
+    """Tokenizer tokens (B, 2h * 2w, d) -> transformer tokens (B, h * w, 4d), which hold 2 x 2 neighbours bit by bit."""
     return rearrange(x, "b (h dy w dx) d -> b (h w) (d dy dx)", h=size[0], dy=2, dx=2)
 
 
@@ -414,28 +255,28 @@ def unfold(x, size):
 
 
 def tokenizer_scales(scales, patchify):
-    """The transformer's schedule -> the tokenizer's: with patchify all maps are twice as large."""
+    """The transformer's schedule -> the tokenizer's. With patchify all maps are twice as large."""
     return tuple((2 * h, 2 * w) for h, w in scales) if patchify else tuple(scales)
 
 
 @torch.no_grad()
 def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=False, generator=None, chances=None):
-    """Bitwise self-correction (section 3.4): inputs with mistakes in them, and targets that make up for these.
+    """Bitwise self-correction (section 3.4): training inputs that contain mistakes, and targets that correct them.
 
-    A model that only ever saw correct prefixes does not know what to do after its first wrong bit. So at every scale
-    some bits are flipped, as if drawn wrong, the picture goes on from the flipped ones, and what the next scales should
-    add is computed anew, from what is missing now. A flipped bit is never a target; its repair is.
+    A model that has only seen correct prefixes does not know what to do after its first wrong bit. So some bits of
+    every scale are flipped, as if drawn wrong. f_hat continues from the flipped bits, and the targets of the next
+    scales are computed from what is missing then. A flipped bit is never a target, its repair is.
 
-    f:        (B, d, H, W) features of the pictures, from `tokenizer.encode`; with patchify twice as large as the last
-              of the scales
-    strength: each scale's chance of a flip is 0, 0.01, ... or strength, at random; 0: no flips
-    layers:   flip in so many of the first scales; None: all
+    f:        (B, d, h_K, w_K) features of the pictures, from `tokenizer.encode`; with patchify of twice that size
+    strength: the chance of a flip is drawn for each scale from 0, 0.01, ... strength; 0: no flips
+    layers:   number of scales, coarse ones first, whose bits may be flipped; None: all
     chances:  the chance at every scale, instead of drawing it
-    returns   inputs of scales 1 .. K - 1 (B, L - h_0 w_0, D), labels of all (B, L, D) bool
+    returns   inputs of scales 1 .. K - 1 (B, L - h_0 w_0, bits) float32, labels of all scales (B, L, bits) bool
     """
     sizes = tokenizer_scales(scales, patchify)
     f = f.float()
-    f_hat, inputs, labels = torch.zeros_like(f), [], []
+    f_hat = torch.zeros_like(f)
+    inputs, labels = [], []
     for k, size in enumerate(sizes):
         missing = vq.area_resize(f - f_hat, size)
         bits, _ = quantizer.quantize(missing)                               # (B, h * w, d), the targets
@@ -448,23 +289,25 @@ def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=Fa
             bits = bits ^ (torch.rand(bits.shape, generator=generator, device=f.device) < chance)
         f_hat = f_hat + quantizer.contribution(quantizer.embed(bits, size), k, len(sizes), sizes[-1])
         if k + 1 < len(sizes):
-            following = quantizer.next_input(f_hat, k + 1, sizes)
-            inputs.append(fold(following, scales[k + 1]) if patchify else following)
+            next_input = quantizer.next_input(f_hat, k + 1, sizes)
+            inputs.append(fold(next_input, scales[k + 1]) if patchify else next_input)
     return torch.cat(inputs, 1), torch.cat(labels, 1)
 
 
 def draw_bits(logits, noise, top_k=0, top_p=0.0):
-    """Logits (B, l, D, 2), Exp(1) noise (B, l * D, 2) -> bits (B, l, D) bool: both values run an exponential race.
+    """Logits (B, l, bits, 2), Exp(1) noise (B, l * bits, 2) -> bits (B, l, bits) bool, by an exponential race.
 
-    `torch.multinomial(p, 1, generator=...)` runs the same one, so the draws are the same, but makes the host wait. With
-    two values filters need no sort: top_k = 1 drops the less likely one, 0 < top_p < 1 if its probability is at most
-    1 - top_p: for 0.97, bits that the model is sure of to 97 % are no longer drawn.
+    `torch.multinomial(p, 1, generator=...)` runs the same race, so the draws are the same, but it makes the host wait.
+    The filters need no sort for two values. top_k = 1 drops the less likely value. 0 < top_p < 1 drops it if its
+    probability is at most 1 - top_p: with 0.97, a bit that the model is sure of to 97 % is no longer random.
     """
-    odds = logits[..., 1] - logits[..., 0]
-    one, zero = odds.sigmoid(), (-odds).sigmoid()
+    bit_logits = logits[..., 1] - logits[..., 0]
+    one, zero = bit_logits.sigmoid(), (-bit_logits).sigmoid()
     if top_k == 1 or 0 < top_p < 1:
-        most = 1.0 if top_k == 1 else 1 - top_p                             # that the less likely one may have
-        one, zero = (p.masked_fill((p <= most) & (p < other), 0) for p, other in ((one, zero), (zero, one)))
+        limit = 1.0 if top_k == 1 else 1 - top_p
+        drop_one = (one <= limit) & (one < zero)
+        drop_zero = (zero <= limit) & (zero < one)
+        one, zero = one.masked_fill(drop_one, 0), zero.masked_fill(drop_zero, 0)
     noise = noise.view(*one.shape, 2)
     return one / noise[..., 1] > zero / noise[..., 0]
 
@@ -472,21 +315,28 @@ def draw_bits(logits, noise, top_k=0, top_p=0.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-# What `Infinity.steps` yields after scale k:
-#   logits  (B, l, D, 2), guided and divided by tau, before the filters
-#   bits    (B, h * w, d) of the tokenizer, as drawn or as given; with patchify (B, 2h * 2w, d)
-#   f_hat   (B, d, H, W) the picture so far, at the size of the last scale
-Step = namedtuple("Step", "k logits bits f_hat")
+
+class Condition(NamedTuple):
+    """Everything that depends on the prompts only: computed once per picture, not once per scale."""
+
+    modulation: torch.Tensor    # (depth, R, 1, 6, C)
+    text_k: torch.Tensor        # (depth, R, H, T, D)
+    text_v: torch.Tensor        # (depth, R, H, T, D)
+    text_mask: torch.Tensor     # (R, 1, 1, T) bool, or None
+    head: torch.Tensor          # (2, R, 1, C): scale and shift of the last norm
 
 
-def call(function, constants, *tensors):
-    """How `Infinity.sample` has device work done. Anything else of this signature may capture it once and replay it.
-    constants can be hashed; tensors are tensors, None, and lists of them."""
-    return function(*constants, *tensors)
+class Step(NamedTuple):
+    """What `Infinity.sample` passes to on_step after scale k."""
+
+    k: int
+    logits: torch.Tensor        # (B, l, bits, 2), guided and divided by tau, before the filters
+    bits: torch.Tensor          # (B, h * w, d) of the tokenizer, drawn or given; with patchify (B, 2h * 2w, d)
+    f_hat: torch.Tensor         # (B, d, h_K, w_K) the picture so far, at the size of the last scale
 
 
 def scale_bounds(scales, L):
-    """(start, end) of the tokens of every scale, of those that make up the first L tokens."""
+    """(start, end) of every scale in the first L tokens, which must be whole scales."""
     ends = list(itertools.accumulate(h * w for h, w in scales))
     if L not in ends:
         raise ValueError(f"{L} tokens are no whole number of the scales {scales}")
@@ -494,7 +344,8 @@ def scale_bounds(scales, L):
 
 
 def per_scale(value, K, name):
-    """A number, or one per scale -> a list of K."""
+    """A number, or a list with one per scale -> a list of K floats. Values beyond K are ignored: a list for the largest
+    pictures then serves smaller ones too."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * K
     if len(values) < K:
         raise ValueError(f"{name} has {len(values)} values, but there are {K} scales: give one for all, or {K}")
@@ -502,116 +353,122 @@ def per_scale(value, K, name):
 
 
 class Infinity(nn.Module):
-    """The transformer. The tokenizer is no part of it; a text encoder only if it was trained along, as in the demo."""
+    """The transformer. Methods take the tokenizer, and features of text, as arguments.
+
+    text_encoder: a module that is trained along and kept in the same file, as in the demo. It is not used here.
+    """
 
     NO_DECAY = ("null_text", "pos_start", "level_embed", "adaln_table", "log_scale", "text_pool.query")
 
-    def __init__(self, config, t5=None):
+    def __init__(self, config, text_encoder=None):
         super().__init__()
         self.config, self.checkpointing = config, False
         C, Ct = config.width, config.text_width
         self.text_norm = nn.RMSNorm(Ct, 1e-6)
         self.text_pool = TextPool(config)
-        self.text_in, self.text_out = nn.Linear(Ct, C), nn.Linear(C, C)     # text -> memory, with a GELU in between
-        self.null_text = nn.Parameter(torch.zeros(config.text_maxlen, Ct))  # row t stands for token t of no prompt
-        self.word_embed = nn.Linear(config.bits, C)                         # of f_hat's cells; the name is the paper's
+        self.text_in = nn.Linear(Ct, C)                                     # text -> memory: text_in, GELU, text_out
+        self.text_out = nn.Linear(C, C)
+        self.null_text = nn.Parameter(torch.zeros(config.text_maxlen, Ct))  # row t stands in for token t of a prompt
+        self.word_embed = nn.Linear(config.bits, C)                         # embeds the cells of f_hat
         self.level_embed = nn.Embedding(config.levels, C)
         self.pos_start = nn.Parameter(torch.zeros(1, 1, C))
         self.shared_adaln = nn.Linear(C, 6 * C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_adaln = nn.Linear(C, 2 * C)
-        self.head = nn.Linear(C, 2 * config.bits)                           # row 2j + c: bit j is c
-        self.text_encoder = T5Encoder(t5) if t5 is not None else None
+        self.head = nn.Linear(C, 2 * config.bits)                           # row 2j + c: bit j has the value c
+        self.text_encoder = text_encoder
 
     # pieces that training and sampling share
 
-    def read(self, text, mask):
-        """Text features (B, T, Ct), mask (B, T) or None -> condition (B, C), memory (B, T, C), mask (B, 1, 1, T)."""
+    def read_text(self, text, text_mask):
+        """Text (B, T, Ct), mask (B, T) or None -> condition (B, C), memory (B, T, C), mask (B, 1, 1, T) or None."""
         text = self.text_norm(text.float())
-        mask = None if mask is None else mask[:, None, None]
-        return self.text_pool(text, mask), self.text_out(F.gelu(self.text_in(text), approximate="tanh")), mask
+        text_mask = None if text_mask is None else text_mask[:, None, None]
+        memory = self.text_out(F.gelu(self.text_in(text), approximate="tanh"))
+        return self.text_pool(text, text_mask), memory, text_mask
 
-    def prepare(self, cond, memory):
-        """Condition (B, C), memory (B, T, C) -> what every block makes of them: once per picture, not per scale."""
+    def block_conditions(self, cond, memory):
+        """Condition (B, C), memory (B, T, C) -> for each block what `Block.condition` computes."""
         shared = rearrange(self.shared_adaln(F.silu(cond)), "b (six c) -> b 1 six c", six=6)
-        return [block.prepare(shared, memory) for block in self.blocks]
+        return [block.condition(shared, memory) for block in self.blocks]
 
     def head_modulation(self, cond):
-        """Condition (B, C) -> scale and shift (B, 1, C) of the last norm."""
-        return self.head_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
+        """Condition (B, C) -> scale and shift (2, B, 1, C) of the last norm."""
+        return torch.stack(self.head_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1))
 
-    def logits(self, x, scale, shift):
-        """Residual stream (B, l, C) -> (B, l, D, 2) float32."""
+    def logits(self, x, head_modulation):
+        """Residual stream (B, l, C) -> (B, l, bits, 2) float32."""
+        scale, shift = head_modulation
         x = adaln_modulate(x, scale, shift, self.config.norm_eps, out_dtype=self.head.weight.dtype)
         return rearrange(self.head(x).float(), "b l (bits two) -> b l bits two", two=2)
 
     def rope(self, scales):
-        """cos and sin (L, head dim / 2) of all tokens."""
+        """cos and sin (2, L, D / 2) of all tokens."""
         angles = rope_angles(scales, self.config.width // self.config.heads, self.pos_start.device)
         return torch.stack([angles.cos(), angles.sin()])
 
-    # training
-
-    def forward(self, text, mask, inputs, scales, *, text_drop=0.0, generator=None):
-        """Teacher-forced logits.
-
-        text, mask: (B, T, Ct) features of the prompts; (B, T) bool, False for padding, or None
-        generator:  of dropped prompts, and in training mode of stochastic depth
-        inputs:     (B, L - 1, D) what enters at scales 1, 2, ..., from `self_correct`; those of the first scales are
-                    enough: then these alone are computed
-        scales:     (h, w) of all scales, from `vq.schedule`
-        text_drop:  share of prompts replaced by the null text: one uniform number per picture from generator
-        returns     (B, L, D, 2) float32; row i predicts token i of the same scale (not of the next position)
-        """
-        B, L = len(text), 1 + inputs.shape[1]
-        if text_drop:
-            dropped = torch.rand(B, generator=generator, device=text.device) < text_drop
-            text = torch.where(dropped[:, None, None], self.null_rows(text.shape[1]), text)
-        cond, memory, mask = self.read(text, mask)
-        bounds = scale_bounds(scales, L)
-        x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(inputs)], 1)     # (B, L, C)
-        level = [self.level_embed.weight[k].expand(b - a, -1) for k, (a, b) in enumerate(bounds)]
-        x, rope = x + torch.cat(level), self.rope(scales)[:, :L]
-        for block, prepared, kept in zip(self.blocks, self.prepare(cond, memory), self._kept(B, x.device, generator)):
-            arguments = (x, prepared, rope, mask, bounds, None, 0, kept)
-            x = vq.checkpointed(self.checkpointing, block, *arguments)
-        return self.logits(x, *self.head_modulation(cond))
-
     def null_rows(self, T):
-        """The null text in place of a prompt of T tokens: as long as that, row by row (T, Ct)."""
+        """The null text (T, Ct) that replaces a prompt of T tokens. Raises ValueError if it is shorter."""
         if T > len(self.null_text):
             raise ValueError(f"a prompt has {T} tokens, but the null text {len(self.null_text)}: shorten the prompt, "
                              "or do without guidance and without dropping")
         return self.null_text[:T]
 
-    def _kept(self, B, device, generator):
-        """Stochastic depth: per block, factors of both gated branches. In training a branch is removed for some
-        pictures and scaled up for the others, in deeper blocks more often."""
-        depth = self.config.depth
-        for i in range(depth):
-            keep = 1 - self.config.drop_path * i / max(depth - 1, 1)
-            if self.training and keep < 1:
-                yield (torch.rand(2, B, 1, 1, generator=generator, device=device) < keep).float() / keep
-            else:
-                yield 1.0, 1.0
+    # training
 
-    def loss(self, text, mask, inputs, labels, scales, *, reweight=False, text_drop=None, generator=None):
+    def forward(self, text, text_mask, inputs, scales, *, text_drop=0.0, generator=None):
+        """Teacher-forced logits.
+
+        text:      (B, T, Ct) features of the prompts
+        text_mask: (B, T) bool, False for padding, or None
+        inputs:    (B, L - 1, bits) what enters at scales 1, 2, ..., from `self_correct`. If only the inputs of the
+                   first scales are given, only these scales are computed
+        scales:    (h, w) of all scales, from `vq.schedule`
+        text_drop: share of prompts replaced by the null text; generator gives one uniform number per picture, and
+                   in training mode those of stochastic depth
+        returns    (B, L, bits, 2) float32; row i predicts token i of the same scale (not of the next position)
+        """
+        B, L = len(text), 1 + inputs.shape[1]
+        if text_drop:
+            dropped = torch.rand(B, generator=generator, device=text.device) < text_drop
+            text = torch.where(dropped[:, None, None], self.null_rows(text.shape[1]), text)
+        cond, memory, text_mask = self.read_text(text, text_mask)
+        bounds = scale_bounds(scales, L)
+        x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(inputs)], 1)     # (B, L, C)
+        level = [self.level_embed.weight[k].expand(b - a, -1) for k, (a, b) in enumerate(bounds)]
+        x = x + torch.cat(level)
+        rope = self.rope(scales)[:, :L]
+        for i, (block, condition) in enumerate(zip(self.blocks, self.block_conditions(cond, memory))):
+            branch_scale = self.branch_scale(i, B, x.device, generator)
+            x = vq.recompute(self.checkpointing, block, x, condition, rope, text_mask, bounds, None, 0, branch_scale)
+        return self.logits(x, self.head_modulation(cond))
+
+    def branch_scale(self, i, B, device, generator):
+        """Stochastic depth: factors (2, B, 1, 1) of both gated branches of block i, or None in eval mode. A factor is 0
+        for some pictures and above 1 for the others, so that the mean stays. Deeper blocks lose branches more often."""
+        keep = 1 - self.config.drop_path * i / max(self.config.depth - 1, 1)
+        if not self.training or keep >= 1:
+            return None
+        return (torch.rand(2, B, 1, 1, generator=generator, device=device) < keep).float() / keep
+
+    def loss(self, text, text_mask, inputs, labels, scales, *, reweight=False, text_drop=None, generator=None):
         """Cross entropy of every bit, mean over bits and tokens -> (loss, {bit_, token_ and scale_accuracy}).
 
-        labels:   (B, L, D) bool, from `self_correct`; of the first scales alone, like inputs, if these alone train
-        reweight: weigh tokens of coarse scales more, by 1 / sqrt(h w), as there are fewer of them
+        labels:   (B, L, bits) bool, from `self_correct`; those of scales that have no inputs are ignored
+        reweight: give tokens of coarse scales more weight, 1 / sqrt(h w), because there are fewer of them. The authors'
+                  training script turns it on; whether the released weights were trained with it is not documented
         """
         if text_drop is None:
             text_drop = self.config.text_drop if self.training else 0.0
         labels = labels[:, :1 + inputs.shape[1]]
-        logits = self(text, mask, inputs, scales, text_drop=text_drop, generator=generator)
-        odds = logits[..., 1] - logits[..., 0]                              # a two-way softmax is a sigmoid of these
-        losses = F.binary_cross_entropy_with_logits(odds, labels.float(), reduction="none").mean((0, 2))    # (L,)
+        logits = self(text, text_mask, inputs, scales, text_drop=text_drop, generator=generator)
+        bit_logits = logits[..., 1] - logits[..., 0]                        # a softmax over two values is a sigmoid
+        losses = F.binary_cross_entropy_with_logits(bit_logits, labels.float(), reduction="none").mean((0, 2))  # (L,)
         bounds = scale_bounds(scales, len(losses))
         with torch.no_grad():
-            right = (odds > 0) == labels                                    # (B, L, D)
-            metrics = {"bit_accuracy": right.float().mean(), "token_accuracy": right.all(-1).float().mean(),
-                       "scale_accuracy": torch.stack([right[:, a:b].float().mean() for a, b in bounds])}
+            correct = (bit_logits > 0) == labels                            # (B, L, bits)
+            metrics = {"bit_accuracy": correct.float().mean(), "token_accuracy": correct.all(-1).float().mean(),
+                       "scale_accuracy": torch.stack([correct[:, a:b].float().mean() for a, b in bounds])}
         if not reweight:
             return losses.mean(), metrics
         weights = torch.cat([losses.new_full((b - a,), (b - a) ** -0.5) for a, b in bounds])
@@ -620,133 +477,132 @@ class Infinity(nn.Module):
     # sampling
 
     @torch.no_grad()
-    def steps(self, tokenizer, text, mask=None, *, scales, cfg=3.0, tau=0.5, top_k=0, top_p=0.97, negative=None,
-              guide_after=None, generator=None, given=None, keep=0, run=call):
-        """Yields a Step per scale, coarse to fine; arguments as in `sample`.
+    def sample(self, tokenizer, text, text_mask=None, *, scales, cfg=3.0, tau=0.5, top_k=0, top_p=0.97, negative=None,
+               guide_after=None, generator=None, given_bits=None, keep_scales=0, all_scales=False, tile=0,
+               on_step=None):
+        """Draws pictures -> (B, 3, height, width) float32 in [0, 1], or with all_scales=True a list, one per scale.
 
-        What happens between two random draws is one call, of `_begin` and then of `_advance` for every scale: shapes
-        that depend on nothing but B, T and the schedule, and nothing that makes the host wait for the device.
+        tokenizer:    the VQVAE, on the same device
+        text, text_mask: (B, T, Ct) features of the prompts; (B, T) bool, False for padding, or None: no padding
+        scales:       (h, w) of every scale, from `vq.schedule(aspect, pixels)`
+        cfg:          guidance. Logits are cfg * cond + (1 - cfg) * uncond, so 1 means none (where VAR writes 0); a
+                      number, or one per scale. The authors take 3 or 4, and 1 for close-ups of faces
+        tau:          temperature, below 1 for cleaner pictures; a number, or one per scale
+        top_k, top_p: filters of both values of a bit, see `draw_bits`; top_k=1 takes the likelier one
+        negative:     a prompt to stay away from, instead of the null text: features (1 or B, T', Ct), mask or None
+        guide_after:  apply guidance to the features after that block (-1: the last) instead of the logits
+        generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
+                      per picture, so that no picture depends on its batch; None: torch's global one
+        given_bits, keep_scales: for variations of a picture. Its bits, `tokenizer.tokenize(image, tokenizer_scales(
+                      scales, patchify))`, replace those drawn at the first keep_scales scales: the layout and colors
+                      stay, the details change. The random numbers of these scales are drawn all the same
+        tile:         decode in overlapping tiles of that many cells, see `vq.VQVAE.decode_tiled`; 0: at once
+        on_step:      called with a Step after every scale
+        Raises ValueError for settings that do not fit the model, the schedule or each other.
         """
         self.check_pair(tokenizer)
-        scales, B = tuple(map(tuple, scales)), len(text)
-        K, device, depth = len(scales), self.pos_start.device, len(self.blocks)
+        if (given_bits is None) != (keep_scales == 0):
+            raise ValueError("given_bits and keep_scales go together: the bits, and for how many scales to keep them")
+        config, device, quantizer = self.config, self.pos_start.device, tokenizer.quantize
+        scales = tuple(map(tuple, scales))
+        sizes = tokenizer_scales(scales, config.patchify)
+        B, K = len(text), len(scales)
         cfg, tau = per_scale(cfg, K, "cfg"), per_scale(tau, K, "tau")
         if min(tau) <= 0:
             raise ValueError(f"tau must be above 0, not {min(tau)}: top_k=1 takes the likelier value of every bit")
-        if guide_after is not None and not -depth <= guide_after < depth:
-            raise ValueError(f"guide_after is a block, -{depth} .. {depth - 1}, not {guide_after}")
-        if (given is None) != (keep == 0):
-            raise ValueError("given and keep go together: the bits, and of how many scales they are to be kept")
+        if guide_after is not None and not -config.depth <= guide_after < config.depth:
+            raise ValueError(f"guide_after is a block, -{config.depth} .. {config.depth - 1}, not {guide_after}")
         guided = any(c != 1 for c in cfg)
-        text, mask = self.rows(text.to(device), mask, negative) if guided else (text.to(device), mask)
-        x, f_hat, *state = run(self._begin, (scales, B), text, None if mask is None else mask.to(device))
-        for k, (h, w) in enumerate(scales):
-            noise = exponential_noise((B, h * w * self.config.bits, 2), generator, device)
-            constants = (tokenizer.quantize, scales, k, cfg[k], tau[k], top_k, top_p, guide_after)
-            kept = given[k] if k < keep else None
-            x, f_hat, logits, bits = run(self._advance, constants, x, f_hat, state, noise, kept)
-            yield Step(k, logits, bits, f_hat)
+        text = text.to(device)
+        if guided:
+            text, text_mask = self.with_unconditional(text, text_mask, negative)
+        cond, memory, text_mask = self.read_text(text, None if text_mask is None else text_mask.to(device))
+        stacked = map(torch.stack, zip(*self.block_conditions(cond, memory)))
+        condition = Condition(*stacked, text_mask, self.head_modulation(cond))
+        kv_cache = self.new_kv_cache(len(text), sum(h * w for h, w in scales))
+        rope = self.rope(scales)                                            # (2, L, D / 2)
+
+        x = cond[:, None] + self.pos_start                                  # (R, 1, C), the input of the first scale
+        f_hat = cond.new_zeros(B, tokenizer.config.z_channels, *sizes[-1])
+        f_hats, pos = [], 0
+        for k, (h, w) in enumerate(scales):                                 # coarse to fine
+            guide_logits = cfg[k] != 1 and guide_after is None
+            guide_features = (guide_after, cfg[k]) if cfg[k] != 1 and guide_after is not None else None
+            logits = self.forward_scale(x, k, pos, rope[:, pos:pos + h * w], kv_cache, condition,
+                                        rows=2 * B if guide_logits else B, guide_features=guide_features) / tau[k]
+            if guide_logits:
+                logits = cfg[k] * logits[:B] + (1 - cfg[k]) * logits[B:]    # (B, l, bits, 2)
+
+            noise = exponential_noise((B, h * w * config.bits, 2), generator, device)
+            bits = draw_bits(logits, noise, top_k, top_p)                   # (B, l, bits)
+            if config.patchify:
+                bits = unfold(bits, (h, w))                                 # (B, 2h * 2w, d)
+            if k < keep_scales:
+                bits = given_bits[k]
+
+            codes = quantizer.embed(bits, sizes[k])                         # (B, d, h, w)
+            f_hat = f_hat + quantizer.contribution(codes, k, K, sizes[-1])
+            if all_scales or k + 1 == K:
+                f_hats.append(f_hat)
+            if on_step is not None:
+                on_step(Step(k, logits, bits, f_hat))
+            if k + 1 < K:
+                next_input = quantizer.next_input(f_hat, k + 1, sizes)
+                if config.patchify:
+                    next_input = fold(next_input, scales[k + 1])
+                x = self.word_embed(next_input).repeat(len(text) // B, 1, 1)        # both halves see the same picture
+            pos += h * w
+        del kv_cache, condition, x, logits, noise                           # large: free them before decoding
+        images = []
+        for f_hat in f_hats:
+            image = tokenizer.decode_tiled(f_hat, tile) if tile else tokenizer.decode(f_hat)
+            images.append(image.add(1).mul(0.5))
+        return images if all_scales else images[0]
+
+    def new_kv_cache(self, rows, length):
+        """An empty cache (depth, 2, R, H, L, D) for the keys and values of all scales."""
+        c = self.config
+        return self.blocks[0].ffn.fc1.weight.new_empty(c.depth, 2, rows, c.heads, length, c.width // c.heads)
+
+    def forward_scale(self, x, k, pos, rope, kv_cache, condition, *, rows, guide_features=None):
+        """Input of scale k (R, l, C) -> logits (rows, l, bits, 2). Adds its keys and values to the cache, behind pos.
+
+        rope: (2, l, D / 2) of these tokens. rows: R, or B for the conditional half only. guide_features: None, or
+        (index of a block, cfg) to guide the features behind that block. The host waits for nothing: lib/graphs.py can
+        capture it in a CUDA graph.
+        """
+        x = x + self.level_embed.weight[k]
+        for i, block in enumerate(self.blocks):
+            block_condition = condition.modulation[i], condition.text_k[i], condition.text_v[i]
+            x = block(x, block_condition, rope, condition.text_mask, kv_cache=kv_cache[i], pos=pos)
+            if guide_features is not None and i == guide_features[0] % len(self.blocks):
+                cfg, (cond_x, uncond_x) = guide_features[1], x.chunk(2)
+                x = (cfg * cond_x + (1 - cfg) * uncond_x).repeat(2, 1, 1)
+        return self.logits(x[:rows], condition.head[:, :rows])              # each half with its own modulation
+
+    def with_unconditional(self, text, text_mask, negative):
+        """Text (B, T, Ct) and mask of the prompts -> of all 2B rows. The second half is the null text, as long as the
+        prompts, or a negative prompt: (features, mask), for one picture or for all B."""
+        B, T = text.shape[:2]
+        if negative is None:
+            null = self.null_rows(T).expand(B, -1, -1)
+            return torch.cat([text, null]), None if text_mask is None else text_mask.repeat(2, 1)
+        longest = max(T, negative[0].shape[1])
+
+        def padded(features, mask):
+            missing = longest - features.shape[1]
+            mask = torch.ones(features.shape[:2], dtype=torch.bool) if mask is None else mask
+            features = F.pad(features.to(text), (0, 0, 0, missing))
+            return features.expand(B, -1, -1), F.pad(mask.to(text.device), (0, missing)).expand(B, -1)
+        rows, masks = zip(padded(text, text_mask), padded(*negative))
+        return torch.cat(rows), torch.cat(masks)
 
     def check_pair(self, tokenizer):
-        """Raises ValueError unless the tokenizer is one of the kind that this model was trained with."""
+        """Raises ValueError unless the tokenizer is of the kind that this model was trained with."""
         d, wanted = tokenizer.config.z_channels, self.config.bits // (4 if self.config.patchify else 1)
         if tokenizer.config.vocab_size or d != wanted:
             kind = "codes" if tokenizer.config.vocab_size else f"{d} bits"
             raise ValueError(f"the tokenizer has tokens of {kind}, but this model needs {wanted} bits")
-
-    def rows(self, text, mask, negative):
-        """Text of the prompts -> of all 2B rows, the second half being the null text, or a negative prompt's (features,
-        mask), for one or for all B. (The null text has each prompt's own length.)"""
-        B, T = text.shape[:2]
-        if negative is None:
-            null = self.null_rows(T).expand(B, -1, -1)
-            return torch.cat([text, null]), None if mask is None else mask.repeat(2, 1)
-        other, other_mask = negative
-        other = other.to(text).expand(B, -1, -1)
-        everything = lambda t: torch.ones(t.shape[:2], dtype=torch.bool, device=text.device)
-        mask = everything(text) if mask is None else mask.to(text.device)
-        other_mask = everything(other) if other_mask is None else other_mask.to(text.device).expand(B, -1)
-        width = max(T, other.shape[1])
-        pad = lambda t: F.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]))
-        return torch.cat([pad(text), pad(other)]), torch.cat([pad(mask), pad(other_mask)])
-
-    def _begin(self, scales, B, text, mask):
-        """Text of all rows (R, T, Ct) -> x (R, 1, C), what enters at the first scale; f_hat, zero; and what stays the
-        same throughout: cache (depth, 2, R, H, L, D), cos and sin (2, L, D / 2), head modulation (2, R, 1, C), the
-        text's mask, and what every block has prepared."""
-        config = self.config
-        cond, memory, mask = self.read(text, mask)
-        L, R = sum(h * w for h, w in scales), len(text)
-        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # keys and values of all scales, at once
-            config.depth, 2, R, config.heads, L, config.width // config.heads)
-        d, size = config.bits // (4 if config.patchify else 1), tokenizer_scales(scales, config.patchify)[-1]
-        return (cond[:, None] + self.pos_start, cond.new_zeros(B, d, *size), cache, self.rope(scales),
-                torch.stack(self.head_modulation(cond)), mask, *self.prepare(cond, memory))
-
-    def _advance(self, quantizer, scales, k, cfg, tau, top_k, top_p, guide_after, x, f_hat, state, noise, given):
-        """Scale k: its input x (R, l, C), f_hat so far -> the next scale's x, f_hat, logits, bits.
-
-        noise: Exp(1) (B, l * D, 2); given: bits of the tokenizer to take instead of those drawn, or None
-        """
-        cache, rope, head_modulation, mask, *prepared = state
-        (h, w), B, patchify = scales[k], len(f_hat), self.config.patchify
-        pos, guided = sum(h * w for h, w in scales[:k]), cfg != 1
-        x = x + self.level_embed.weight[k]
-        for i, (block, mine, kv) in enumerate(zip(self.blocks, prepared, cache)):
-            x = block(x, mine, rope[:, pos:pos + h * w], mask, cache=kv, pos=pos)
-            if guided and guide_after is not None and i == guide_after % len(self.blocks):
-                x = (cfg * x[:B] + (1 - cfg) * x[B:]).repeat(2, 1, 1)
-        if guided and guide_after is None:
-            logits = self.logits(x, *head_modulation) / tau                 # each half with its own condition
-            logits = cfg * logits[:B] + (1 - cfg) * logits[B:]
-        else:
-            logits = self.logits(x[:B], *head_modulation[:, :B]) / tau
-
-        bits = draw_bits(logits, noise, top_k, top_p)                       # (B, l, D)
-        if patchify:
-            bits = unfold(bits, (h, w))                                     # (B, 2h * 2w, d)
-        if given is not None:
-            bits = given
-        sizes = tokenizer_scales(scales, patchify)
-        codes = quantizer.embed(bits, sizes[k])                             # (B, d, h, w)
-        f_hat = f_hat + quantizer.contribution(codes, k, len(sizes), sizes[-1])
-        if k + 1 < len(sizes):
-            following = quantizer.next_input(f_hat, k + 1, sizes)
-            following = self.word_embed(fold(following, scales[k + 1]) if patchify else following)      # (B, l, C)
-            x = following.repeat(len(x) // B, 1, 1)                         # both halves see the same picture
-        return x, f_hat, logits, bits
-
-    @torch.no_grad()
-    def sample(self, tokenizer, text, mask=None, *, scales, cfg=3.0, tau=0.5, top_k=0, top_p=0.97, negative=None,
-               guide_after=None, generator=None, given=None, keep=0, ladder=False, tile=0, run=call):
-        """Draws pictures -> (B, 3, height, width) float32 in [0, 1], or with ladder=True a list, one per scale.
-
-        tokenizer:    the VQVAE, on the same device
-        text, mask:   (B, T, Ct) features of the prompts; (B, T) bool, False for padding, or None: `T5Encoder.encode`
-        scales:       (h, w) of every scale, from `vq.schedule(aspect, pixels)`
-        cfg:          guidance: logits = cfg * cond + (1 - cfg) * uncond, 1 for none; a number, or one per scale. The
-                      authors take 3 or 4, and 1 for close-ups of faces
-        tau:          temperature, below 1 for cleaner pictures; a number, or one per scale
-        top_k, top_p: filters of both values of a bit, see `draw_bits`; top_k=1 takes the likelier one
-        negative:     features (1 or B, T', Ct) and mask, or None, of what to stay away from, in place of the null text
-        guide_after:  guide the features after that block (-1: the last) instead of the logits
-        generator:    a torch.Generator of the model's device, consumed exactly as by the original; or a list of B, one
-                      per picture, which makes every picture independent of its batch; None: torch's global one
-        given, keep:  bits of a picture, `tokenizer.tokenize(image, tokenizer_scales(scales, patchify))`, whose first
-                      `keep` scales are taken: its layout and colors with other details. The random numbers of these are
-                      drawn all the same
-        tile:         decode in overlapping tiles of so many cells, see `vq.VQVAE.decode_tiled`; 0: at once
-        run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
-                      once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
-        """
-        steps = self.steps(tokenizer, text, mask, scales=scales, cfg=cfg, tau=tau, top_k=top_k, top_p=top_p,
-                           negative=negative, guide_after=guide_after, generator=generator, given=given, keep=keep,
-                           run=run)
-        sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
-        sums = sums if ladder else sums[-1:]
-        decode, constants = (tokenizer.decode_tiled, (tile,)) if tile else (tokenizer.decode, ())
-        images = [run(decode, constants, f_hat).add(1).mul(0.5) for f_hat in sums]
-        return images if ladder else images[0]
 
     # initialisation
 
@@ -784,7 +640,7 @@ class Infinity(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
-RENAMES = [     # fragment of an official key, of ours
+RENAMES = [     # fragment of an official key, fragment of our key
     ("cfg_uncond", "null_text"), ("text_proj_for_sos.ca.mat_q", "text_pool.query"),
     ("text_proj_for_sos.ca.mat_kv", "text_pool.kv"), ("text_proj_for_sos.ca", "text_pool"),
     ("text_proj_for_ca.0", "text_in"), ("text_proj_for_ca.2", "text_out"), ("lvl_embed", "level_embed"),
@@ -793,49 +649,51 @@ RENAMES = [     # fragment of an official key, of ours
     ("ca.mat_q", "cross.q"), ("ca.mat_kv", "cross.kv"), ("ca", "cross"), ("ca_norm", "cross_norm"),
 ]
 DERIVED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
+NESTED = (("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))               # in training checkpoints
 
 
-def _numbered(state):
-    """(state with block_chunks.{chunk}.module.{i} as blocks.{n}, number of chunks)."""
-    found = [re.match(r"block_chunks\.(\d+)\.module\.(\d+)\.(.*)", k) for k in state]
-    chunks = 1 + max((int(m[1]) for m in found if m), default=0)
-    per_chunk = 1 + max((int(m[2]) for m in found if m), default=0)
-    rename = lambda k, m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.{m[3]}" if m else k
-    return {rename(k, m): v for (k, v), m in zip(state.items(), found)}, chunks
+def _unchunk(state):
+    """Keys block_chunks.{chunk}.module.{i} -> blocks.{n}. Returns the state and the number of chunks."""
+    matches = {k: re.match(r"block_chunks\.(\d+)\.module\.(\d+)\.(.*)", k) for k in state}
+    chunks = 1 + max((int(m[1]) for m in matches.values() if m), default=0)
+    per_chunk = 1 + max((int(m[2]) for m in matches.values() if m), default=0)
+    renamed = {}
+    for k, v in state.items():
+        if m := matches[k]:
+            k = f"blocks.{int(m[1]) * per_chunk + int(m[2])}.{m[3]}"
+        renamed[k] = v
+    return renamed, chunks
 
 
 def infer_config(state, chunks, patchify=None):
-    """The Config of a state dict under our keys. patchify is in no shape: by default where D is 56, as in 8B."""
+    """The Config of a state dict under our keys. patchify is in no shape: by default it is True for 56 bits (8B)."""
     width, bits = state["word_embed.weight"].shape
-    (text_maxlen, text_width), depth = state["null_text"].shape, 1 + max(
-        int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    text_maxlen, text_width = state["null_text"].shape
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     return Config(depth=depth, width=width, heads=state["blocks.0.attn.log_scale"].shape[1], bits=bits, chunks=chunks,
                   patchify=bits == 56 if patchify is None else patchify, text_width=text_width,
                   text_maxlen=text_maxlen, levels=len(state["level_embed.weight"]))
 
 
-def load(path, config=None, patchify=None, dtype=torch.float32, device="cpu", ema=False):
+def load(path, config=None, patchify=None, dtype=torch.float32, device="cpu", ema=False, text_encoder=None):
     """An Infinity in eval mode from a released file or folder of shards, a training checkpoint, or a file of ours.
 
-    Weights go from the mapped file straight to `device` in their final dtype (see set_dtype), one after another.
-    config: instead of the inferred one; patchify: what no shape tells; ema: the averaged weights of a training
-    checkpoint. Raises vq.CheckpointError.
+    Weights go from the mapped file straight to `device` in their final dtype, see `set_dtype`. config: replaces the
+    inferred one. patchify: see `infer_config`. ema: load the averaged weights of a training checkpoint. text_encoder:
+    an uninitialised module for the one that a file of ours may hold; None leaves it out. Raises vq.CheckpointError.
     """
-    training = (("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))
-    state, saved = vq.read_checkpoint(path, nested=(("trainer", "gpt_ema_fsdp"),) if ema else training)
+    state, saved = vq.read_checkpoint(path, nested=(("trainer", "gpt_ema_fsdp"),) if ema else NESTED)
     vq.require(state, "text_proj_for_sos.ca.mat_q", "word_embed.weight", "cfg_uncond", path=path,
                what="an Infinity transformer")
-    state = {k: v for k, v in state.items() if k not in DERIVED and not k.endswith("zero_k_bias")}
-    text_encoder = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
-    state, chunks = _numbered({k: v for k, v in state.items() if not k.startswith("text_encoder.")})
+    encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
+    state = {k: v for k, v in state.items() if k not in encoder_state and k not in DERIVED}
+    state, chunks = _unchunk({k: v for k, v in state.items() if not k.endswith("zero_k_bias")})
     state = vq.rename_keys(state, RENAMES)
     if config is None:
         config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, chunks, patchify)
-    t5 = None
-    if text_encoder:
-        text_encoder = vq.rename_keys(text_encoder, T5_RENAMES)
-        t5, state = infer_t5_config(text_encoder), state | {f"text_encoder.{k}": v for k, v in text_encoder.items()}
-    model = vq.build_on(device, Infinity, config, t5, cast=lambda model: set_dtype(model, dtype))
+    if text_encoder is not None:
+        state |= vq.rename_keys(encoder_state, text_encoder.RENAMES)
+    model = vq.build_on(device, Infinity, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
     vq.load_strict(model, state, path)
     return model.eval()
 
@@ -847,10 +705,13 @@ def set_dtype(model, dtype):
 
 
 def export(model, buffers=True):
-    """The official state dict of an Infinity, in float32, with or without the buffers that hold nothing but zeros."""
+    """The official state dict of an Infinity in float32. buffers=False omits the buffers that hold only zeros.
+
+    A text encoder comes along, as `text_encoder.*`, with the keys that its own table RENAMES calls official.
+    """
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
-    text_encoder = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
-    state = {k: v for k, v in state.items() if k not in text_encoder}
+    encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
+    state = {k: v for k, v in state.items() if k not in encoder_state}
     c, official = model.config, {}
     for k, v in vq.rename_keys(state, RENAMES, inverse=True).items():
         if (m := re.match(r"blocks\.(\d+)\.(.*)", k)) and c.chunks > 1:
@@ -860,9 +721,11 @@ def export(model, buffers=True):
     if buffers:
         biases = [k for k in official if re.search(r"\.(sa|ca)\.v_bias$", k)]
         official |= {k.replace("v_bias", "zero_k_bias"): torch.zeros(c.width) for k in biases}
-    return official | vq.rename_keys(text_encoder, T5_RENAMES, inverse=True)
+    if encoder_state:
+        official |= vq.rename_keys(encoder_state, model.text_encoder.RENAMES, inverse=True)
+    return official
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes an Infinity as safetensors: official keys, config (and `extra`) in the header. dtype: of stored floats."""
+    """Writes an Infinity as safetensors with official keys, in dtype; the header holds the config and `extra`."""
     vq.save_checkpoint(path, export(model, buffers=False), model.config, dtype, **extra)

@@ -1,9 +1,9 @@
 """LatentSync: a talking head says something else. Full definition of model and pipeline, all of it in this file.
 
-A diffusion model repaints the lower half of a face, frame by frame, while it listens. It is Stable Diffusion 1.5's
-UNet, with three changes: besides the noisy latent it sees the masked picture and a reference picture, as further
-channels of its input; where that read a text it reads sound; and from version 1.5 on modules between the frames of a
-clip keep them from flickering.
+A diffusion model repaints the lower half of a face, frame by frame, so that it fits a given speech. It is Stable
+Diffusion 1.5's UNet with three changes: besides the noisy latent its input has the masked picture and a reference
+picture as further channels; where Stable Diffusion attends to text it attends to audio; and from version 1.5 on,
+motion modules attend between the frames of a clip, which keeps them from flickering.
 
     video, 25 frames a second                                               speech, 16 kHz
       | three points of each face -> a similarity transform                   | log-mel, 100 columns a second
@@ -13,31 +13,33 @@ clip keep them from flickering.
     reference    masked    mask    noise z                                  (F, 50, 384)
       +------------+---------+-------+                                        |
                    | (13, F, 32, 32), in the order z, mask, masked, reference |
-            +--> UNet: convolutions, attention within a frame, to its sound, between frames
+            +--> UNet: convolutions, attention within a frame, to its audio, between frames
       20 times   | predicted noise -> a DDIM step -> z
             +----+
                  | D
-    generated faces (F, 3, 256, 256) -> the surroundings of the mask are the original's -> warped back into the frames
+    generated faces (F, 3, 256, 256) -> pixels outside of the mask are the original's -> warped back into the frames
 
 What to look out for when reading:
-- A frame hears ten rows of features, 0.2 s around it, each with the outputs of all of Whisper's layers: the network may
-  choose between sound and word. (A row has seen the whole piece of up to 30 s, by Whisper's own attention.)
-- Faces are aligned so that brows and nose stand still, and the mask hides most of what moves with speech: else the
-  network guesses the mouth from cheeks and head instead of the sound (the paper's "shortcut"). For the same reason a
-  SyncNet (syncnet.py) looks at the decoded pixels in the second stage of training (section 3.3), `Supervision`: of
-  latents it would learn less, in which lips are a few numbers. The reference is a frame of another moment in training,
-  `train.py latentsync`, but the frame itself when dubbing: the network has learnt to take looks from it, not the mouth.
-- GroupNorm in residual blocks takes its statistics over all frames of a clip, in attention blocks per frame. So a
-  clip of other frames, or of fewer, gives other pictures.
-- Guidance compares with zeros for sound, although no training step of the released models ever dropped the sound
+- The audio of a frame is ten rows of Whisper's features, 0.2 s around it. A row holds 5 layers: the input of the first
+  of Whisper tiny's 4 blocks, and the output of each. The UNet may thus choose between the sound and the word. Whisper's
+  own attention has already mixed the whole piece of up to 30 s into each row.
+- Faces are aligned so that brows and nose stand still, and the mask hides most of what moves with speech. Otherwise
+  the network would guess the mouth from cheeks and head instead of the audio (the paper's "shortcut"). For the same
+  reason a SyncNet (syncnet.py) judges the decoded pixels in the second stage of training (section 3.3), see
+  `Supervision`. Judging latents would teach it less, because the lips are only a few numbers there.
+- In training the reference is a frame of another moment, in dubbing the frame itself. The network has learned to take
+  identity from it, but not the mouth.
+- GroupNorm in residual blocks takes its statistics over all frames of a clip, in attention blocks per frame. The
+  picture of a frame therefore depends on the other frames of its clip, and on their number.
+- Guidance compares with zeros for audio, although no training step of the released models ever dropped the audio
   (`train.py latentsync --drop-audio` does).
-- All frames of a video start from one noise, drawn once: a face that does not move is painted alike.
+- All frames of a video start from one noise, drawn once, so that a face that does not move is painted alike.
 
-Letters: B clips, F frames of each (16), C width, h w size of a feature map, H W of a picture, T rows of audio features;
-in patterns of einops h are heads, d numbers of a head. Paper: arXiv 2412.09262. Released weights: latentsync_unet.pt of
-repositories ByteDance/LatentSync (1.0: 850 M parameters, 256 pixels, no motion modules), ByteDance/LatentSync-1.5
-(1267 M, 256) and ByteDance/LatentSync-1.6 (the same network at 512); with them whisper/tiny.pt, and
-stabilityai/sd-vae-ft-mse.
+Letters: B clips, F frames of each (16), A audio features of a frame (10 rows x 5 layers = 50 for Whisper tiny), C
+width, h w size of a feature map, H W of a picture, T rows of audio features; in einops patterns h are heads, d
+numbers of a head. Paper: arXiv 2412.09262. Released weights: latentsync_unet.pt of ByteDance/LatentSync (1.0: 850 M
+parameters, 256 pixels, no motion modules), ByteDance/LatentSync-1.5 (1267 M, 256) and ByteDance/LatentSync-1.6 (the
+same network at 512); with them whisper/tiny.pt, and stabilityai/sd-vae-ft-mse.
 
     unet, whisper = latentsync.load("latentsync_unet.pt"), latentsync.load_whisper("tiny.pt")
     autoencoder = vq.load_autoencoder("sd-vae-ft-mse")                      # version 1.6: load(..., resolution=512)
@@ -60,12 +62,13 @@ from einops import rearrange, repeat
 import vq
 from triton_ops import group_norm_silu
 
-FPS, SAMPLE_RATE = 25, 16000
+FPS = 25
+SAMPLE_RATE = 16000
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a video UNet. Files tell all but the numbers of heads, resolution and frames."""
+    """Sizes of a video UNet. Files determine all but heads, resolution, frames, velocity and motion_levels."""
 
     widths: tuple = (320, 640, 1280, 1280)      # of the levels, fine to coarse; each but the last halves the map
     layers: int = 2                             # per level on the way down; one more on the way up
@@ -73,39 +76,28 @@ class Config:
     audio_width: int = 384                      # of Whisper's layers
     motion: str = "all"                         # levels with motion modules: "all", those on the way "up", or "none"
     motion_heads: int = 8
-    motion_length: int = 24                     # frames that their table of positions has
+    motion_length: int = 24                     # frames that the table of positions has
     resolution: int = 256                       # of the aligned faces, in pixels
-    frames: int = 16                            # F: painted at a time
-    velocity: bool = False                      # predicted instead of noise: no released one does
+    frames: int = 16                            # F, painted together
+    velocity: bool = False                      # predict velocity instead of noise; no released model does
     in_channels: int = 13
     out_channels: int = 4
-    motion_levels: int = 99                     # so many of the finest levels may have motion modules
+    motion_levels: int | None = None            # how many of the finest levels may have motion modules; None: all
 
-
-@dataclass(frozen=True)
-class VideoMAEConfig:
-    """Sizes of the video encoder of TREPA. Files tell all but heads, and the pixels and frames of its clips."""
-
-    size: int = 224                             # pixels that clips are resized to
-    patch: int = 14                             # of them that make a token's side
-    frames: int = 16                            # of a clip
-    tubelet: int = 2                            # of them that make a token
-    width: int = 1408
-    depth: int = 40
-    heads: int = 16
-    hidden: int = 6144                          # of the feed-forward layers
-    classes: int = 174                          # what its head tells apart, which TREPA does not use; 0: no head
+    def has_motion(self, level, way):
+        """Whether a level (0: the finest) has motion modules on the `way`, "down" or "up"."""
+        return self.motion in ("all", way) and (self.motion_levels is None or level < self.motion_levels)
 
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """Sizes of Whisper's encoder. Files tell all but heads."""
+    """Sizes of Whisper's encoder. Files determine all but heads."""
 
     mels: int = 80
     positions: int = 1500                       # 30 s
     width: int = 384
     heads: int = 6
-    layers: int = 4
+    layers: int = 4                             # transformer blocks
 
 
 CONFIGS = {
@@ -113,26 +105,22 @@ CONFIGS = {
     "latentsync_1.6": Config(resolution=512),
     "latentsync_1.0": Config(motion="none"),
     "latentsync_1.5_efficient": Config(motion="up"),                        # the authors' cheaper training of stage 2
-    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", motion_levels=2,  # demo
-                           resolution=64, velocity=True),
+    "talking_head": Config((64, 96, 128), layers=1, heads=4, audio_width=64, motion="none", motion_levels=2,
+                           resolution=64, velocity=True),                   # trained in demo/
 }
 WHISPERS = {
     "tiny": WhisperConfig(),
     "small": WhisperConfig(width=768, heads=12, layers=12),
-    "talking_head": WhisperConfig(positions=250, width=64, heads=2, layers=2),          # the demo's
+    "talking_head": WhisperConfig(positions=250, width=64, heads=2, layers=2),          # trained in demo/
 }
-VIDEOMAES = {
-    "vit_g": VideoMAEConfig(),                  # vit_g_hybrid_pt_1200e_ssv2_ft.pth
-    "talking_head": VideoMAEConfig(64, 8, width=96, depth=4, heads=4, hidden=384, classes=0),       # the demo's
-}
-# What is trained: parameters whose name has one of these in it, in stage 1 all. Stage 1 goes with motion="none", the
-# efficient one with "up"
+# Stage of training -> it trains the parameters whose name contains one of these. Stage 1 trains all of a UNet with
+# motion="none". The efficient stage 2 has motion="up".
 STAGES = {"1": ("",), "2": ("motion_modules.", "attentions."), "2-efficient": ("motion_modules.", "attn2.")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Blocks. Frames are pictures (B F, C, h, w), kept channels_last: so they are also tokens (B F, h w, C), and clips
-# (B, C, F, h, w), without a copy.
+# Blocks. A batch of frames is (B F, C, h, w) in channels_last memory. It is therefore, without a copy, also a batch of
+# tokens (B F, h w, C) and of clips (B, C, F, h, w).
 
 
 def clip_norm_silu(norm, x, B):
@@ -157,10 +145,16 @@ class ResBlock(nn.Module):
         """x (B F, c_in, h, w), time (B, c_time) -> (B F, c_out, h, w)."""
         B = len(time)
         h = self.conv1(clip_norm_silu(self.norm1, x, B))
-        h += repeat(self.time_emb_proj(F.silu(time)), "b c -> (b f) c 1 1", f=len(x) // B)     # h is fresh: in place
+        h += repeat(self.time_emb_proj(F.silu(time)), "b c -> (b f) c 1 1", f=len(x) // B)
         h = self.conv2(clip_norm_silu(self.norm2, h, B))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
+
+
+def attend(q, k, v, heads):
+    """Multi-head attention of queries (N, L, C) to keys and values (N, M, C) -> (N, L, C)."""
+    q, k, v = (rearrange(x, "n l (h d) -> n h l d", h=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)")
 
 
 class SelfAttention(nn.Module):
@@ -173,8 +167,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(C, C)
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "n l (three h d) -> three n h l d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)"))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj(attend(q, k, v, self.heads))
 
 
 class CrossAttention(nn.Module):
@@ -188,9 +182,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(C, C)
 
     def forward(self, x, other):
-        q = rearrange(self.query(x), "n l (h d) -> n h l d", h=self.heads)
-        k, v = rearrange(self.key_value(other), "n m (two h d) -> two n h m d", two=2, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)"))
+        k, v = self.key_value(other).chunk(2, -1)
+        return self.proj(attend(self.query(x), k, v, self.heads))
 
 
 class GEGLU(nn.Module):
@@ -207,7 +200,7 @@ class GEGLU(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the positions of each frame: to each other, to the frame's sound, feed-forward."""
+    """One transformer block over the positions of each frame: self-attention, attention to its audio, feed-forward."""
 
     def __init__(self, C, heads, c_audio):
         super().__init__()
@@ -219,8 +212,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(C, C, 1)
 
     def forward(self, x, audio=None):
-        """x (N, C, h, w), audio (N, 50, c_audio): one window per frame. Without audio that attention is left out; zeros
-        for audio would still add its output's bias."""
+        """x (N, C, h, w), audio (N, A, c_audio): one window per frame. None leaves the attention to audio out, whereas
+        zeros would still add the bias of its output."""
         h = self.proj_in(vq.norm_silu(self.norm, x, silu=False))
         tokens = rearrange(h, "n c h w -> n (h w) c")
         tokens = tokens + self.attn1(self.norm1(tokens))
@@ -238,9 +231,9 @@ def sinusoids(t, C):
 
 
 def frame_positions(length, C):
-    """Table (1, length, C): the sine of a frame's number * 10000 ** (-2 i / C) at channel 2 i, its cosine beside."""
+    """Table (1, length, C): sine and cosine of the frame's number * 10000 ** (-2 i / C) at channels 2 i and 2 i + 1."""
     frequency = torch.exp(torch.arange(0, C, 2).double() * (-math.log(10000.0) / C))
-    angle = torch.arange(length).double()[:, None] * frequency              # float32 would not do for thousands
+    angle = torch.arange(length).double()[:, None] * frequency              # float32 is too coarse for thousands
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None].float()
 
 
@@ -257,8 +250,10 @@ class TemporalAttention(nn.Module):
 
 
 class MotionModule(nn.Module):
-    """One transformer block over the frames of a clip, for each position: two attentions and a feed-forward layer. Its
-    last projection starts at zero: to begin with it changes nothing (AnimateDiff, arXiv 2307.04725)."""
+    """One transformer block over the frames of a clip, for each position: two attentions and a feed-forward layer.
+
+    Its last projection starts at zero, so that at first it changes nothing (AnimateDiff, arXiv 2307.04725).
+    """
 
     def __init__(self, C, heads, length):
         super().__init__()
@@ -280,7 +275,7 @@ class MotionModule(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to the size of the map that comes next, twice as large or one less, then a convolution."""
+    """Nearest neighbour to the size of the map that is joined next, twice as large or one less, then a convolution."""
 
     def __init__(self, C):
         super().__init__()
@@ -301,7 +296,7 @@ class Level(nn.Module):
         self.motion_modules = nn.ModuleList(MotionModule(C, c.motion_heads, c.motion_length) for _ in range(n * moves))
 
     def layer(self, j, x, time, audio):
-        """Layer j: x (B F, C, h, w), time (B, c_time), audio (B F, 50, c_audio) or None."""
+        """Layer j: x (B F, C, h, w), time (B, c_time), audio (B F, A, c_audio) or None."""
         x = self.resnets[j](x, time)
         if self.attentions:
             x = self.attentions[j](x, audio)
@@ -309,7 +304,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """At the lowest resolution: residual block, spatial transformer, residual block."""
+    """The lowest resolution: residual block, spatial transformer, residual block."""
 
     def __init__(self, config):
         super().__init__()
@@ -323,12 +318,13 @@ class Middle(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """A time step 0 .. 999 as a vector: cosines and sines of it, and two layers."""
+    """A time step 0 .. 999 as a vector: its cosines and sines, and two layers."""
 
     def __init__(self, C):
         super().__init__()
         self.C = C
-        self.linear_1, self.linear_2 = nn.Linear(C, 4 * C), nn.Linear(4 * C, 4 * C)
+        self.linear_1 = nn.Linear(C, 4 * C)
+        self.linear_2 = nn.Linear(4 * C, 4 * C)
 
     def forward(self, t):                                                   # (B,) -> (B, 4 C)
         return self.linear_2(F.silu(self.linear_1(sinusoids(t, self.C).to(self.linear_1.weight.dtype))))
@@ -339,20 +335,24 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in the latents of a clip. Down, middle, up; what was seen on the way down is joined on the way
-    up, as channels."""
+    """Predicts the noise in the latents of a clip: levels down, a middle, levels up. Outputs of layers on the way down
+    are joined, as channels, to the inputs of layers on the way up."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False
-        c, widths, last = config, config.widths, len(config.widths) - 1
+        self.config = c = config
+        self.checkpointing = False                                          # of activations, see vq.recompute
+        widths, last = c.widths, len(c.widths) - 1
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
-        self.down_blocks, self.downsample, self.up_blocks, self.upsample = (nn.ModuleList() for _ in range(4))
-        skips = [widths[0]]                                                 # channels of the maps that are kept
+        self.down_blocks = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        skips = [widths[0]]                                                 # channels of the outputs to be joined
         for i, C in enumerate(widths):
             c_ins = [widths[max(i - 1, 0)]] + [C] * (c.layers - 1)
-            self.down_blocks.append(Level(c, c_ins, C, i < last, c.motion == "all" and i < c.motion_levels))
+            self.down_blocks.append(Level(c, c_ins, C, i < last, c.has_motion(i, "down")))
             skips += [C] * c.layers
             if i < last:
                 self.downsample.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
@@ -361,7 +361,7 @@ class UNet(nn.Module):
         below = widths[-1]
         for i, C in enumerate(reversed(widths)):
             c_ins = [(C if j else below) + skips.pop() for j in range(c.layers + 1)]
-            self.up_blocks.append(Level(c, c_ins, C, i > 0, c.motion != "none" and last - i < c.motion_levels))
+            self.up_blocks.append(Level(c, c_ins, C, i > 0, c.has_motion(last - i, "up")))
             below = C
             if i < last:
                 self.upsample.append(Upsample(C))
@@ -372,54 +372,55 @@ class UNet(nn.Module):
     def forward(self, x, t, audio=None):
         """Noise (B, 4, F, h, w) in latents, or their velocity.
 
-        x: (B, 13, F, h, w), channels: noisy latents, mask (1: keep), latents of the masked and of the reference picture
-        t: (B,) or a number, 0 .. 999; audio: (B, F, 50, 384), zeros for the branch without sound, or None: no attention
-        to it at all.
+        x: (B, 13, F, h, w), channels: noisy latents, mask (1: keep), masked latents, reference latents
+        t: (B,) or a number, 0 .. 999
+        audio: (B, F, A, audio_width), zeros for the branch without audio, or None for no attention to audio at all
         """
-        return self.with_cache(x, t, audio)[0]
+        return self.forward_with_deep(x, t, audio)[0]
 
-    def with_cache(self, x, t, audio=None, deep=None):
-        """(noise, deep), where deep is what all but the last layer of the last level made: its input. DeepCache (arXiv
-        2312.00858) takes it from an earlier step, as it changes little from one to the next: 1/15 of the work."""
-        B, _, frames, h, w = x.shape
+    def forward_with_deep(self, x, t, audio=None, deep=None):
+        """(noise, deep), where deep is the output of all layers but the last. Other arguments are those of `forward`.
+
+        `deep` changes little from one denoising step to the next. DeepCache (arXiv 2312.00858) passes in that of an
+        earlier step, which leaves 1/15 of the work.
+        """
+        B = len(x)
         time = self.time_embedding(torch.as_tensor(t, device=x.device).expand(B))
         x = rearrange(x, "b c f h w -> (b f) c h w").to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
         if audio is not None:
             audio = rearrange(audio, "b f n c -> (b f) n c").to(x.dtype)
-        skips = [self.conv_in(x)]
+        first = self.conv_in(x)
         if deep is None:
-            deep = self._all_but_last_layer(skips, time, audio)
-        x = torch.cat([deep, skips[0]], 1)
-        x = self._run(self.up_blocks[-1].layer, len(self.up_blocks[-1].resnets) - 1, x, time, audio)
+            deep = self._all_but_last_layer(first, time, audio)
+        level = self.up_blocks[-1]
+        x = torch.cat([deep, first], 1)
+        x = vq.recompute(self.checkpointing, level.layer, len(level.resnets) - 1, x, time, audio)
         x = self.conv_out(clip_norm_silu(self.conv_norm_out, x, B))
         return rearrange(x, "(b f) c h w -> b c f h w", b=B), deep
 
-    def _run(self, layer, *inputs):
-        """A layer's output; if `checkpointing`, only its input is kept, and the backward pass computes the inside
-        again, one layer at a time."""
-        return vq.checkpointed(self.checkpointing, layer, *inputs)
-
-    def _all_but_last_layer(self, skips, time, audio):
-        """Down, middle, and up but for the last layer of the last level. Of `skips` it leaves the first."""
-        x, last = skips[0], len(self.up_blocks) - 1
+    def _all_but_last_layer(self, x, time, audio):
+        """Down, middle, and up without the last layer of the last level."""
+        last = len(self.up_blocks) - 1
+        skips = [x]
         for i, level in enumerate(self.down_blocks):
             for j in range(len(level.resnets)):
-                x = self._run(level.layer, j, x, time, audio)
+                x = vq.recompute(self.checkpointing, level.layer, j, x, time, audio)
                 skips.append(x)
             if i < last:
                 x = self.downsample[i](x)
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, audio)
+        x = vq.recompute(self.checkpointing, self.mid_block, x, time, audio)
         for i, level in enumerate(self.up_blocks):
             for j in range(len(level.resnets) - (i == last)):
-                x = self._run(level.layer, j, torch.cat([x, skips.pop()], 1), time, audio)
+                x = torch.cat([x, skips.pop()], 1)
+                x = vq.recompute(self.checkpointing, level.layer, j, x, time, audio)
             if i < last:
                 x = self.upsample[i](x, skips[-1].shape[2:])
         return x
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """PyTorch's default, drawn from `generator`; zero in the last convolution and the motion modules' way out."""
+        """PyTorch's default, drawn from `generator`; zeros in the last layer of the UNet and of its motion modules."""
         vq.init_default(self, generator)
         ends = [m.proj_out for m in self.modules() if isinstance(m, MotionModule)]
         for layer in (self.conv_out, *ends):
@@ -427,32 +428,36 @@ class UNet(nn.Module):
             layer.bias.zero_()
 
     def freeze(self, stage):
-        """Makes only the parameters of this one of STAGES trainable. To be called before an optimizer takes them."""
+        """Makes only the parameters of one of STAGES trainable. Call it before creating the optimizer."""
         for name, p in self.named_parameters():
             p.requires_grad_(any(part in name for part in STAGES[stage]))
 
     def loss(self, z, condition, audio, generator=None, t=None, noise=None):
-        """The squared error of the predicted noise (or velocity), a scalar: the loss of stage 1, and a part of stage
-        2's. And the clean latents (B, 4, F, h, w) that the prediction amounts to, for `Supervision` in stage 2.
+        """(loss, clean): mean squared error of the predicted noise (or velocity), a scalar, and the clean latents
+        (B, 4, F, h, w) that the prediction implies.
 
-        z: (B, 4, F, h, w) scaled latents of true frames; condition: (B, 9, F, h, w) mask, masked and reference latents;
-        audio: as for `forward`; t: (B,), and noise, as z: if not given drawn from `generator`, of z's device.
+        The first is the loss of stage 1, and keeps weight 1 in stage 2, where `Supervision` adds losses on the second.
+        z: (B, 4, F, h, w) scaled latents of the target frames; condition: (B, 9, F, h, w) from `encode_condition`;
+        audio: as for `forward`; t: (B,), and noise, as z: drawn from `generator`, on z's device, unless given.
         """
-        t = torch.randint(1000, (len(z),), generator=generator, device=z.device) if t is None else t
-        noise = mixed_noise(z.shape, generator, z.device) if noise is None else noise
+        if t is None:
+            t = torch.randint(1000, (len(z),), generator=generator, device=z.device)
+        if noise is None:
+            noise = mixed_noise(z.shape, generator, z.device)
         noisy = add_noise(z, noise, t)
-        found = self(torch.cat([noisy, condition], 1), t, audio).float()
+        predicted = self(torch.cat([noisy, condition], 1), t, audio).float()
         if self.config.velocity:
-            loss, found = F.mse_loss(found, velocity(z, noise, t)), noise_of(found, noisy, t)
+            loss = F.mse_loss(predicted, velocity(z, noise, t))
+            predicted = noise_of(predicted, noisy, t)
         else:
-            loss = F.mse_loss(found, noise)
-        return loss, remove_noise(noisy, found, t)
+            loss = F.mse_loss(predicted, noise)
+        return loss, remove_noise(noisy, predicted, t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Diffusion
 
-# alpha bar of the 1000 time steps: which share of a latent's variance is still picture
+# alpha bar of the 1000 time steps: the share of a latent's variance that is still picture
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2).cumprod(0)
 
 
@@ -463,21 +468,23 @@ def _alpha(t, like):
 
 
 def add_noise(z, noise, t):
-    """What latents look like at time step t (B,): sqrt(alpha) z + sqrt(1 - alpha) noise."""
+    """Latents at time step t (B,): sqrt(alpha) z + sqrt(1 - alpha) noise."""
     alpha = _alpha(t, z)
     return alpha.sqrt() * z + (1 - alpha).sqrt() * noise
 
 
 def remove_noise(z, noise, t):
-    """The inverse: clean latents, given their noise. In float32: near t = 999 it divides by 0.07."""
+    """The inverse of add_noise: clean latents, given their noise. In float32, as it divides by 0.07 near t = 999."""
     alpha = _alpha(t, z)
     return (z.float() - (1 - alpha).sqrt() * noise.float()) / alpha.sqrt()
 
 
 def velocity(z, noise, t):
     """sqrt(alpha) noise - sqrt(1 - alpha) z, (B, ...): what some networks predict instead of noise (arXiv 2202.00512).
-    At time steps near 999 an error of the noise is one of the picture 12 times as large: it takes a large network, and
-    long training, to get the colors right, which are decided there. Velocity is there the picture itself."""
+
+    Near t = 999, where the colors are decided, an error in the predicted noise is an error in the picture 12 times as
+    large, so only a large network gets colors right, after long training. The velocity there is the picture itself.
+    """
     alpha = _alpha(t, z)
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * z
 
@@ -489,170 +496,84 @@ def noise_of(velocity, noisy, t):
 
 
 def mixed_noise(shape, generator=None, device=None, share=1.0):
-    """Noise (B, C, F, h, w) for training: a part of its own for each frame, and `share` times as much that all frames
-    of a clip have in common; of variance 1. (When dubbing all of it is common.)"""
+    """Noise (B, C, F, h, w) of variance 1 for training: each frame's own noise, plus `share` times a noise that all
+    frames of a clip have in common. (When dubbing, all of it is common.)"""
     own = torch.randn(shape, generator=generator, device=device)
     common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator, device=device)
     return (own + share * common) / math.sqrt(1 + share**2)
 
 
 def time_steps(count):
-    """Those of a sampler with `count` steps, 1 .. 999: 951, 901, ... 1 for 20."""
+    """The time steps of a sampler with `count` steps, 1 .. 999: 951, 901, ... 1 for 20. Else ValueError."""
     if not 1 <= count <= 999:
         raise ValueError(f"{count} steps: expected 1 .. 999")
     return [1 + i * (1000 // count) for i in reversed(range(count))]
 
 
 def ddim_step(z, noise, t, count):
-    """The latents one of `count` steps earlier than t: the picture that z and its noise amount to, with less of the
-    same noise (DDIM, arXiv 2010.02502, eq. 12, eta 0)."""
-    before = max(t - 1000 // count, 0)                                      # in the end 0, where a little is left
+    """The latents one of `count` steps earlier than t (DDIM, arXiv 2010.02502, eq. 12, eta 0).
+
+    z and its noise imply a clean picture; less of the same noise is added to it.
+    """
+    before = max(t - 1000 // count, 0)                                      # 0 in the last step: a little noise stays
     return add_noise(remove_noise(z, noise, t), noise.float(), before)
 
 
-def call(function, constants, *tensors):
-    """How `denoise` has the UNet called. Another function of this signature may capture it in a CUDA graph."""
-    return function(*constants, *tensors)
+def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1):
+    """Yields the latents (1, 4, F, h, w) after each step, float32; the last ones are the result.
 
-
-def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1, run=call):
-    """Yields the latents (1, 4, F, h, w) after each step, float32; the last are the result.
-
-    z: noise (1, 4, F, h, w); condition (1, 9, F, h, w); audio (1, F, 50, 384). cfg: guidance, up to 1 none;
-    cache_every: run the deep part of the network in every such step only, 3 for DeepCache; run: see `call`.
+    z: noise (1, 4, F, h, w); condition: (1, 9, F, h, w); audio: (1, F, A, audio_width); cfg: guidance scale, 1 or less
+    for none; cache_every: run the deep part of the network in every such step only, 3 for DeepCache.
     """
     guided = cfg > 1
     if guided:                                                              # both branches as one batch
-        audio, condition = torch.cat([torch.zeros_like(audio), audio]), condition.expand(2, *condition.shape[1:])
+        audio = torch.cat([torch.zeros_like(audio), audio])
+        condition = condition.expand(2, *condition.shape[1:])
+    deep = None
     for i, t in enumerate(time_steps(steps)):
-        x = torch.cat([z.expand(len(condition), *z.shape[1:]), condition], 1)
-        at = torch.full((len(x),), t, device=x.device)
-        noise, deep = run(unet.with_cache, (), x, at, audio, deep if i % cache_every else None)
+        x = torch.cat([z.expand(len(condition), *z.shape[1:]), condition], 1)           # (2, 13, F, h, w)
+        if i % cache_every == 0:
+            deep = None
+        noise, deep = unet.forward_with_deep(x, torch.full((len(x),), t, device=x.device), audio, deep)
         if guided:
             silent, noise = noise.float().chunk(2)
             noise = silent + cfg * (noise - silent)
-        z = ddim_step(z, noise_of(noise, z, t) if unet.config.velocity else noise, t, steps)
+        if unet.config.velocity:
+            noise = noise_of(noise, z, t)
+        z = ddim_step(z, noise, t, steps)
         yield z
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stage 2 of training: what the decoded pixels are told
+# Stage 2 of training: losses on the decoded pixels
 
 
-def place_frames(positions, tokens, side):
-    """A table of positions (1, L, C), of L tokens, for another number of them, side * side for each time: for clips
-    that are longer or shorter than those that the encoder was trained with it is interpolated."""
-    if tokens == positions.shape[1]:
-        return positions
-    table = rearrange(positions, "1 (l h w) c -> 1 c l h w", h=side, w=side)
-    # 0.1 more than wanted and rounded down: a way around rounding errors, by which all positions are moved a little;
-    # the authors' code has it, and their numbers depend on it
-    stretch = (tokens // side**2 + 0.1) / table.shape[2]
-    table = F.interpolate(table, scale_factor=(stretch, 1, 1), mode="trilinear", align_corners=False)
-    return rearrange(table, "1 c l h w -> 1 (l h w) c")
+def trepa(videomae, generated, target):
+    """Temporal representation alignment (section 3.4), a scalar: mean squared difference of the video encoder's
+    features of two clips (B, 3, F, H, W) in [-1, 1], normalised to length 1.
 
-
-class VideoAttention(nn.Module):
-    """Multi-head attention of tokens (B, L, C) to each other; queries and values have a bias, keys none."""
-
-    def __init__(self, C, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
-
-    def forward(self, x):
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = rearrange(F.linear(x, self.qkv.weight, bias), "b l (three h d) -> three b h l d", three=3,
-                            h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
-
-
-class VideoBlock(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(c.width, eps=1e-6), VideoAttention(c.width, c.heads)
-        self.norm2, self.mlp = nn.LayerNorm(c.width, eps=1e-6), nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(c.width, c.hidden), nn.Linear(c.hidden, c.width)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
-
-
-class VideoMAE(nn.Module):
-    """A video transformer that was trained to fill in masked videos, then to name actions (VideoMAE v2, arXiv
-    2303.16727). Here it describes what happens in a clip by one vector. Module names are the official ones."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.checkpointing, c = config, False, config
-        side, length = c.size // c.patch, c.frames // c.tubelet
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(3, c.width, (c.tubelet, c.patch, c.patch), (c.tubelet, c.patch, c.patch))
-        self.register_buffer("positions", frame_positions(length * side * side, c.width), persistent=False)
-        self.blocks = nn.ModuleList(VideoBlock(c) for _ in range(c.depth))
-        self.fc_norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = nn.Linear(c.width, c.classes) if c.classes else None    # in the file, not needed here
-
-    def patches(self, clips):
-        """(B, 3, F, H, W) in [-1, 1], F even -> (B, tokens, 3 * tubelet * patch * patch) in [0, 1], no mean subtracted:
-        the pixels of every token, frame pair by frame pair."""
-        c = self.config
-        x = rearrange(clips, "b c f h w -> (b f) c h w")
-        if x.shape[2:] != (c.size, c.size):
-            x = F.interpolate(x, (c.size, c.size), mode="bicubic", align_corners=False)
-        return rearrange((x / 2 + 0.5).clamp(0, 1), "(b l t) c (h p) (w q) -> b (l h w) (c t p q)", b=len(clips),
-                         t=c.tubelet, p=c.patch, q=c.patch)
-
-    def embed(self, patches):
-        """`patches` -> (B, tokens, width), with their positions. The convolution does not overlap: it is a product."""
-        proj = self.patch_embed.proj
-        x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-        return x + place_frames(self.positions, x.shape[1], self.config.size // self.config.patch)
-
-    def encode(self, tokens):
-        """(B, any number, width) -> the same, after all blocks."""
-        for block in self.blocks:
-            tokens = vq.checkpointed(self.checkpointing, block, tokens)
-        return tokens
-
-    def features(self, clips):
-        """(B, 3, F, H, W) in [-1, 1], F even -> (B, width): the mean of the last block's tokens, normalised."""
-        return self.fc_norm(self.encode(self.embed(self.patches(clips))).mean(1))
-
-    @torch.no_grad()
-    def init_weights(self, generator=None):
-        """PyTorch's default, drawn from `generator`; no biases in attention."""
-        vq.init_default(self, generator)
-        for block in self.blocks:
-            block.attn.q_bias.zero_()
-            block.attn.v_bias.zero_()
-
-
-def trepa(videomae, found, true):
-    """Temporal representation alignment (section 3.4), a scalar: mean squared difference of what the encoder says of
-    two clips (B, 3, F, H, W) in [-1, 1], as vectors of length 1; so at most 4 / width, which is why it weighs so much.
-    It sees frames together: what trembles or flickers is far from what does not, though each frame may be fine."""
+    videomae: see lib/videomae.py. The encoder sees the frames together, so a clip that jitters or flickers is far
+    from one that does not, though each frame may be fine. The loss is at most 4 / width, hence its large weight.
+    """
     with torch.no_grad():
-        target = F.normalize(videomae.features(true).float(), dim=1)
-    return F.mse_loss(F.normalize(videomae.features(found).float(), dim=1), target)
+        target_features = F.normalize(videomae.features(target).float(), dim=1)
+    return F.mse_loss(F.normalize(videomae.features(generated).float(), dim=1), target_features)
 
 
 class Supervision:
-    """The losses of stage 2 on decoded pixels. The noise's loss weighs all latents alike; these look at what a viewer
-    looks at: lips, looks, motion. Each is by a network that is frozen here.
+    """The losses of stage 2 on decoded pixels, each computed by a frozen network.
 
-    autoencoder: a vq.KLAutoencoder; syncnet: a syncnet.StableSyncNet, lips and sound of the clip belong together;
-    videomae: see `trepa`; lpips: a vq.LPIPS, the lower half of each frame looks like the true one. None leaves a loss
-    out. checkpointing: compute activations twice, and hold those of `slices` decoded frames at a time (a UNet has a
-    switch of its own). Raises ValueError if clips of so many `frames` are not what SyncNet and video encoder take.
+    The noise loss weighs all latents alike; these losses weigh what a viewer looks at: lips, appearance and motion.
+    Their weighted sum is added to the noise loss, which has weight 1.
+
+    autoencoder: a vq.KLAutoencoder. syncnet: a syncnet.StableSyncNet, for whether lips and audio belong together.
+    videomae: see `trepa`. lpips: a lib.losses.LPIPS, for the lower half of each frame. None leaves a loss out.
+    checkpointing: recompute activations in the backward pass, `decode_batch` decoded frames at a time (a UNet has a
+    switch of its own). Raises ValueError if SyncNet or video encoder do not take clips of `frames` frames.
     """
 
     def __init__(self, autoencoder, syncnet=None, videomae=None, lpips=None, *, frames=16, sync_weight=0.05,
-                 trepa_weight=10.0, lpips_weight=0.1, checkpointing=False, slices=4):
+                 trepa_weight=10.0, lpips_weight=0.1, checkpointing=False, decode_batch=4):
         if syncnet is not None and syncnet.frames != frames:
             raise ValueError(f"a SyncNet for clips of {syncnet.frames} frames, but clips have {frames}")
         if videomae is not None:
@@ -665,92 +586,97 @@ class Supervision:
         self.autoencoder, self.syncnet, self.videomae, self.lpips = autoencoder, syncnet, videomae, lpips
         weights = ("sync", syncnet, sync_weight), ("lpips", lpips, lpips_weight), ("trepa", videomae, trepa_weight)
         self.weights = {name: weight for name, network, weight in weights if network is not None}
-        self.frames, self.checkpointing, self.slices = frames, checkpointing, slices
+        self.frames, self.checkpointing, self.decode_batch = frames, checkpointing, decode_batch
 
     def decode(self, z):
         """Latents (B, 4, F, h, w) -> frames (B, F, 3, H, W) in about [-1, 1], through which gradients flow."""
         flat = rearrange(z, "b c f h w -> (b f) c h w")
         if self.checkpointing:
-            decoded = [self._again(self.autoencoder.decode, part) for part in flat.split(self.slices)]
+            decoded = [vq.recompute(True, self.autoencoder.decode, part) for part in flat.split(self.decode_batch)]
         else:
             decoded = [self.autoencoder.decode(flat)]
         return torch.cat(decoded).unflatten(0, (len(z), -1))
 
-    def _again(self, function, *inputs):
-        return vq.checkpointed(self.checkpointing, function, *inputs)
-
-    def __call__(self, z, true, mel=None, heard=None):
+    def __call__(self, z, target, mel=None, has_audio=None):
         """(weighted sum, {"sync", "lpips", "trepa"} without weights), scalars.
 
-        z: (B, 4, F, h, w), from UNet.loss; true: frames (B, F, 3, H, W) in [-1, 1]; mel: (B, 1, 80, columns), what
-        SyncNet hears of the clip; heard: (B,) 1 or 0, whether the UNet got the sound, else lips cannot follow it.
+        z: (B, 4, F, h, w), the clean latents from UNet.loss; target: frames (B, F, 3, H, W) in [-1, 1]; mel: (B, 1,
+        80, columns), SyncNet's window of the clip's audio; has_audio: (B,) 1 or 0, whether the UNet got the audio.
+        Without it the lips cannot follow, and the clip has no sync loss.
         """
         if z.shape[2] != self.frames:
             raise ValueError(f"clips of {z.shape[2]} frames: expected {self.frames}")
         if not self.weights:
             return z.new_zeros(()), {}
-        found, losses = self.decode(z), {}
+        decoded = self.decode(z)
+        losses = {}
         if self.syncnet is not None:
-            losses["sync"] = self._sync(found, mel, heard)
+            losses["sync"] = self._sync(decoded, mel, has_audio)
         if self.lpips is not None:
-            low = true.shape[3] // 2
-            halves = (clips[:, :, :, low:].flatten(0, 1) for clips in (found, true))
-            losses["lpips"] = self._again(self.lpips, *halves).mean()
+            middle = target.shape[3] // 2
+            halves = (clips[:, :, :, middle:].flatten(0, 1) for clips in (decoded, target))
+            losses["lpips"] = vq.recompute(self.checkpointing, self.lpips, *halves).mean()
         if self.videomae is not None:
-            losses["trepa"] = trepa(self.videomae, found.transpose(1, 2), true.transpose(1, 2))     # channels first
+            losses["trepa"] = trepa(self.videomae, decoded.transpose(1, 2), target.transpose(1, 2))
         return sum(self.weights[name] * loss for name, loss in losses.items()), losses
 
-    def _sync(self, found, mel, heard):
-        """-log of the probability that these lips say this (section 3.3)."""
+    def _sync(self, decoded, mel, has_audio):
+        """-log of the probability that the lips of the decoded frames say this audio (section 3.3)."""
         height, width = self.syncnet.config.picture                         # of the lower half of a square face
-        frames = found.flatten(0, 1)
+        frames = decoded.flatten(0, 1)
         if frames.shape[3] != width:
             frames = F.interpolate(frames, (width, width), mode="bicubic", align_corners=False)
-        halves = rearrange(frames[:, :, -height:], "(b f) c h w -> b (f c) h w", b=len(found))
-        cosine = self._again(self.syncnet, halves, mel)
+        halves = rearrange(frames[:, :, -height:], "(b f) c h w -> b (f c) h w", b=len(decoded))
+        cosine = vq.recompute(self.checkpointing, self.syncnet, halves, mel)
         with torch.autocast(cosine.device.type, enabled=False):             # not safe in half precision
             cosine = cosine.float().clamp(min=1e-6)                         # at 0 the gradient would be 1e12
-            return F.binary_cross_entropy(cosine, torch.ones_like(cosine), heard)
+            return F.binary_cross_entropy(cosine, torch.ones_like(cosine), has_audio)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sound: Whisper's encoder, and the windows of it that belong to frames
+# Audio: Whisper's encoder, and the windows of its features that belong to frames
+
+MEL_WINDOW = 400                                                            # samples, 25 ms
+MEL_HOP = 160                                                               # samples: 100 columns a second
+ROWS_PER_SECOND = 50                                                        # of features: a convolution has stride 2
 
 
 def log_mel(sound, bands=80):
-    """Sound (n,) in [-1, 1] -> tensor (bands, n // 160): what Whisper hears, 100 columns a second.
+    """The input of Whisper: sound (n,) in [-1, 1] -> tensor (bands, n // 160), 100 columns a second.
 
-    Powers of windows of 400 samples, in mel bands, as logarithms down to 8 decades below the loudest of the whole
-    signal. Computed block by block, for long signals.
+    Powers in mel bands, as logarithms down to 8 decades below the loudest of the whole signal. Computed block by
+    block, for long signals. Raises ValueError for less than a column of sound.
     """
     sound = torch.as_tensor(sound, dtype=torch.float32)
-    columns = len(sound) // 160
+    columns = len(sound) // MEL_HOP
     if not columns:
-        raise ValueError(f"{len(sound)} samples of sound: expected at least 160, a hundredth of a second")
-    sound = F.pad(sound, (0, max(0, 201 - len(sound))))                     # as much as is mirrored
-    sound = F.pad(sound[None, None], (200, 200), mode="reflect")[0, 0]
-    filters = torch.from_numpy(vq.slaney_mels(bands, 0.0, 8000.0, 400, SAMPLE_RATE)).float()
-    hann, mel = torch.hann_window(400), torch.empty(bands, columns)
+        raise ValueError(f"{len(sound)} samples of sound: expected at least {MEL_HOP}, a hundredth of a second")
+    margin = MEL_WINDOW // 2
+    sound = F.pad(sound, (0, max(0, margin + 1 - len(sound))))              # long enough to be reflected
+    sound = F.pad(sound[None, None], (margin, margin), mode="reflect")[0, 0]
+    filters = torch.from_numpy(vq.slaney_mels(bands, 0.0, 8000.0, MEL_WINDOW, SAMPLE_RATE)).float()
+    hann, mel = torch.hann_window(MEL_WINDOW), torch.empty(bands, columns)
     for start in range(0, columns, 3000):
         count = min(3000, columns - start)
-        frames = sound[start * 160:(start + count - 1) * 160 + 400].unfold(0, 400, 160)
-        power = torch.fft.rfft(frames * hann).abs().square()
+        block = sound[start * MEL_HOP:(start + count - 1) * MEL_HOP + MEL_WINDOW].unfold(0, MEL_WINDOW, MEL_HOP)
+        power = torch.fft.rfft(block * hann).abs().square()
         mel[:, start:start + count] = (filters @ power.T).clamp(min=1e-10).log10()
     return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
 
 class WhisperAttention(nn.Module):
-    """Self-attention; keys have no bias, which a softmax would not notice."""
+    """Multi-head self-attention. Keys have no bias, because it would not change the softmax."""
 
     def __init__(self, C, heads):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = nn.Linear(C, C), nn.Linear(C, C, bias=False), nn.Linear(
-            C, C), nn.Linear(C, C)
+        self.query = nn.Linear(C, C)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C)
+        self.out = nn.Linear(C, C)
 
     def forward(self, x):
-        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.heads) for f in (self.query, self.key, self.value))
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+        return self.out(attend(self.query(x), self.key(x), self.value(x), self.heads))
 
 
 class WhisperBlock(nn.Module):
@@ -775,15 +701,14 @@ class Whisper(nn.Module):
         C = config.width
         self.conv1 = nn.Conv1d(config.mels, C, 3, padding=1)
         self.conv2 = nn.Conv1d(C, C, 3, stride=2, padding=1)
-        angle = torch.arange(config.positions)[:, None] * torch.exp(
-            -math.log(10000) / (C // 2 - 1) * torch.arange(C // 2))
+        frequency = torch.exp(-math.log(10000) / (C // 2 - 1) * torch.arange(C // 2))
+        angle = torch.arange(config.positions)[:, None] * frequency
         self.register_buffer("positional_embedding", torch.cat([angle.sin(), angle.cos()], 1))
         self.blocks = nn.ModuleList(WhisperBlock(C, config.heads) for _ in range(config.layers))
         self.ln_post = nn.LayerNorm(C)                                      # before the recogniser's decoder: not used
 
     def forward(self, mel):
-        """(B, mels, 2 * positions) -> (B, positions, layers + 1, C): the input of the first block, and what each makes
-        of it."""
+        """(B, mels, 2 * positions) -> (B, positions, layers + 1, C): the input of block 1, and the output of each."""
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
         x = x.transpose(1, 2) + self.positional_embedding
         outputs = [x]
@@ -793,8 +718,11 @@ class Whisper(nn.Module):
 
     @torch.no_grad()
     def pieces(self, sound):
-        """Features of a sound (n,) in pieces (rows, layers + 1, C), of at most 30 s; 50 rows a second. The last piece
-        is filled up with zeros in the mel spectrogram. (Whisper itself would add silence, about -1.5 there.)"""
+        """Yields the features of a sound (n,) in pieces (rows, layers + 1, C) of at most 30 s, 50 rows a second.
+
+        The last piece is filled up with zeros in the mel spectrogram, as in the original. (Whisper itself would add
+        silence, which is about -1.5 there.)
+        """
         mel, size = log_mel(sound, self.config.mels), 2 * self.config.positions
         for part in mel.split(size, 1):
             part = part.to(self.conv1.weight.device)
@@ -807,87 +735,102 @@ class Whisper(nn.Module):
 
 
 def count_rows(samples, positions=1500):
-    """Rows of features that so many samples of sound have."""
-    whole, rest = divmod(samples // 160, 2 * positions)
-    return whole * positions + rest // 2
+    """Number of rows of features that a sound of `samples` samples has."""
+    full_pieces, columns = divmod(samples // MEL_HOP, 2 * positions)
+    return full_pieces * positions + columns // 2
 
 
 def count_frames(rows, fps=FPS):
-    """Frames that are made for so many rows: up to two more than the sound lasts, as in the original."""
-    return next(i for i in range(math.ceil((rows + 1) * fps / 50) + 1) if int(i * 50 / fps) > rows) + 1
+    """Number of frames made for a sound of `rows` rows: up to two more than the sound lasts, as in the original."""
+    frame = 0
+    while int(frame * ROWS_PER_SECOND / fps) <= rows:
+        frame += 1
+    return frame + 1
 
 
 def window_rows(frame, rows, fps=FPS):
-    """Numbers of the 10 rows of features that a frame hears, 0.2 s; at both ends the first and the last one repeat."""
-    centre = int(frame * 50 / fps)
+    """Indices of the 10 rows of features around a frame, 0.2 s. Beyond both ends the first and the last row repeat."""
+    centre = int(frame * ROWS_PER_SECOND / fps)
     return np.arange(centre - 4, centre + 6).clip(0, rows - 1)
 
 
 def windows(whisper, sound, fps=FPS):
-    """Yields what each frame hears, (50, C) for tiny: 10 rows of 5 layers, row by row. Only what is needed is kept."""
+    """Yields the audio of each frame, (A, C): 10 rows of all layers, row by row; A is 50 for Whisper tiny.
+
+    Only the rows that later frames need are kept. Raises ValueError for less than a row of sound.
+    """
     rows = count_rows(len(sound), whisper.config.positions)
     if not rows:
         raise ValueError("the sound is shorter than a fiftieth of a second")
-    pieces, held, first = whisper.pieces(sound), None, 0
+    pieces = whisper.pieces(sound)
+    kept, first = next(pieces), 0                       # features of the rows from number `first` on
     for frame in range(count_frames(rows, fps)):
         index = window_rows(frame, rows, fps)
-        while held is None or first + len(held) <= index[-1]:
-            piece = next(pieces)
-            held = piece if held is None else torch.cat([held, piece])
-        held, first = held[index[0] - first:], index[0]
-        yield held[index - first].flatten(0, 1)
+        while first + len(kept) <= index[-1]:
+            kept = torch.cat([kept, next(pieces)])
+        kept, first = kept[index[0] - first:], index[0]
+        yield kept[index - first].flatten(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Faces: the mask, the way to the aligned face and back
 
-# By how much the lower part of the mask narrows from row to row, at its left and at its right
-LEFT = ("000000010000000000000100000000000001000000101010101101011010111101111111101111112111211212212122222222222323"
-        "32454")
-RIGHT = ("00000010000000000000100000000000001000000101010101101101101101101101111101111111111111211211212122122223232"
-         "2322444")
+# The lower part of the mask is a U. Each digit is the number of pixels by which its left (or right) edge moves inwards
+# from one row to the next, in the rows 129 .. 241.
+LEFT_STEPS = ("000000010000000000000100000000000001000000101010101101011010"
+              "11110111111110111111211121121221212222222222232332454")
+RIGHT_STEPS = ("000000100000000000001000000000000010000001010101011011011011"
+               "01101101111101111111111111211211212122122223232232244")
 
 
 def face_mask(size=256):
-    """The mask of all released models, (size, size) float32: 1 where the picture is kept, 0 where it is painted anew.
+    """The mask of all released models, (size, size) float32: 1 where the picture is kept, 0 where it is repainted.
 
-    At 256 pixels it is 0 or 1: from row 95 on the cheeks, whose sides give away how the jaw moves, but not the nose;
-    from row 128 on all down to the chin, where it narrows. 40.7 % of the picture. Other sizes are resized from that.
+    At 256 pixels it is 0 or 1, with 40.7 % zeros: the mask covers the cheeks from row 95 down, but not the nose, and
+    from row 128 down everything to the chin, where it narrows. The cheeks show how the jaw moves. The mask is fixed:
+    one that followed the mouth would itself show how the mouth moves. Other sizes are resized from 256 pixels.
     """
     mask = np.ones((256, 256), np.float32)
     mask[95:128, 9:247] = 0
-    mask[95:128, 78:178] = 1
-    left, right = 9 + np.cumsum([0, *map(int, LEFT), 23]), 247 - np.cumsum([0, *map(int, RIGHT)])
-    for row, (a, b) in enumerate(zip(left, right), 128):
-        mask[row, a:b + 1] = 0
+    mask[95:128, 78:178] = 1                                                # the nose
+    left, right = 9, 247
+    mask[128, left:right + 1] = 0
+    for row, (step_left, step_right) in enumerate(zip(LEFT_STEPS, RIGHT_STEPS), 129):
+        left += int(step_left)
+        right -= int(step_right)
+        mask[row, left:right + 1] = 0
+    mask[242, 131:153] = 0                                                  # the last row
     mask = torch.from_numpy(mask)
     return mask if size == 256 else lanczos_resize(255 * mask[None], size)[0] / 255
 
 
 def lanczos_resize(pictures, size):
-    """(..., h, w) in 0 .. 255 -> (..., size, size), rounded: Lanczos over 4 pixels to each side, as OpenCV has it for
-    bytes, weights being multiples of 1 / 2048. On the way down it skips pixels: no anti-aliasing."""
+    """(..., h, w) in 0 .. 255 -> (..., size, size), rounded: Lanczos over 4 pixels to each side, with weights that are
+    multiples of 1 / 2048, as in OpenCV for bytes. On the way down it skips pixels: it has no anti-aliasing."""
     def weights(n):
         centre = (torch.arange(size, dtype=torch.float64) + 0.5) * n / size - 0.5
         taps = centre.floor()[:, None] + torch.arange(-3, 5)
         distance = centre[:, None] - taps
         w = torch.sinc(distance) * torch.sinc(distance / 4)
-        w = ((w / w.sum(1, keepdim=True)).float() * 2048).round().double() / 2048      # in float32, as there: ties
+        w = ((w / w.sum(1, keepdim=True)).float() * 2048).round().double() / 2048      # float32: ties as in OpenCV
         return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
     down, across = (weights(n).float().to(pictures) for n in pictures.shape[-2:])           # mps has no float64
     return (down @ pictures @ across.T + 0.5).floor().clamp(0, 255)
 
 
 def three_points(landmarks):
-    """Landmarks (..., N, 2), x and y in pixels -> the three that faces are aligned by, (..., 3, 2): middle of the brow
-    at the left of the picture, of the one at the right, nose.
+    """Landmarks (..., N, 2), x and y in pixels -> the three points that faces are aligned by, (..., 3, 2): the middle
+    of the brow at the left of the picture, of the brow at the right, the nose.
 
-    N: 3, these themselves; 5, eyes, nose and mouth corners (MTCNN), brows being a third of the eyes' distance above
-    them; 106 (InsightFace, what the authors used; rounded as there); 478 (MediaPipe's face mesh). Else ValueError.
+    N = 3: these points. N = 5: eyes, nose and mouth corners (MTCNN); a brow is taken to be a third of the eyes'
+    distance above its eye. N = 106: InsightFace, which the authors used, rounded as they do. N = 478: MediaPipe's
+    face mesh. Otherwise ValueError.
     """
     p = np.asarray(landmarks, float)
-    mean = lambda *numbers: p[..., list(numbers), :].mean(-2)
     n = p.shape[-2] if p.ndim >= 2 and p.shape[-1] == 2 else 0
+
+    def mean(*numbers):
+        return p[..., list(numbers), :].mean(-2)
     if n == 3:
         return p
     if n == 5:
@@ -896,25 +839,29 @@ def three_points(landmarks):
         up *= 0.33 * np.linalg.norm(right - left, axis=-1, keepdims=True) / np.linalg.norm(up, axis=-1, keepdims=True)
         return np.stack([left + up, right + up, nose], -2)
     if n == 106:
-        return np.round(np.stack([mean(43, 48, 49, 51, 50), mean(101, 102, 103, 104, 105), mean(74, 77, 83, 86)], -2))
+        left, right = mean(43, 48, 49, 51, 50), mean(101, 102, 103, 104, 105)
+        return np.round(np.stack([left, right, mean(74, 77, 83, 86)], -2))
     if n == 478:
-        return np.stack([mean(70, 63, 105, 66, 107, 46, 53, 52, 65, 55), mean(
-            300, 293, 334, 296, 336, 276, 283, 282, 295, 285), mean(195, 4, 129, 358)], -2)
+        left = mean(70, 63, 105, 66, 107, 46, 53, 52, 65, 55)
+        right = mean(300, 293, 334, 296, 336, 276, 283, 282, 295, 285)
+        return np.stack([left, right, mean(195, 4, 129, 358)], -2)
     raise ValueError(f"landmarks of shape {p.shape}: expected (..., N, 2) with N = 3, 5, 106 or 478")
 
 
 class Aligner:
-    """Finds for each frame of a video the map to the aligned face. Call it in order: it smoothes a little.
+    """Finds the map from each frame of a video to its aligned face. It smooths a little, so call it in frame order.
 
-    align(points (3, 2)) -> tensor (2, 3), or None for None: pixels of the frame, as (x, y, 1), to pixels of a canvas of
-    size `canvas` (height, width), on which brows and nose stand where they stand in all faces. The canvas is higher
-    than wide, 280 x 210, and then squeezed into a square of 256. Raises ValueError for points that coincide.
+    align(points (3, 2)) -> tensor (2, 3), or None for None. The map takes pixels (x, y, 1) of the frame to pixels of
+    a canvas of size `canvas` (height, width), on which brows and nose stand at fixed places. The canvas is higher
+    than wide, 280 x 210, and is later squeezed into a square of 256. Raises ValueError for points that coincide.
     """
 
     def __init__(self, resolution):
         scale = 2.8 * resolution / 256
-        self.resolution, self.template = resolution, torch.tensor([(17, 20), (58, 20), (37.5, 40)]) * scale
-        self.canvas, self.bias = (int(100 * scale), int(75 * scale)), None
+        self.resolution = resolution
+        self.template = torch.tensor([(17, 20), (58, 20), (37.5, 40)]) * scale
+        self.canvas = (int(100 * scale), int(75 * scale))
+        self.bias = None
 
     def __call__(self, points):
         if points is None:
@@ -928,10 +875,10 @@ class Aligner:
         source, target = source / s1, target / s2
         U, _, Vt = torch.linalg.svd(source.T @ target)                      # the rotation between the two (Procrustes)
         R = Vt.T @ U.T
-        if R.det() < 0:                                                     # a mirror image: the nearest without
+        if R.det() < 0:                                                     # a reflection: take the nearest rotation
             R = Vt.T * torch.tensor([1, -1]) @ U.T
-        # the original's smoothing, kept for its numbers: how far the noses are apart, not turned and in units of s2, is
-        # averaged over frames and added as if it were pixels; for upright heads it is less than one
+        # The original's smoothing, kept for its numbers. It averages the distance of the noses over frames, and adds
+        # it to the translation although it is in units of s2 and not rotated. For upright heads it is below a pixel.
         misfit = target[2] - source[2]
         self.bias = misfit if self.bias is None else 0.2 * self.bias + 0.8 * misfit
         move = c2 - s2 / s1 * (R @ c1) + self.bias
@@ -951,14 +898,15 @@ def homogeneous(matrix):
 def warp(picture, matrix, size, fill):
     """Moves a picture (C, h, w) by a map (2, 3) of its pixels (x, y, 1) -> (C, *size), bilinear; `fill` outside.
 
-    In float32, step by step as kornia does it: callers truncate to whole numbers, and where it is one already
-    (saturated colors) the last bit decides.
+    The steps are those of kornia, in float32. Callers truncate the result to whole numbers, so where it is very near
+    to one (saturated colors) the last bit decides.
     """
     def to_unit(h, w):                                                      # pixels to -1 .. 1, corners to corners
         return torch.tensor([[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]])
     between = to_unit(*size) @ (homogeneous(matrix.float().cpu()) @ to_unit(*picture.shape[1:]).inverse())
-    at = F.affine_grid(between.inverse()[None, :2], [1, 1, *size], align_corners=True).to(picture)
-    moved, covered = (F.grid_sample(x[None], at, align_corners=True)[0] for x in (picture, torch.ones_like(picture)))
+    grid = F.affine_grid(between.inverse()[None, :2], [1, 1, *size], align_corners=True).to(picture)
+    moved = F.grid_sample(picture[None], grid, align_corners=True)[0]
+    covered = F.grid_sample(torch.ones_like(picture)[None], grid, align_corners=True)[0]
     return moved + (1 - covered) * fill
 
 
@@ -969,26 +917,27 @@ def align_face(picture, matrix, canvas, resolution):
 
 
 def paste_back(picture, face, matrix, canvas):
-    """A frame uint8 (H, W, 3) with the face (3, resolution, resolution) in [-1, 1] at its place, its rim faded.
+    """A frame uint8 (H, W, 3) with the face (3, resolution, resolution) in [-1, 1] pasted in and its border blended.
 
     Only the part of the frame around the face is computed, and changed.
     """
     corners = torch.tensor([(x, y, 1.0) for x in (0, canvas[1] - 1) for y in (0, canvas[0] - 1)])
-    there = corners @ inverse(matrix).T
-    low, high = there.amin(0), there.amax(0)
-    margin = (high - low).max() / 10 + 4                                    # more than is eroded and blurred
+    corners = corners @ inverse(matrix).T                                   # of the canvas, in the frame
+    low, high = corners.amin(0), corners.amax(0)
+    margin = (high - low).max() / 10 + 4                                    # more than the erosion and the blur reach
     (x0, y0), (x1, y1) = (low - margin).floor().int().tolist(), (high + margin).ceil().int().tolist()
-    y0, x0, y1, x1 = max(y0, 0), max(x0, 0), min(y1, picture.shape[0]), min(x1, picture.shape[1])
+    x0, x1 = max(x0, 0), min(x1, picture.shape[1])
+    y0, y1 = max(y0, 0), min(y1, picture.shape[0])
     if y0 >= y1 or x0 >= x1:
-        return picture                                                      # all of it is outside
+        return picture                                                      # the face is outside of the frame
     back = inverse(matrix) - torch.tensor([[0, 0, x0], [0, 0, y0]])
     size = y1 - y0, x1 - x0
     face = F.interpolate(face[None].float(), canvas, mode="bicubic", antialias=True, align_corners=False)[0]
-    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255           # 127: white, but not for long:
+    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255         # the fill becomes white, as there
     covered = warp(torch.ones(1, *canvas, device=face.device), back, size, fill=0.0)
-    covered = erode(covered, 2)                                             # pixels with a part of it are left out
-    e = int(float(covered.sum()) ** 0.5) // 20
-    soft = blur(erode(covered, 2 * e), e) if e else covered
+    covered = erode(covered, 2)                         # without the pixels that the face covers only in part
+    radius = int(float(covered.sum()) ** 0.5) // 20
+    soft = blur(erode(covered, 2 * radius), radius) if radius else covered
     part = picture[y0:y1, x0:x1].permute(2, 0, 1).float()
     part = soft * covered * face + (1 - soft) * part
     result = picture.clone()
@@ -997,19 +946,19 @@ def paste_back(picture, face, matrix, canvas):
 
 
 def erode(x, n):
-    """(1, h, w) -> the minimum of n x n pixels, n even, half of them to the left and above; a border does not erode."""
+    """(1, h, w) -> the minimum over n x n pixels, n even, half of them left and above. Borders do not erode."""
     padded = F.pad(x, (n // 2, n - n // 2 - 1) * 2, value=math.inf)
     return -F.max_pool2d(F.max_pool2d(-padded, (1, n), 1), (n, 1), 1)
 
 
 def blur(x, radius):
-    """(1, h, w) under a Gaussian of that radius in pixels; edges are reflected."""
+    """(1, h, w) convolved with a Gaussian of `radius` pixels; edges are reflected."""
     sigma = 0.3 * (radius - 1) + 0.8
     bell = torch.exp(-torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) ** 2 / (2 * sigma**2))
     bell = bell / bell.sum()
-    room = [min(radius, n - 1) for n in x.shape[1:]]                        # a reflection is no longer than the picture
-    x = F.pad(x[None], (room[1], room[1], room[0], room[0]), mode="reflect")
-    x = F.pad(x, (radius - room[1],) * 2 + (radius - room[0],) * 2, mode="replicate")
+    high, wide = (min(radius, n - 1) for n in x.shape[1:])                  # a reflection is shorter than the picture
+    x = F.pad(x[None], (wide, wide, high, high), mode="reflect")
+    x = F.pad(x, (radius - wide,) * 2 + (radius - high,) * 2, mode="replicate")
     return F.conv2d(F.conv2d(x, bell.view(1, 1, 1, -1)), bell.view(1, 1, -1, 1))[0]
 
 
@@ -1018,93 +967,120 @@ def blur(x, radius):
 
 
 Dubbed = namedtuple("Dubbed", "picture source face masked generated")
-Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same before. face, masked, generated:
-the aligned face, its masked version, and as it was painted, surroundings included, (3, resolution, resolution) in
-about [-1, 1]; None where there was no face, and nothing was done."""
+Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the frame before. face, masked,
+generated: the aligned face, its masked version, and the repainted one with the surroundings of the mask, all (3,
+resolution, resolution) in about [-1, 1]; None where there was no face and the frame is unchanged."""
 
 
-@torch.no_grad()
-def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, slices=4, run=call,
-          references=None):
-    """Aligned faces (F, 3, r, r) in [-1, 1], audio (F, 50, 384), noise z (1, 4, 1, h, w) -> (faces painted anew, masked
-    faces), both (F, 3, r, r). mask: (r, r); slices: faces that the autoencoder gets at a time; references: other
-    pictures of this face, by default the same."""
-    masked = faces * mask
-    references = faces if references is None else references
-    condition = see(autoencoder, masked, references, mask, generator, slices)           # (F, 9, h, w)
-    run = run if len(faces) == unet.config.frames else call                 # others are rare: not worth a capture
-    to_clip = lambda x: rearrange(x.float(), "f c h w -> 1 c f h w")
-    z = z.expand(-1, -1, len(faces), -1, -1)
-    for z in denoise(unet, z, to_clip(condition), audio[None], steps, cfg, cache_every, run):
-        pass
-    z = rearrange(z, "1 c f h w -> f c h w")
-    painted = torch.cat([autoencoder.decode(part) for part in z.split(slices)])
-    return painted * (1 - mask) + faces * mask, masked
+@dataclass
+class Frame:
+    """A frame inside of `lipsync`. face, masked and generated are as in Dubbed, once the frame is painted."""
 
+    picture: np.ndarray                         # uint8 (H, W, 3)
+    matrix: torch.Tensor | None                 # map to the aligned face, or None without a face
+    audio: torch.Tensor                         # (A, audio_width)
+    face: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
 
-def see(autoencoder, masked, references, mask, generator, slices=64):
-    """What the UNet sees besides the noisy latents, (N, 9, h, w): the mask (r, r), and latents of masked and of
-    reference pictures (N, 3, r, r). These are drawn, not means, the masked ones' first. slices: pictures encoded at a
-    time."""
-    latents = []
-    for pictures in (masked, references):
-        parts = [autoencoder.encode(part) for part in pictures.split(slices)]
-        mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
-        latents.append(vq.Posterior(mean, std, parts[0].scaling).sample(generator))     # one draw for all
-    return torch.cat([F.interpolate(mask.expand(len(masked), 1, *mask.shape), latents[0].shape[2:]), *latents], 1)
+    def finished(self, canvas, warp_device):
+        """The frame as Dubbed, with its face pasted back."""
+        if self.generated is None:
+            return Dubbed(self.picture, self.picture, None, None, None)
+        picture = torch.as_tensor(self.picture, device=warp_device)
+        result = paste_back(picture, self.generated.to(warp_device), self.matrix, canvas)
+        return Dubbed(result.cpu().numpy(), self.picture, self.face, self.masked, self.generated)
 
 
 @torch.no_grad()
 def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options):
-    """Dubs a video -> yields Dubbed, as many as the shorter of the two inputs has. Holds one clip of frames at a time.
+    """Dubs a video: yields Dubbed, as many as the shorter of the two inputs has. Holds one clip of frames at a time.
 
-    frames: iterable of (picture uint8 (H, W, 3), its map from an Aligner of the UNet's resolution, or None where there
-    is no face: it stays as it is, and its neighbours are neighbours in the clip). sound: iterable of (50, 384), see
-    `windows`. overlap: so many frames are painted in two successive clips, and cross-faded; 0 is the original's way,
-    and leaves a seam every 16 frames. options: of `paint`. With 0, and a face in every frame, random numbers are drawn
-    as the original draws them: the noise, then for each clip those of the masked faces' latents and of the faces'.
+    frames: iterable of (picture uint8 (H, W, 3), its map from an Aligner of the UNet's resolution). A map of None
+    means that there is no face: the frame stays as it is, and the frames before and after it are neighbours in the
+    clip. sound: iterable of (A, audio_width), see `windows`. overlap: number of frames that are painted in two
+    successive clips and cross-faded; 0 is the original's way, and leaves a seam every 16 frames. options: of `paint`.
+
+    With overlap 0 and a face in every frame, random numbers are drawn as in the original: the noise, then for each
+    clip the latents of the masked faces and those of the faces. Raises ValueError for an overlap out of range.
     """
     c, device = unet.config, unet.conv_in.weight.device
     if not 0 <= overlap < c.frames:
         raise ValueError(f"overlap {overlap}: expected 0 .. {c.frames - 1}")
-    mask, canvas = face_mask(c.resolution).to(device), Aligner(c.resolution).canvas
-    place = device if device.type == "cuda" else "cpu"                      # of warping, which not all devices can do
+    canvas = Aligner(c.resolution).canvas
+    warp_device = device if device.type == "cuda" else "cpu"                # not all devices can warp
     side = c.resolution // autoencoder.config.stride
     z = torch.randn(1, c.out_channels, 1, side, side, generator=generator, device=device)       # one for all frames
-    options = dict(z=z, mask=mask, generator=generator) | options
-
-    def finished(picture, matrix, _, found):
-        if found is None:
-            return Dubbed(picture, picture, None, None, None)
-        result = paste_back(torch.as_tensor(picture, device=place), found[2].to(place), matrix, canvas)
-        return Dubbed(result.cpu().numpy(), picture, *found)
-
-    stream, held = zip(frames, sound), []                                   # held: painted, but not yet handed out
-    while fresh := list(islice(stream, c.frames - len(held))):
-        clip = held + [[picture, matrix, audio, None] for (picture, matrix), audio in fresh]
-        _paint_clip(unet, autoencoder, clip, len(held), canvas, place, options)
+    options = dict(z=z, mask=face_mask(c.resolution).to(device), generator=generator) | options
+    stream = zip(frames, sound)
+    pending = []                                                            # painted frames that the next clip repeats
+    while fresh := list(islice(stream, c.frames - len(pending))):
+        clip = pending + [Frame(picture, matrix, audio) for (picture, matrix), audio in fresh]
+        _paint_clip(unet, autoencoder, clip, len(pending), canvas, warp_device, options)
         done = len(clip) - overlap if len(clip) == c.frames else len(clip)
-        yield from (finished(*one) for one in clip[:done])
-        held = clip[done:]
-    yield from (finished(*one) for one in held)
+        for frame in clip[:done]:
+            yield frame.finished(canvas, warp_device)
+        pending = clip[done:]
+    for frame in pending:
+        yield frame.finished(canvas, warp_device)
 
 
-def _paint_clip(unet, autoencoder, clip, known, canvas, place, options):
-    """Fills in `found`, (face, masked, generated), in a clip of [picture, map, window, found]; of the first `known`
-    frames it has been found before, and the two are cross-faded."""
+def _paint_clip(unet, autoencoder, clip, repeated, canvas, warp_device, options):
+    """Paints the Frames of a clip that have a face. The first `repeated` frames were painted in the clip before, and
+    are cross-faded."""
     device = unet.conv_in.weight.device
-    seen = [i for i, (_, matrix, _, _) in enumerate(clip) if matrix is not None]
-    if not seen:
+    with_face = [i for i, frame in enumerate(clip) if frame.matrix is not None]
+    if not with_face:
         return
-    align = lambda picture, matrix: align_face(torch.as_tensor(picture, device=place), matrix, canvas,
-                                               unet.config.resolution)
-    faces = torch.stack([align(clip[i][0], clip[i][1]) for i in seen]).to(device) / 127.5 - 1
-    audio = torch.stack([clip[i][2] for i in seen]).to(device)
-    generated, masked = paint(unet, autoencoder, faces, audio, **options)
-    for i, *found in zip(seen, faces, masked, generated):
-        if i < known and clip[i][3]:                                        # the later, the more of this clip's
-            found[2] = torch.lerp(clip[i][3][2], found[2], (i + 1) / (known + 1))
-        clip[i][3] = found
+    faces = []
+    for i in with_face:
+        picture = torch.as_tensor(clip[i].picture, device=warp_device)
+        faces.append(align_face(picture, clip[i].matrix, canvas, unet.config.resolution))
+    faces = torch.stack(faces).to(device) / 127.5 - 1
+    audio = torch.stack([clip[i].audio for i in with_face]).to(device)
+    painted, masked = paint(unet, autoencoder, faces, audio, **options)
+    for i, face, masked_face, generated in zip(with_face, faces, masked, painted):
+        frame = clip[i]
+        if i < repeated and frame.generated is not None:                    # the share of this clip grows with i
+            generated = torch.lerp(frame.generated, generated, (i + 1) / (repeated + 1))
+        frame.face, frame.masked, frame.generated = face, masked_face, generated
+
+
+@torch.no_grad()
+def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5, cache_every=1, decode_batch=4,
+          references=None):
+    """Repaints the faces of one clip -> (repainted faces, masked faces), both (F, 3, r, r).
+
+    faces: aligned, (F, 3, r, r) in [-1, 1]; audio: (F, A, audio_width); z: noise (1, 4, 1, h, w); mask: (r, r);
+    steps, cfg, cache_every: see `denoise`; decode_batch: faces that the autoencoder encodes or decodes at a time;
+    references: other pictures of this person, by default the faces themselves.
+    """
+    masked = faces * mask
+    references = faces if references is None else references
+    condition = encode_condition(autoencoder, masked, references, mask, generator, decode_batch)        # (F, 9, h, w)
+    condition = rearrange(condition.float(), "f c h w -> 1 c f h w")
+    z = z.expand(-1, -1, len(faces), -1, -1)
+    for z in denoise(unet, z, condition, audio[None], steps, cfg, cache_every):
+        pass
+    z = rearrange(z, "1 c f h w -> f c h w")
+    painted = torch.cat([autoencoder.decode(part) for part in z.split(decode_batch)])
+    return painted * (1 - mask) + faces * mask, masked
+
+
+def encode_condition(autoencoder, masked, references, mask, generator, encode_batch=64):
+    """The input of the UNet besides the noisy latents, (N, 9, h, w): the mask (r, r), and latents of masked and of
+    reference pictures (N, 3, r, r).
+
+    Latents are drawn from their distribution as in the original, those of the masked pictures first. encode_batch:
+    pictures encoded at a time.
+    """
+    latents = []
+    for pictures in (masked, references):
+        posteriors = [autoencoder.encode(part) for part in pictures.split(encode_batch)]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        std = torch.cat([posterior.std for posterior in posteriors])
+        latents.append(vq.Posterior(mean, std, posteriors[0].scaling).sample(generator))        # one draw for all
+    return torch.cat([F.interpolate(mask.expand(len(masked), 1, *mask.shape), latents[0].shape[2:]), *latents], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1134,21 +1110,26 @@ QKV, KV = ("qkv", ("q", "k", "v")), ("key_value", ("key", "value"))
 
 
 def infer_config(state, path):
-    """The Config of an official state dict, read from its shapes. What these do not tell is that of the first entry of
-    CONFIGS with the same widths; without one config= must be given."""
-    count = lambda pattern: next(i for i in range(100) if pattern.format(i) not in state)
+    """The Config of an official state dict, read from its shapes. What shapes do not tell comes from the first entry
+    of CONFIGS with the same widths. Raises vq.CheckpointError if there is none."""
+    def count(key):
+        n = 0
+        while key.format(n) in state:
+            n += 1
+        return n
     levels = count("down_blocks.{}.resnets.0.conv1.weight")
     widths = tuple(len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
     known = next((config for config in CONFIGS.values() if config.widths == widths), None)
     if known is None:
         raise vq.CheckpointError(f"{path}: a UNet of widths {widths}, whose number of heads no tensor tells: "
                                  "pass config=")
-    moving = {key.split("_")[0] for key in state if ".motion_modules." in key}              # down, up
+    motion = "none"
+    if any(".motion_modules." in key for key in state):
+        motion = "all" if any(key.startswith("down_blocks.") and ".motion_modules." in key for key in state) else "up"
     tables = [v.shape[1] for k, v in state.items() if k.endswith("pos_encoder.pe")]
     return replace(known, layers=count("down_blocks.0.resnets.{}.conv1.weight"),
                    audio_width=state[f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight"].shape[1],
-                   motion="all" if "down" in moving else "up" if moving else "none",
-                   motion_length=tables[0] if tables else known.motion_length,
+                   motion=motion, motion_length=tables[0] if tables else known.motion_length,
                    in_channels=state["conv_in.weight"].shape[1], out_channels=len(state["conv_out.weight"]))
 
 
@@ -1163,7 +1144,8 @@ def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
     vq.require(state, "conv_in.weight", "down_blocks.0.resnets.0.conv1.weight",
                "conv_out.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
                what="a UNet of LatentSync (latentsync_unet.pt, or one of train.py)")
-    config = config or (vq.config_from_json(Config, saved, path) if saved else infer_config(state, path))
+    if config is None:
+        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path)
     if resolution:
         config = replace(config, resolution=resolution)
     model = vq.build(UNet, config)
@@ -1172,23 +1154,26 @@ def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
 
 
 def _to_ours(state):
+    """An official state dict with our keys."""
     return vq.join_rows(vq.join_rows(vq.rename_keys(state, RENAMES), *QKV), *KV)
 
 
 def _tables(model):
-    """Names of what is computed, and in files only for completeness: positions."""
+    """Names of the position tables. The model computes them, so files may lack them."""
     return {name for name, _ in model.named_buffers()}
 
 
 def start_from_stable_diffusion(model, path):
-    """Fills a UNet with the weights of Stable Diffusion 1.5's, a folder or file in diffusers' layout, where they fit:
-    not its first convolution, which saw 4 channels and is set to zero, nor the keys and values of text: those of sound,
-    and motion modules, stay as they are. Raises vq.CheckpointError."""
+    """Fills a UNet with the weights of Stable Diffusion 1.5's, a folder or file in diffusers' layout, where they fit.
+
+    The first convolution, which had 4 input channels, is set to zero. The keys and values that attended to text are
+    not used: those for audio keep their values, and so do the motion modules. Raises vq.CheckpointError.
+    """
     state, _ = vq.read_checkpoint(path)
     vq.require(state, "conv_in.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
                what="the UNet of Stable Diffusion 1.5")
-    foreign = ("conv_in.", *(f"{_BLOCK}.attn2.to_{x}." for x in "kv"))
-    state = _to_ours({k: v for k, v in state.items() if not any(part in k for part in foreign)})
+    unused = ("conv_in.", f"{_BLOCK}.attn2.to_k.", f"{_BLOCK}.attn2.to_v.")
+    state = _to_ours({k: v for k, v in state.items() if not any(part in k for part in unused)})
     own = {k for k in model.state_dict() if k.startswith("conv_in.") or ".key_value." in k or ".motion_modules." in k}
     vq.load_strict(model, state, path, optional=own)
     with torch.no_grad():
@@ -1197,8 +1182,10 @@ def start_from_stable_diffusion(model, path):
 
 
 def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
-    """Whisper's encoder in eval mode from OpenAI's file, tiny.pt for the released UNets, or a file of ours. Its decoder
-    is left out. Raises vq.CheckpointError."""
+    """Whisper's encoder in eval mode from OpenAI's file, tiny.pt for the released UNets, or a file of ours.
+
+    Whisper's decoder is not loaded. Raises vq.CheckpointError.
+    """
     state, saved = vq.read_checkpoint(path, nested=(("model_state_dict",),))
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     vq.require(state, "conv1.weight", "blocks.0.attn.query.weight", "ln_post.weight", path=path,
@@ -1207,7 +1194,7 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
         config = vq.config_from_json(WhisperConfig, saved, path)
     elif config is None:
         width, mels, _ = state["conv1.weight"].shape
-        heads = width // 64                                                 # in all that OpenAI made
+        heads = width // 64                                                 # true of all Whispers that OpenAI made
         config = WhisperConfig(mels, len(state["positional_embedding"]), width, heads,
                                sum(k.endswith(".attn.query.weight") for k in state))
     model = vq.build(Whisper, config)
@@ -1215,41 +1202,17 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
     return model.eval().to(device, dtype)
 
 
-def load_videomae(path, config=None, dtype=torch.float32, device="cpu"):
-    """The video encoder in eval mode from vit_g_hybrid_pt_1200e_ssv2_ft.pth, or a file of ours. Raises
-    vq.CheckpointError."""
-    state, saved = vq.read_checkpoint(path, nested=(("model",), ("module",)))
-    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight",
-               path=path, what="a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)")
-    if config is None and saved:
-        config = vq.config_from_json(VideoMAEConfig, saved, path)
-    elif config is None:
-        width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
-        depth = sum(k.endswith(".attn.q_bias") for k in state)
-        known = next((c for c in VIDEOMAES.values() if (c.width, c.depth) == (width, depth)), None)
-        if known is None:
-            raise vq.CheckpointError(f"{path}: a VideoMAE of width {width} and depth {depth}, whose number of heads no "
-                                     "tensor tells: pass config=")
-        config = replace(known, patch=patch, tubelet=tubelet, hidden=len(state["blocks.0.mlp.fc1.weight"]),
-                         classes=len(state.get("head.weight", ())))
-    model = vq.build(VideoMAE, config)
-    vq.load_strict(model, state, path)
-    return model.eval().to(device, dtype)
-
-
 def export(model):
-    """The official state dict of a UNet, in float32 and with the keys of version 1.5, or what a Whisper has of it,
-    or that of a VideoMAE."""
+    """The official state dict, in float32: of a UNet with the keys of version 1.5, of a Whisper its encoder's part."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
-    if isinstance(model, VideoMAE):
-        return state
     if isinstance(model, Whisper):
         return {f"encoder.{k}": v for k, v in state.items()}
     return vq.rename_keys(vq.split_rows(vq.split_rows(state, *QKV), *KV), RENAMES, inverse=True)
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes a UNet, a Whisper or a VideoMAE as safetensors: official keys, config (and `extra`) in the header."""
-    computed = {"encoder.positional_embedding"}
-    state = {k: v for k, v in export(model).items() if k not in computed and not k.endswith("pos_encoder.pe")}
+    """Writes a UNet or a Whisper as safetensors: official keys, config (and `extra`) in the header, no position
+    tables."""
+    tables = ("encoder.positional_embedding", "pos_encoder.pe")
+    state = {k: v for k, v in export(model).items() if not k.endswith(tables)}
     vq.save_checkpoint(path, state, model.config, dtype, **extra)

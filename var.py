@@ -1,9 +1,9 @@
 """VAR: class -> image by next-scale prediction. Full definition of the model, all of it in this single file.
 
-An autoregressive transformer whose step is not the next token but the next *resolution*. The tokenizer (vq.py) turns
-a picture into token maps of growing size, 1x1, 2x2, ... 16x16: grids of codebook indices, each encoding what the
-coarser ones left over. Step k predicts all p_k * p_k tokens of map k at once, from the class and all coarser maps: ten
-steps instead of 680, and no left-to-right order imposed on a picture.
+VAR is an autoregressive transformer whose step is the next *resolution*, not the next token. The tokenizer (vq.py)
+turns a picture into token maps of growing size, 1x1, 2x2, ... 16x16. A token map is a grid of codebook indices, and
+each map encodes what the coarser maps left over. Step k predicts all p_k * p_k tokens of map k at once, from the class
+and from all coarser maps. This takes ten steps instead of 680 and imposes no left-to-right order on a picture.
 
     class c --> embed --+--> condition of every AdaLN: gates, scales and shifts, the same in all steps
                         |
@@ -17,28 +17,28 @@ steps instead of 680, and no left-to-right order imposed on a picture.
     tokens -> codes -> phi(bicubic(.)) added to f_hat, the picture so far; f_hat resized to the next scale is its input
 
 How it differs from a textbook GPT:
-- the input at scale k is not an embedding of earlier tokens but f_hat, the sum of all coarser maps, resized to scale k.
-  Training computes it from the true tokens, sampling from the drawn ones; the same tokens give the same inputs;
-- attention is full within a scale and causal between scales. In training that takes a mask. In sampling a whole scale
-  goes in at once and the KV cache holds coarser scales only, so everything present may be looked at;
-- q and k have length 1, times a learned sharpness per head; keys have no bias;
-- AdaLN-Zero conditioning as in DiT; var_d36 (and the demo) shares one AdaLN map among all blocks;
-- classifier-free guidance grows linearly over the scales, from none at 1x1.
-Left out on purpose: progressive training (`pg` in the original), which no released model used.
+- The input at scale k is not an embedding of earlier tokens. It is f_hat, the sum of all coarser maps, resized to
+  scale k. In training f_hat is computed from the true tokens, in sampling from those drawn so far.
+- Attention is full within a scale and causal between scales. Training uses a mask for this. Sampling needs none: a
+  whole scale goes in at once, and the KV cache holds coarser scales only.
+- q and k are unit vectors, and each head has a learned sharpness. Keys have no bias.
+- The condition enters by AdaLN-Zero, as in DiT. var_d36 and the demo model share one AdaLN map among all blocks.
+- Classifier-free guidance grows linearly over the scales, from none at 1x1.
+Progressive training (`pg` in the original code) is left out, because no released model used it.
 
 Letters: B batch, R rows (2B with guidance, else B), L tokens of all scales (680 at 256 pixels, 2240 at 512), l tokens
 of one scale, C width, H heads, D head dim, V codebook size, K number of scales, p side of a token map, Cv codebook
 channels. Paper: Visual Autoregressive Modeling, arXiv 2404.02905. Released weights, repository FoundationVision/var:
 var_d16.pth 310 M, var_d20.pth 601 M, var_d24.pth 1.0 B, var_d30.pth 2.0 B parameters at 256 pixels, var_d36.pth 2.4 B
-at 512; all with the tokenizer vae_ch160v4096z32.pth.
+at 512. All use the tokenizer vae_ch160v4096z32.pth.
 
     tokenizer, model = vq.load("vae_ch160v4096z32.pth"), var.load("var_d16.pth")
     images = model.sample(tokenizer, labels=torch.tensor([207, 360]), cfg=4, top_k=900, top_p=0.95,
                           generator=torch.Generator().manual_seed(0))       # (2, 3, 256, 256) in [0, 1]
 """
 import math
-from collections import namedtuple
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,7 +51,7 @@ from triton_ops import adaln_modulate, exponential_noise, filter_logits, qk_norm
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a VAR. Released files tell all but norm_eps and class_drop; drop_path follows from the depth."""
+    """Sizes of a VAR. `infer_config` reads them from a released file, except norm_eps and class_drop."""
 
     depth: int = 16
     width: int = 1024                           # C; released models: 64 * depth
@@ -63,9 +63,9 @@ class Config:
     mlp_ratio: int = 4
     norm_eps: float = 1e-6
     shared_adaln: bool = False                  # one AdaLN map for all blocks, plus a table in each (depth 36)
-    attn_l2_norm: bool = True                   # q and k of length 1: all files but the very first uploads
+    attn_l2_norm: bool = True                   # q and k of length 1: all files except the very first uploads
     class_drop: float = 0.1                     # share of labels replaced by the null class in training
-    drop_path: float = 0.1 * 16 / 24            # of the last block; grows linearly from 0 at the first
+    drop_path: float = 0.1 * 16 / 24            # rate of the last block; grows linearly from 0 at the first
 
 
 def _released(depth, side=256):
@@ -89,31 +89,35 @@ CONFIGS = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the tokens of this scale and of all coarser ones (there by mask, or in the cache)."""
+    """Multi-head attention to the tokens of the same scale and of all coarser scales.
+
+    With attn_l2_norm a score is the cosine of q and k times a learned sharpness of at most 100. Such scores are
+    bounded, which keeps deep models and half precision stable.
+    """
 
     def __init__(self, config):
         super().__init__()
         C, H = config.width, config.heads
         self.heads, self.l2_norm = H, config.attn_l2_norm
-        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; inside each head-major
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
+        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; head-major inside each
+        self.q_bias = nn.Parameter(torch.zeros(C))
+        self.v_bias = nn.Parameter(torch.zeros(C))
         self.proj = nn.Linear(C, C)
         if self.l2_norm:
-            self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # q has this length: sharpness
-        # Without the l2 norm the softmax scale is 0.25 / sqrt(D), a quarter of the textbook's.
+            self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # log of the sharpness
+        # Without the norm it is a quarter of the textbook's. No reason is given, but the first uploads need it.
         self.softmax_scale = 1.0 if self.l2_norm else 0.25 / math.sqrt(C // H)
 
-    def constants(self):
-        """What depends on weights alone: the bias of qkv (3C,), zero for k; the length of q (H,), or None."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return bias, self.log_scale.float().clamp(max=math.log(100)).exp().flatten() if self.l2_norm else None
+    def forward(self, x, mask=None, kv_cache=None, pos=0):
+        """x (B, l, C) -> (B, l, C). mask (l, l) bool: True where a row may look at a column.
 
-    def forward(self, x, constants, mask=None, cache=None, pos=0):
-        """x (B, l, C); mask (l, l) bool, True = may look; cache (k, v), each (B, H, L, D), filled up to pos."""
-        bias, q_scale = constants
+        kv_cache (2, B, H, L, D): keys and values of the coarser scales up to pos; those of x are written behind them.
+        """
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                            # (B, l, 3C)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b l h d", three=3, h=self.heads)
-        k_cache, v_cache = cache if cache is not None else (None, None)
+        q_scale = self.log_scale.float().clamp(max=math.log(100)).exp().flatten() if self.l2_norm else None     # (H,)
+        k_cache, v_cache = kv_cache if kv_cache is not None else (None, None)
         q, k, v = qk_norm_rope(q, k, v, q_scale=q_scale, l2norm=self.l2_norm, k_cache=k_cache, v_cache=v_cache, pos=pos)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale)     # (B, H, l, D)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))
@@ -132,7 +136,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between an AdaLN modulation and a gate that come from the condition."""
+    """A transformer block whose two branches, attention and feed-forward, are modulated and gated by the condition."""
 
     def __init__(self, config):
         super().__init__()
@@ -145,94 +149,99 @@ class Block(nn.Module):
             self.adaln = nn.Linear(C, 6 * C)
         self.eps = config.norm_eps
 
-    def prepare(self, cond, shared=None):
-        """Condition (B, C) -> all that no token has a part in: the modulation (B, 1, 6, C), two gates, two scales and
-        two shifts, of each the first for attention; and the constants of attention."""
+    def modulation(self, cond, shared=None):
+        """Condition (B, C), output of a shared AdaLN map (B, 1, 6, C) or None -> two gates, two scales and two shifts,
+        the first of each pair for attention: (B, 1, 6, C)."""
         if shared is not None:
-            modulation = self.adaln_table + shared
-        else:
-            modulation = self.adaln(F.silu(cond).to(self.adaln.weight.dtype))
-            modulation = rearrange(modulation, "b (six c) -> b 1 six c", six=6)
-        return modulation, self.attn.constants()
+            return self.adaln_table + shared
+        modulation = self.adaln(F.silu(cond).to(self.adaln.weight.dtype))
+        return rearrange(modulation, "b (six c) -> b 1 six c", six=6)
 
-    def forward(self, x, prepared, mask=None, cache=None, pos=0, kept=None):
-        """x (B, l, C), the residual stream -> the same. kept: factors (2, B, 1, 1) of both branches, in training."""
-        modulation, constants = prepared
+    def forward(self, x, modulation, mask=None, kv_cache=None, pos=0, branch_scale=None):
+        """Residual stream x (B, l, C) -> the same. branch_scale: see `VAR.branch_scale`; the rest as in Attention."""
+        # In a textbook this reads
+        #     x = x + gate1 * attn(modulate(norm(x), scale1, shift1))
+        #     x = x + gate2 * ffn(modulate(norm(x), scale2, shift2))
+        # Here the second adaln_modulate does the first sum as well, in the same pass over memory.
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        dtype = self.ffn.fc1.weight.dtype                                   # of the products; the stream stays wider
+        dtype = self.ffn.fc1.weight.dtype                                   # for matrix products; x may be wider
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
-        h = self._drop(self.attn(h, constants, mask, cache, pos), kept, 0)
+        h = self.attn(h, mask, kv_cache, pos)
+        if branch_scale is not None:
+            h = h * branch_scale[0].to(h.dtype)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, gate=gate1, out_dtype=dtype)
-        h = self._drop(self.ffn(h), kept, 1)
+        h = self.ffn(h)
+        if branch_scale is not None:
+            h = h * branch_scale[1].to(h.dtype)
         return torch.addcmul(x, gate2, h)
-
-    @staticmethod
-    def _drop(branch, kept, which):
-        return branch if kept is None else branch * kept[which].to(branch.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-# What `VAR.steps` yields after scale k:
-#   logits    (R, l, V) before guidance and filters, the rows with the class first
-#   guidance  t: what was drawn from is (1 + t) * conditional - t * unconditional logits
-#   tokens    (B, l) as drawn. f_hat may hold others: kept ones when editing, mixtures with more_smooth
-#   f_hat     (B, Cv, p, p) the picture so far, at the size of the last scale
-Step = namedtuple("Step", "k logits guidance tokens f_hat")
+
+class Modulation(NamedTuple):
+    """Everything that depends on the condition only: computed once per picture, not once per scale."""
+
+    blocks: torch.Tensor        # (depth, R, 1, 6, C)
+    head: torch.Tensor          # (2, R, 1, C): scale and shift of the last norm
 
 
-def call(function, constants, *tensors):
-    """How `VAR.sample` has device work done. Anything else of this signature may capture it once and replay it."""
-    return function(*constants, *tensors)
+class Step(NamedTuple):
+    """What `VAR.sample` passes to on_step after scale k. A captured model overwrites the logits in its next picture."""
+
+    k: int
+    logits: torch.Tensor        # (R, l, V) before guidance and filters; rows with the class come first
+    guidance: float             # t: tokens are drawn from (1 + t) * conditional - t * unconditional logits
+    tokens: torch.Tensor        # (B, l) as drawn; editing and more_smooth put other codes into f_hat
+    f_hat: torch.Tensor         # (B, Cv, p, p) the picture so far, at the size of the last scale
 
 
 class VAR(nn.Module):
-    """The transformer. The tokenizer is no part of it: methods that need one take it as an argument."""
+    """The transformer. The tokenizer is not part of it: methods that need one take it as an argument."""
 
-    NO_DECAY = ("pos_embed", "pos_start", "level_embed", "adaln_table", "log_scale")    # spared by weight decay
+    NO_DECAY = ("pos_embed", "pos_start", "level_embed", "adaln_table", "log_scale")    # excluded from weight decay
 
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
         C, patch_nums = config.width, config.patch_nums
         lengths = [p * p for p in patch_nums]
-        level = torch.tensor([k for k, n in enumerate(lengths) for _ in range(n)])
+        level = torch.cat([torch.full((n,), k) for k, n in enumerate(lengths)])
         self.register_buffer("level", level, persistent=False)                      # (L,) scale of every position
         self.register_buffer("mask", level[:, None] >= level, persistent=False)     # (L, L) True = row sees column
 
         self.class_embed = nn.Embedding(config.num_classes + 1, C)          # last row: the null class
-        self.word_embed = nn.Linear(config.z_channels, C)                   # of f_hat's cells; the name is the paper's
+        self.word_embed = nn.Linear(config.z_channels, C)                   # embeds the cells of f_hat
         self.level_embed = nn.Embedding(len(patch_nums), C)
         self.pos_start = nn.Parameter(torch.zeros(1, lengths[0], C))
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(lengths), C))
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(C, 6 * C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_adaln = nn.Linear(C, 2 * C)
+        self.head_adaln = nn.Linear(C, 2 * C)                               # never shared
         self.head = nn.Linear(C, config.vocab_size)
 
     # pieces that training and sampling share
 
-    def prepare(self, cond):
-        """Condition (B, C) -> what every block makes of it, `Block.prepare`: once per picture, not once per scale."""
+    def modulation(self, cond):
+        """Condition (B, C) -> Modulation of all blocks and of the head."""
         shared = None
         if self.config.shared_adaln:
             shared = rearrange(self.shared_adaln(F.silu(cond)), "b (six c) -> b 1 six c", six=6)
-        return [block.prepare(cond, shared) for block in self.blocks]
+        blocks = torch.stack([block.modulation(cond, shared) for block in self.blocks])
+        head = self.head_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
+        return Modulation(blocks, torch.stack(head))
 
-    def head_modulation(self, cond):
-        """Condition (B, C) -> scale and shift (B, 1, C) of the last norm, which is never shared."""
-        return self.head_adaln(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
-
-    def logits(self, x, scale, shift):
-        """Residual stream (B, l, C) -> (B, l, V) float32."""
-        x = adaln_modulate(x, scale, shift, self.config.norm_eps, out_dtype=self.head.weight.dtype)
-        return self.head(x).float()
-
-    def positions(self, start, end):
+    def position_embed(self, start, end):
         """Level and position embeddings of tokens start .. end: (1, end - start, C)."""
         return self.level_embed(self.level[start:end]) + self.pos_embed[:, start:end]
+
+    def logits(self, x, modulation):
+        """Residual stream (B, l, C) -> (B, l, V) float32."""
+        scale, shift = modulation.head
+        x = adaln_modulate(x, scale, shift, self.config.norm_eps, out_dtype=self.head.weight.dtype)
+        return self.head(x).float()
 
     # training
 
@@ -240,34 +249,37 @@ class VAR(nn.Module):
         """Teacher-forced logits of all scales.
 
         labels:     (B,) class of each picture, 0 .. num_classes
-        features:   (B, L - p_0^2, Cv): the true f_hat at every scale but the first, from
+        features:   (B, L - p_0^2, Cv): the true f_hat at every scale except the first, from
                     `tokenizer.quantize.teacher_input(indices, model.config.patch_nums)`
-        class_drop: share of labels replaced by the null class: one uniform number per picture from generator
+        class_drop: share of labels replaced by the null class; generator gives one uniform number per picture
         returns     (B, L, V) float32; row i predicts token i of the same scale (not of the next position)
         """
         if class_drop:
             dropped = torch.rand(len(labels), generator=generator, device=labels.device) < class_drop
             labels = torch.where(dropped, self.config.num_classes, labels)
-        cond = self.class_embed(labels)
+        cond = self.class_embed(labels)                                                     # (B, C)
         x = torch.cat([cond[:, None] + self.pos_start, self.word_embed(features)], 1)       # (B, L, C)
-        x = x + self.positions(0, x.shape[1])
-        for block, prepared, kept in zip(self.blocks, self.prepare(cond), self._kept(len(x), x.device, generator)):
-            x = vq.checkpointed(self.checkpointing, block, x, prepared, self.mask, kept=kept)
-        return self.logits(x, *self.head_modulation(cond))
+        x = x + self.position_embed(0, x.shape[1])
+        modulation = self.modulation(cond)
+        for i, (block, block_modulation) in enumerate(zip(self.blocks, modulation.blocks)):
+            branch_scale = self.branch_scale(i, len(x), x.device, generator)
+            x = vq.recompute(self.checkpointing, block, x, block_modulation, self.mask, branch_scale=branch_scale)
+        return self.logits(x, modulation)
 
-    def _kept(self, B, device, generator):
-        """Stochastic depth, per block: in training, factors (2, B, 1, 1) of both branches, which remove a branch for
-        some pictures and scale it up for the others, in deeper blocks more often; otherwise None."""
-        for i in range(self.config.depth):
-            keep = 1 - self.config.drop_path * i / max(self.config.depth - 1, 1)
-            draw = lambda: torch.rand(B, 1, 1, generator=generator, device=device)
-            yield (torch.stack([draw(), draw()]) < keep).float() / keep if self.training and keep < 1 else None
+    def branch_scale(self, i, B, device, generator):
+        """Stochastic depth: factors (2, B, 1, 1) of both branches of block i, or None in eval mode. A factor is 0 for
+        some pictures and above 1 for the others, so that the mean stays. Deeper blocks lose branches more often."""
+        keep = 1 - self.config.drop_path * i / max(self.config.depth - 1, 1)
+        if not self.training or keep >= 1:
+            return None
+        uniform = [torch.rand(B, 1, 1, generator=generator, device=device) for _ in range(2)]
+        return (torch.stack(uniform) < keep).float() / keep
 
     def loss(self, labels, tokens, features, *, class_drop=None, label_smoothing=0.0, generator=None):
         """Cross entropy, mean over the L tokens and the batch -> (loss, {accuracy, tail_loss, tail_accuracy}).
 
-        tokens: (B, L) true indices of all scales; "tail" is the last scale. class_drop: by default that of the config
-        in training and 0 in eval mode, where the original goes on dropping and so gets a random validation loss.
+        tokens: (B, L) true indices of all scales; "tail" means the last scale. class_drop: by default that of the
+        config in training, and 0 in eval mode. The original drops classes there too, so its validation loss is random.
         """
         if class_drop is None:
             class_drop = self.config.class_drop if self.training else 0.0
@@ -283,106 +295,95 @@ class VAR(nn.Module):
     # sampling
 
     @torch.no_grad()
-    def steps(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-              given=None, keep=None, run=call):
-        """Yields a Step per scale, coarse to fine. labels: (B,); the rest as in `sample`.
-
-        What happens between two random draws is one call, of `_begin` and then of `_advance` for every scale: shapes
-        that depend on nothing but B, and nothing that makes the host wait for the device.
-        """
-        config, device = self.config, self.pos_embed.device
-        B, K, V = len(labels), len(config.patch_nums), config.vocab_size
-        guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be the same
-        x, f_hat, *state = run(self._begin, (guided,), labels.to(device))
-        for k, p in enumerate(config.patch_nums):
-            t = cfg * k / max(K - 1, 1) if guided else 0.0                  # grows from 0 at the first scale
-            noise = [exponential_noise((B, p * p, V), generator, device) for _ in range(1 + more_smooth)]
-            edit = [] if keep is None else [given[k], kept_cells(keep, p)]
-            constants = (tokenizer.quantize, k, t, top_k, top_p)
-            x, f_hat, logits, tokens = run(self._advance, constants, x, f_hat, state, noise, edit)
-            yield Step(k, logits, t, tokens, f_hat)
-
-    def _begin(self, guided, labels):
-        """Labels (B,) -> x (R, 1, C), what enters at the first scale; f_hat, zero; and what stays the same throughout:
-        cache (depth, 2, R, H, L, D), head modulation (2, R, 1, C), and what every block has prepared."""
-        config = self.config
-        B, side = len(labels), config.patch_nums[-1]
-        rows = torch.cat([labels, torch.full_like(labels, config.num_classes)]) if guided else labels
-        cond = self.class_embed(rows)                                       # (R, C)
-        cache = self.blocks[0].ffn.fc1.weight.new_empty(                    # keys and values of all scales, at once
-            config.depth, 2, len(rows), config.heads, len(self.level), config.width // config.heads)
-        f_hat = cond.new_zeros(B, config.z_channels, side, side)
-        return (cond[:, None] + self.pos_start, f_hat, cache, torch.stack(self.head_modulation(cond)),
-                *self.prepare(cond))
-
-    def _advance(self, quantizer, k, t, top_k, top_p, x, f_hat, state, noise, edit):
-        """Scale k: its input x (R, l, C), f_hat so far -> the next scale's x, f_hat, logits (R, l, V), tokens (B, l).
-
-        noise: Exp(1) (B, l, V), twice for mixtures of codes; edit: given indices (B, l) and kept cells, or nothing
-        """
-        patch_nums, (cache, head_modulation, *prepared) = self.config.patch_nums, state
-        p, K, pos, B = patch_nums[k], len(patch_nums), sum(n * n for n in patch_nums[:k]), len(f_hat)
-        x = x + self.positions(pos, pos + p * p)                            # (R, l, C)
-        for block, mine, kv in zip(self.blocks, prepared, cache):
-            x = block(x, mine, cache=kv, pos=pos)
-        logits = self.logits(x, *head_modulation)                           # (R, l, V)
-
-        tokens, h = self._draw(logits[:B], logits[B:] if t else None, t, k / max(K - 1, 1), quantizer.codebook,
-                               top_k, top_p, noise)
-        h = rearrange(h, "b (h w) c -> b c h w", h=p)                       # (B, Cv, p, p)
-        if edit:                                                            # put the given codes back
-            given, kept = edit
-            h = torch.where(kept, quantizer.embed(given, (p, p)), h)
-        f_hat = f_hat + quantizer.contribution(h, k, K, f_hat.shape[-2:])
-        if k + 1 < K:
-            following = self.word_embed(quantizer.next_input(f_hat, k + 1, patch_nums))     # (B, l, C)
-            x = following.repeat(len(x) // B, 1, 1)                         # both halves see the same picture
-        return x, f_hat, logits, tokens
-
-    @staticmethod
-    def _draw(cond, uncond, t, ratio, codebook, top_k, top_p, noise):
-        """Logits of one scale with and without the class (B, l, V) -> tokens (B, l) and their codes (B, l, Cv)."""
-        if len(noise) == 1:
-            tokens = sample_logits(cond, uncond, cfg=1 + t, top_k=top_k, top_p=top_p, noise=noise[0])
-            return tokens, F.embedding(tokens, codebook)
-        # Instead of a code a Gumbel-softmax mixture of codes, with noise of its own, sharper from scale to scale. The
-        # token is drawn all the same: nothing uses it, but its noise moves the generator on, as in the original.
-        combined = cond if uncond is None else (1 + t) * cond - t * uncond
-        filtered = filter_logits(combined, top_k, top_p)
-        temperature = 0.27 * (1 - 0.95 * ratio)
-        mixture = ((filtered * (1 + ratio) - noise[1].log()) / temperature).softmax(-1)     # -log Exp(1) is Gumbel
-        return sample_logits(filtered, noise=noise[0]), mixture @ codebook
-
-    @torch.no_grad()
     def sample(self, tokenizer, labels, *, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False, generator=None,
-               given=None, keep=None, ladder=False, run=call):
-        """Draws pictures -> (B, 3, h, w) float32 in [0, 1], or with ladder=True a list, one per scale.
+               given_tokens=None, keep_mask=None, all_scales=False, on_step=None):
+        """Draws pictures -> (B, 3, h, w) float32 in [0, 1], or with all_scales=True a list, one per scale.
 
         tokenizer:    the VQVAE, on the same device
-        labels:       (B,) int64 classes, num_classes being the null class; or an int: so many random classes. On a
-                      GPU best given on the host, where looking at them makes nothing wait
-        cfg:          guidance: logits = (1 + t) cond - t uncond, t = cfg * k / (K - 1). In the convention where 1 means
-                      none, cfg=4 is a guidance of 1 at the first scale, 5 at the last and 3 on average
-        top_k, top_p: keep the k likeliest tokens, then the likeliest that hold a share p; 0 = all
-        more_smooth:  mixtures of codes instead of single ones: smoother pictures, lower scores
-        generator:    a torch.Generator of the model's device, consumed exactly as by the original; or a list of B, one
-                      per picture, which makes every picture independent of its batch; None: torch's global one
-        given, keep:  editing: indices of a picture (list of K (B, l)) and a bool mask (p, p) on the last scale. Cells
-                      that are True keep the given codes at every scale. The null class in- and out-paints, a class
-                      edits. What is kept comes back as its reconstruction, blended into what is new by phi and decoder
-        run:          run(function, constants, *tensors) has device work done. By default a plain call; what captures it
-                      once and replays it takes away the launches, e.g. `CUDAGraphs` in sample.py
+        labels:       (B,) int64 classes, num_classes being the null class; or an int B, for B random classes. Pass a
+                      CPU tensor: checking its range then needs no GPU synchronisation
+        cfg:          guidance. Logits are (1 + t) cond - t uncond with t = cfg * k / (K - 1), so 0 means none, where
+                      LlamaGen and Infinity write 1. In their convention cfg=4 grows from 1 to 5, 3 on average
+        top_k, top_p: keep the k likeliest tokens, then the likeliest with a total probability of p; 0 keeps all
+        more_smooth:  use mixtures of codes instead of single codes: smoother pictures, lower scores
+        generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
+                      per picture, so that no picture depends on its batch; None: torch's global one
+        given_tokens, keep_mask: editing. The tokens of a picture, K times (B, l), and a bool mask (p, p) on the last
+                      scale, see `edit_mask`. Where it is True the given codes are kept at every scale; the one cell of
+                      a 1x1 scale is always kept. The null class in- and out-paints, another class edits. What is kept
+                      looks as the tokenizer reconstructs it
+        on_step:      called with a Step after every scale
+        Raises ValueError for labels out of range, and for only one of given_tokens and keep_mask.
         """
-        if (given is None) != (keep is None):
-            raise ValueError("editing takes both: the indices of the picture as given=, the mask as keep=")
-        options = dict(cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth, generator=generator, run=run)
-        steps = self.steps(tokenizer, self.check_labels(labels, generator), given=given, keep=keep, **options)
-        sums = [step.f_hat for step in steps]                               # first all: then the KV cache is free
-        images = [run(tokenizer.decode, (), f_hat).add(1).mul(0.5) for f_hat in (sums if ladder else sums[-1:])]
-        return images if ladder else images[0]
+        if (given_tokens is None) != (keep_mask is None):
+            raise ValueError("editing takes both: the tokens of the picture as given_tokens=, the mask as keep_mask=")
+        labels = self.check_labels(labels, generator)
+        config, device, quantizer = self.config, self.pos_embed.device, tokenizer.quantize
+        B, K, side = len(labels), len(config.patch_nums), config.patch_nums[-1]
+        guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be equal
+        labels = labels.to(device)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])       # (R,)
+
+        cond = self.class_embed(labels)                                     # (R, C)
+        modulation = self.modulation(cond)
+        kv_cache = self.new_kv_cache(len(labels))
+        x = cond[:, None] + self.pos_start                                  # (R, 1, C), the input of the first scale
+        f_hat = cond.new_zeros(B, config.z_channels, side, side)
+        f_hats = []
+        for k, p in enumerate(config.patch_nums):                           # coarse to fine
+            logits = self.forward_scale(x, k, kv_cache, modulation)         # (R, p * p, V)
+
+            # Guidance grows with the scale. A likely reason: coarse scales fix the layout, and strong guidance there
+            # would make all pictures of a class alike, while fine scales only add the details.
+            t = cfg * k / max(K - 1, 1) if guided else 0.0
+            cond_logits, uncond_logits = logits[:B], logits[B:] if t else None
+            noise = exponential_noise((B, p * p, config.vocab_size), generator, device)
+            if not more_smooth:
+                tokens = sample_logits(cond_logits, uncond_logits, cfg=1 + t, top_k=top_k, top_p=top_p, noise=noise)
+                codes = F.embedding(tokens, quantizer.codebook)             # (B, p * p, Cv)
+            else:                                                           # Gumbel-softmax, sharper at finer scales
+                progress = k / max(K - 1, 1)
+                guided_logits = (1 + t) * cond_logits - t * uncond_logits if t else cond_logits
+                filtered = filter_logits(guided_logits, top_k, top_p)
+                gumbel = -exponential_noise((B, p * p, config.vocab_size), generator, device).log()
+                weights = ((filtered * (1 + progress) + gumbel) / (0.27 * (1 - 0.95 * progress))).softmax(-1)
+                codes = weights @ quantizer.codebook
+                tokens = sample_logits(filtered, noise=noise)               # for on_step only
+            codes = rearrange(codes, "b (h w) c -> b c h w", h=p)
+            if keep_mask is not None:                                       # put the kept codes back
+                codes = torch.where(keep_cells(keep_mask, p), quantizer.embed(given_tokens[k], (p, p)), codes)
+
+            f_hat = f_hat + quantizer.contribution(codes, k, K, (side, side))
+            if all_scales or k + 1 == K:
+                f_hats.append(f_hat)
+            if on_step is not None:
+                on_step(Step(k, logits, t, tokens, f_hat))
+            if k + 1 < K:
+                next_input = self.word_embed(quantizer.next_input(f_hat, k + 1, config.patch_nums))     # (B, l, C)
+                x = next_input.repeat(len(labels) // B, 1, 1)               # both halves see the same picture
+        del kv_cache, x, logits, noise                                      # large: free them before decoding
+        images = [tokenizer.decode(f_hat).add(1).mul(0.5) for f_hat in f_hats]
+        return images if all_scales else images[0]
+
+    def new_kv_cache(self, rows):
+        """An empty cache (depth, 2, R, H, L, D) for the keys and values of all scales."""
+        c = self.config
+        return self.blocks[0].ffn.fc1.weight.new_empty(c.depth, 2, rows, c.heads, len(self.level), c.width // c.heads)
+
+    def forward_scale(self, x, k, kv_cache, modulation):
+        """Input of scale k (R, l, C) -> logits (R, l, V). Adds the keys and values of the scale to the cache.
+
+        Shapes depend on k and R only, and the host waits for nothing: lib/graphs.py can capture it in a CUDA graph.
+        """
+        start = sum(p * p for p in self.config.patch_nums[:k])
+        x = x + self.position_embed(start, start + x.shape[1])
+        for block, block_modulation, block_cache in zip(self.blocks, modulation.blocks, kv_cache):
+            x = block(x, block_modulation, kv_cache=block_cache, pos=start)
+        return self.logits(x, modulation)
 
     def check_labels(self, labels, generator=None):
-        """Labels (B,), checked; an int B is B classes drawn at random, the first use of the generator."""
+        """Labels (B,), checked; for an int B, B random classes, which are the first use of the generator."""
         device, n = self.pos_embed.device, self.config.num_classes
         if isinstance(labels, int):
             uniform = torch.full((1, n), 1.0 / n, device=device)
@@ -414,16 +415,16 @@ class VAR(nn.Module):
         for block in self.blocks:
             block.attn.proj.weight /= math.sqrt(2 * c.depth)
             block.ffn.fc2.weight /= math.sqrt(2 * c.depth)
-            gates, rest = (block.adaln_table[:, :, :2], block.adaln_table[:, :, 2:]) if c.shared_adaln else (
-                block.adaln.weight[:2 * c.width], block.adaln.weight[2 * c.width:])
-            gates *= init_gamma
-            rest *= 0.5
+            six = block.adaln_table[0, 0] if c.shared_adaln else block.adaln.weight.unflatten(0, (6, c.width))
+            six[:2] *= init_gamma                                           # gates
+            six[2:] *= 0.5                                                  # scales and shifts
 
 
 def edit_mask(box, side, inpaint=True):
-    """Which cells of the last token map to keep: bool (side, side), for `VAR.sample(keep=...)`.
+    """The cells of the last token map to keep: bool (side, side), for `VAR.sample(keep_mask=...)`.
 
-    box: (y0, x0, y1, x1) as shares of the picture. inpaint: keep what is outside of it; else, to out-paint, the inside.
+    box: (y0, x0, y1, x1) as fractions of the picture. inpaint=True keeps everything outside the box, inpaint=False
+    keeps the inside (out-painting).
     """
     y0, x0, y1, x1 = (round(v * side) for v in box)
     inside = torch.zeros(side, side, dtype=torch.bool)
@@ -431,55 +432,52 @@ def edit_mask(box, side, inpaint=True):
     return ~inside if inpaint else inside
 
 
-def kept_cells(keep, p):
-    """The mask of the last scale at scale p: bool (1, 1, p, p). A single cell, the overall color, is always kept."""
+def keep_cells(keep_mask, p):
+    """The keep mask of the last scale resized to a scale of side p: bool (1, 1, p, p); all True for p = 1."""
     if p == 1:
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=keep.device)
-    return F.interpolate(keep[None, None].float(), (p, p), mode="bilinear") > 0.5
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=keep_mask.device)
+    return F.interpolate(keep_mask[None, None].float(), (p, p), mode="bilinear") > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
-RENAMES = [     # fragment of an official key, of ours
+RENAMES = [     # fragment of an official key, fragment of our key
     ("pos_1LC", "pos_embed"), ("class_emb", "class_embed"), ("lvl_embed", "level_embed"),
     ("attn.mat_qkv", "attn.qkv"), ("attn.scale_mul_1H11", "attn.log_scale"),
     ("head_nm.ada_lin.1", "head_adaln"), ("shared_ada_lin.1", "shared_adaln"), ("ada_lin.1", "adaln"),
     ("ada_gss", "adaln_table"),
 ]
-
-
-def _is_derived(key):
-    """Official buffers that follow from the config: scale of each position, mask, the zeros in place of a key bias."""
-    return key in ("lvl_1L", "attn_bias_for_masking") or key.endswith("zero_k_bias")
+# Official buffers that follow from the config: scale of each position, mask, zeros in place of a key bias
+DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
 
 
 def infer_config(state, path):
-    """The Config of an official state dict, read from its keys and shapes."""
+    """The Config of an official state dict, read from its keys and shapes. Raises vq.CheckpointError."""
     width, z_channels = state["word_embed.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    scale = state.get("blocks.0.attn.scale_mul_1H11")
-    length, num_scales = state["pos_1LC"].shape[1], len(state["lvl_embed.weight"])
+    log_scale = state.get("blocks.0.attn.scale_mul_1H11")
     if "lvl_1L" in state:
         patch_nums = tuple(math.isqrt(n) for n in state["lvl_1L"].flatten().bincount().tolist())
     else:
-        known = {(len(s), sum(p * p for p in s)): s for s in vq.PATCH_NUMS.values()}
-        if (num_scales, length) not in known:
-            raise vq.CheckpointError(f"{path}: {num_scales} scales with {length} tokens are no released schedule, and "
-                                     "there is no lvl_1L in the file to tell their sizes; pass config=")
-        patch_nums = known[num_scales, length]
+        known = {(len(nums), sum(p * p for p in nums)): nums for nums in vq.PATCH_NUMS.values()}
+        K, L = len(state["lvl_embed.weight"]), state["pos_1LC"].shape[1]
+        if (K, L) not in known:
+            raise vq.CheckpointError(f"{path}: {K} scales with {L} tokens are no released schedule, and there is no "
+                                     "lvl_1L in the file to tell their sizes; pass config=")
+        patch_nums = known[K, L]
     return Config(
-        depth=depth, width=width, heads=scale.shape[1] if scale is not None else width // 64, patch_nums=patch_nums,
+        depth=depth, width=width, heads=width // 64 if log_scale is None else log_scale.shape[1], patch_nums=patch_nums,
         num_classes=len(state["class_emb.weight"]) - 1, vocab_size=len(state["head.weight"]), z_channels=z_channels,
         mlp_ratio=len(state["blocks.0.ffn.fc1.weight"]) // width, shared_adaln="shared_ada_lin.1.weight" in state,
-        attn_l2_norm=scale is not None, drop_path=0.1 * depth / 24)
+        attn_l2_norm=log_scale is not None, drop_path=0.1 * depth / 24)
 
 
 def load(path, config=None, num_classes=None, dtype=torch.float32, generator=None):
     """A VAR in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
-    config: instead of the inferred one. num_classes: to fine-tune on other classes: if it differs from the file's, all
-    class embeddings but the null class, the last row, start anew from generator. dtype: see set_dtype.
+    config: replaces the inferred one. num_classes: for fine-tuning on other classes. If it differs from the file's, all
+    class embeddings except the null class (the last row) are drawn from generator. dtype: see set_dtype.
     Raises vq.CheckpointError.
     """
     state, saved = vq.read_checkpoint(path, nested=(("trainer", "var_wo_ddp"), ("state_dict",), ("model",)))
@@ -494,7 +492,8 @@ def load(path, config=None, num_classes=None, dtype=torch.float32, generator=Non
         fresh[-1] = state["class_emb.weight"][-1]
         state["class_emb.weight"] = fresh
     model = vq.build(VAR, config)
-    vq.load_strict(model, vq.rename_keys({k: v for k, v in state.items() if not _is_derived(k)}, RENAMES), path)
+    state = {k: v for k, v in state.items() if not k.endswith(DERIVED)}
+    vq.load_strict(model, vq.rename_keys(state, RENAMES), path)
     return set_dtype(model.eval(), dtype)
 
 
@@ -506,7 +505,7 @@ def set_dtype(model, dtype):
 
 
 def export(model, buffers=True):
-    """The official state dict of a VAR, in float32, with or without the buffers that follow from the config."""
+    """The official state dict of a VAR in float32. buffers=False omits the buffers that follow from the config."""
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
     state = vq.rename_keys(state, RENAMES, inverse=True)
     if buffers:
@@ -519,5 +518,5 @@ def export(model, buffers=True):
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes a VAR as safetensors: official keys, config (and `extra`) in the header. dtype: of the stored floats."""
+    """Writes a VAR as safetensors with official keys, in dtype; the header holds the config and `extra`."""
     vq.save_checkpoint(path, export(model, buffers=False), model.config, dtype, **extra)

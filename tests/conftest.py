@@ -1,32 +1,25 @@
-"""Shared by all tests: the project on the path, and a tiny random model that samples in milliseconds."""
+"""Fixtures that several test modules share, and which tests run where."""
 import sys
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import helpers
 import infinity
+import latentsync
 import llamagen
+import syncnet
 import triton_ops
 import var
 import vq
-
-VQ_CONFIG = vq.Config(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, patch_nums=(1, 2, 3, 4))
-VAR_CONFIG = var.Config(depth=2, width=64, heads=2, patch_nums=(1, 2, 3, 4), num_classes=5, vocab_size=32, z_channels=8)
-
-
-BITS_CONFIG = replace(vq.CONFIGS["emoji_bsq"], z_channels=6, patch_nums=(1, 2, 4))
-INFINITY_CONFIG = infinity.Config(depth=2, width=64, heads=2, bits=6, text_width=128, text_maxlen=32, levels=5, chunks=1)
-T5_CONFIG = infinity.T5Config(vocab_size=259, width=128, layers=2, heads=2, head_dim=16, hidden=32)
-SCALES = ((1, 1), (2, 2), (4, 4))
-SINGLE_CONFIG = replace(vq.CONFIGS["emoji_vq_single"], vocab_size=32, patch_nums=(4,))
-CLASS_CONFIG = llamagen.Config(depth=2, width=32, heads=2, hidden=48, side=4, vocab_size=32, num_classes=5)
-TEXT_CONFIG = replace(CLASS_CONFIG, num_classes=0, text_width=128, text_slots=6)
+from helpers import T5_CONFIG, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_syncnet, tiny_tokenizer, tiny_var
+from lib.text import T5Encoder
 
 
 def pytest_collection_modifyitems(items):
@@ -42,54 +35,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="runs in test_kernels_in_the_interpreter's process"))
 
 
-def tiny_vq(config, **changes):
-    """A random tokenizer of 16 x 16 pixels."""
-    model = vq.VQVAE(replace(config, **changes)).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
-    return model
-
-
-tiny_tokenizer = partial(tiny_vq, VQ_CONFIG)            # 30 tokens on four scales
-tiny_bits = partial(tiny_vq, BITS_CONFIG)               # 21 tokens of 6 bits on three scales
-tiny_single = partial(tiny_vq, SINGLE_CONFIG)           # 16 tokens
-
-
-def tiny_var(**changes):
-    """Gates of order one: with the training initialisation a random model would hardly depend on its input."""
-    model = var.VAR(replace(VAR_CONFIG, **changes)).eval()
-    g = torch.Generator().manual_seed(1)
-    model.init_weights(init_gamma=1.0, generator=g)
-    with torch.no_grad():
-        model.head.weight.normal_(0, 0.3, generator=g)
-        for block in model.blocks:
-            if not model.config.shared_adaln:
-                block.adaln.weight.normal_(0, 0.3, generator=g)
-    return model
-
-
-def tiny_infinity(t5=T5_CONFIG, **changes):
-    """Gates of order one, as in tiny_var, and a text that matters."""
-    model = infinity.Infinity(replace(INFINITY_CONFIG, **changes), t5).eval()
-    g = torch.Generator().manual_seed(1)
-    model.init_weights(init_gamma=1.0, generator=g)
-    with torch.no_grad():
-        model.head.weight.normal_(0, 0.3, generator=g)
-        model.text_out.weight.normal_(0, 0.3, generator=g)
-    return model
-
-
-def tiny_llamagen(text=False, t5=None, **changes):
-    """Weights large enough for logits that differ, and an output that is not zero."""
-    model = llamagen.LlamaGen(replace(TEXT_CONFIG if text else CLASS_CONFIG, **changes), t5).eval()
-    g = torch.Generator().manual_seed(1)
-    model.init_weights(g)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim > 1 and not name.startswith("text_encoder."):
-                p.normal_(0, 0.4, generator=g)
-    return model
-
-
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
@@ -102,7 +47,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """(folder, tokenizer file, model file) as `sample.py` takes them."""
+    """(folder, tokenizer file, model file) as `sample.py var` takes them."""
     folder = tmp_path_factory.mktemp("tiny")
     vq.save(tiny_tokenizer(), folder / "emoji_vq.safetensors")
     var.save(tiny_var(), folder / "model.safetensors", classes=["cat", "dog", "owl", "fox", "bee"])
@@ -123,15 +68,60 @@ def text_files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def token_files(tmp_path_factory):
     """(folder, single-scale tokenizer, LlamaGen of classes, LlamaGen of text with its own text encoder)."""
-    folder, tokenizer = tmp_path_factory.mktemp("tiny_tokens"), tiny_single()
+    folder = tmp_path_factory.mktemp("tiny_tokens")
+    tokenizer = tiny_single()
     vq.save(tokenizer, folder / "emoji_vq_single.safetensors")
     extra = dict(tokenizer=vq.fingerprint(tokenizer), sampling={"top_k": 0, "cfg": 2.0})
     llamagen.save(tiny_llamagen(), folder / "classes.safetensors", classes=["cat", "dog", "owl", "fox", "bee"], **extra)
-    t5 = infinity.T5Encoder(T5_CONFIG)
-    llamagen.save(tiny_llamagen(text=True, t5=t5), folder / "text.safetensors", show=["a cat", "a red dog"],
-                  text_encoder=asdict(T5_CONFIG), **extra)
+    llamagen.save(tiny_llamagen(text=True, t5=T5Encoder(T5_CONFIG)), folder / "text.safetensors",
+                  show=["a cat", "a red dog"], text_encoder=asdict(T5_CONFIG), **extra)
     return folder, folder / "emoji_vq_single.safetensors", folder / "classes.safetensors", folder / "text.safetensors"
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def dub_parts():
+    """Tiny UNet, autoencoder and Whisper of LatentSync."""
+    return (helpers.tiny(latentsync.UNet, helpers.UNET_CONFIG), helpers.tiny(vq.KLAutoencoder, helpers.KL_CONFIG),
+            helpers.tiny(latentsync.Whisper, helpers.WHISPER_CONFIG))
+
+
+@pytest.fixture(scope="session")
+def dub_files(dub_parts, tmp_path_factory):
+    """A folder with these three as train.py writes them, named so that the first finds the others."""
+    folder = tmp_path_factory.mktemp("latentsync")
+    latentsync.save(dub_parts[0], folder / "dub.safetensors", tokenizer=vq.fingerprint(dub_parts[1]))
+    vq.save(dub_parts[1], folder / "talking_head_kl.safetensors")
+    latentsync.save(dub_parts[2], folder / "talking_head_whisper.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_file(tmp_path_factory):
+    """A tiny StableSyncNet."""
+    path = tmp_path_factory.mktemp("syncnet") / "tiny.safetensors"
+    syncnet.save(tiny_syncnet(), path)
+    return path
+
+
+@pytest.fixture
+def av():
+    return pytest.importorskip("av", reason="PyAV is optional; .ci/run installs it and runs these tests once more")
+
+
+@pytest.fixture
+def tiny_configs(monkeypatch):
+    """Tiny networks in place of the demo's, for training."""
+    helpers.make_tiny(monkeypatch)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with 40 pictures in two classes, one of them broken."""
+    rng = np.random.default_rng(0)
+    for c in ("circle", "square"):
+        (tmp_path / "data" / c).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / c / f"{i:02d}.png")
+    (tmp_path / "data" / "circle" / "07.png").write_bytes(b"broken")
+    return tmp_path / "data"

@@ -3,7 +3,6 @@ import http.server
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -17,32 +16,12 @@ from PIL import Image
 import infinity
 import llamagen
 import sample
-import train
 import triton_ops
 import var
 import vq
-from conftest import ROOT, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_tokenizer, tiny_var
-
-
-def script(*argv, cwd=ROOT, **kwargs):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, **kwargs)
-
-
-def run(module, *argv):
-    """A script's command line in this process: what `python MODULE.py ARGV` does after its imports."""
-    args = module.parse_args([str(a) for a in argv])
-    sample.guarded(train.main if module is train else sample.MODELS[args.model], args)
-
-
-def complaint(capsys, module, *argv):
-    """The one line that a mistake gets, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        run(module, *argv)
-    err = capsys.readouterr().err.strip()
-    assert e.value.code == 2 and "Traceback" not in err
-    line = err.splitlines()[-1]
-    assert "error: " in line
-    return line
+from helpers import (ROOT, complaint, info, run, script, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single,
+                     tiny_tokenizer, tiny_var)
+from lib import bench, bench_ops, data, drawing
 
 
 @pytest.fixture
@@ -111,11 +90,6 @@ def test_classes_by_name_filmstrip_and_editing(tiny, capsys):
         assert Image.open(out / "edit.png").width == 4 * 130 - 2            # given, kept, two samples
     run(sample, "var", *argv, "--list-classes")
     assert "   2  owl" in capsys.readouterr().out
-
-
-def info(path):
-    with Image.open(path) as picture:
-        return picture.size, picture.info
 
 
 def test_prompts_draw_their_own_pictures_whatever_the_batch(prompts, capsys):
@@ -204,8 +178,8 @@ def test_bench_of_tokens_races_the_textbook_loop(tokens, capsys):
     model, labels = tiny_llamagen(), torch.tensor([1, 2])
     settings = dict(temperature=0.7, top_k=20, top_p=0.8)
     seeds = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
-    mine = torch.stack([step.tokens for step in model.steps(labels, cfg=2.0, generator=seeds(), **settings)], 1)
-    assert torch.equal(mine, sample.textbook_loop(model, labels, 2.0, generator=seeds(), **settings))
+    mine = model.generate(labels, cfg=2.0, generator=seeds(), **settings)
+    assert torch.equal(mine, bench.textbook_loop(model, labels, 2.0, generator=seeds(), **settings))
 
 
 def test_the_demo_draws_what_it_is_told(tmp_path):
@@ -238,20 +212,19 @@ def test_bench_of_bits(prompts, capsys):
 def test_npz_goes_on_where_it_stopped_and_is_the_same_in_pieces(tiny, capsys, monkeypatch):
     argv, out = tiny
     command = ["var", *argv, "-n", 10, "--cfg", 1.5]
-    small = partial(sample.write_npz, chunk=4)
-    monkeypatch.setattr(sample, "write_npz", small)
+    monkeypatch.setattr(drawing, "NPZ_CHUNK", 4)
     run(sample, *command, "--npz", out / "a.npz", "--batch-size", 10)
     expected = np.load(out / "a.npz")["arr_0"]
     assert expected.shape == (10, 16, 16, 3) and expected.dtype == np.uint8
 
-    calls, real = [], sample.VARJob.draw
+    calls, real = [], var.VAR.sample
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(sample.VARJob, "draw", interrupted)
+    monkeypatch.setattr(var.VAR, "sample", interrupted)
     with pytest.raises(SystemExit, match="130"):
         run(sample, *command, "--npz", out / "b.npz", "--batch-size", 3)
     assert not (out / "b.npz").exists() and len(list((out / "b.npz.parts").glob("*.npy"))) == 1
@@ -308,7 +281,7 @@ def test_compile_draws_the_same_pictures(tiny, monkeypatch):
 
 def test_a_variant_that_draws_something_else_gets_no_time():
     flaky = iter([torch.zeros(1), torch.ones(1)])                           # right when captured, wrong when replayed
-    found = sample.race(lambda: torch.zeros(1), {"flaky": lambda: next(flaky)}, 1, torch.device("cpu"))
+    found = bench.race(lambda: torch.zeros(1), {"flaky": lambda: next(flaky)}, 1, torch.device("cpu"))
     assert not found["flaky"]["equal"] and "seconds" not in found["flaky"]
 
 
@@ -316,8 +289,8 @@ def test_ops_table_and_bench(tmp_path, capsys, monkeypatch):
     """The README's table is the registry's; a benchmark's row holds what it promises."""
     table = script("triton_ops.py").stdout
     assert table and table in (ROOT / "README.md").read_text()
-    spec = sample.REGISTRY["adaln_modulate"]
-    monkeypatch.setitem(sample.REGISTRY, "adaln_modulate", replace(spec, shapes={"odd": (1, 1, 8), "small": (1, 3, 8)}))
+    spec = triton_ops.REGISTRY["adaln_modulate"]
+    monkeypatch.setitem(triton_ops.REGISTRY, "adaln_modulate", replace(spec, shapes={"odd": (1, 1, 8), "small": (1, 3, 8)}))
     run(sample, "ops", "--bench", "adaln_modulate", "--dtype", "fp32", "--json", tmp_path / "ops.json")
     out, rows = capsys.readouterr().out, json.loads((tmp_path / "ops.json").read_text())
     assert [row["op"] for row in rows] == ["adaln_modulate: small", "adaln_modulate backward: small"]
@@ -329,10 +302,10 @@ def test_ops_table_and_bench(tmp_path, capsys, monkeypatch):
 
 
 def test_an_op_that_differs_gets_no_time(monkeypatch):
-    spec = sample.REGISTRY["sample_logits"]
-    monkeypatch.setitem(sample.REGISTRY, "sample_logits", replace(spec, fn=lambda cond, *_, **__: cond.argmin(-1)))
+    spec = triton_ops.REGISTRY["sample_logits"]
+    monkeypatch.setitem(triton_ops.REGISTRY, "sample_logits", replace(spec, fn=lambda cond, *_, **__: cond.argmin(-1)))
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
-    seconds, difference = sample.time_op("sample_logits", (7, 33), torch.device("cpu"), torch.float32, False)
+    seconds, difference = bench_ops.time_op("sample_logits", (7, 33), torch.device("cpu"), torch.float32, False)
     assert difference > 0.5 and "differs from torch" in seconds["fallback"] and seconds["eager"] > 0
 
 
@@ -363,8 +336,9 @@ def test_compile_without_a_compiler(tiny, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that serves stand-ins under the released names; its folder and the cache folder."""
+def hub(tmp_path):
+    """A hub on this machine that serves stand-ins under the released names -> (server, its folder, environment)."""
+    pytest.importorskip("huggingface_hub", reason="optional; .ci/run installs it and runs these tests")
     folder = tmp_path / "hub" / "FoundationVision" / "var" / "resolve" / "main"
     folder.mkdir(parents=True)
 
@@ -372,42 +346,48 @@ def hub(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
-        def copyfile(self, source, target):
-            data = source.read()
-            target.write(data[:len(data) // 2] if self.server.break_off else data)
-
+        def end_headers(self):
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"%s"' % self.path.rpartition("/")[2])
+            super().end_headers()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "hub"))
-    server.break_off = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("LEGIBLE_HUB", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("LEGIBLE_CACHE", str(tmp_path / "cache"))
-    yield server, folder, tmp_path / "cache"
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+                                "HF_HUB_DISABLE_XET": "1"}
+    yield server, folder, environment
     server.shutdown()
 
 
-def test_released_names_are_fetched_once(hub, tmp_path, monkeypatch, capsys):
-    server, folder, cache = hub
+def test_released_names_are_downloaded_once(hub, tmp_path):
+    """Into the cache that other programs use, too; without a network they are found there."""
+    server, folder, environment = hub
     big = dict(vocab_size=4096, z_channels=32)
     torch.save(vq.export(tiny_tokenizer(**big)), folder / "vae_ch160v4096z32.pth")
     torch.save(var.export(tiny_var(**big, heads=1)), folder / "var_d16.pth")
-    run(sample, "var", "--ckpt", "var_d16", "-n", 1, "--out", tmp_path / "a.png", "--device", "cpu")
-    assert sorted(p.name for p in cache.iterdir()) == ["vae_ch160v4096z32.pth", "var_d16.pth"]
+    argv = (ROOT / "sample.py", "var", "--ckpt", "var_d16", "-n", 1, "--device", "cpu", "--out")
+    result = script(*argv, tmp_path / "a.png", env=environment)
+    assert result.returncode == 0, result.stderr
     server.shutdown()
-    run(sample, "var", "--ckpt", "var_d16.pth", "-n", 1, "--out", tmp_path / "b.png", "--device", "cpu")
+    result = script(*argv, tmp_path / "b.png", "--no-download", env=environment)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_failed_downloads_say_so_and_leave_nothing_that_looks_whole(hub, tmp_path, monkeypatch, capsys):
-    server, folder, cache = hub
-    argv = ("var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png")
-    assert "the server answered 404" in complaint(capsys, sample, *argv)
-    (folder / "var_d16.pth").write_bytes(b"x" * 5000)
-    server.break_off = True
-    assert "broke off at 2500 of 5000 bytes; run again to continue" in complaint(capsys, sample, *argv)
-    assert [p.name for p in cache.iterdir()] == ["var_d16.pth.part"]
-    assert "--no-download is set" in complaint(capsys, sample, *argv, "--no-download")
-    monkeypatch.setenv("LEGIBLE_HUB", "http://127.0.0.1:1")
-    assert "cannot be reached" in complaint(capsys, sample, *argv)
+def test_failed_downloads_say_so(hub, tmp_path):
+    _, _, environment = hub
+    argv = (ROOT / "sample.py", "var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png")
+    result = script(*argv, env=environment)
+    way_out = "get it from https://huggingface.co/FoundationVision/var/blob/main/var_d16.pth and give its path"
+    assert result.returncode == 2 and "var_d16.pth: cannot be downloaded (" in result.stderr, result.stderr
+    assert way_out in result.stderr and "Traceback" not in result.stderr
+
+
+def test_without_the_package_the_way_out_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = complaint(capsys, sample, "var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png")
+    assert "var_d16.pth: to download it, pip install huggingface_hub; or get it from https://huggingface.co/" in said
+    said = complaint(capsys, sample, "var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png", "--no-download")
+    assert "not here" in said and "--no-download is set" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,8 +413,8 @@ def test_bad_files(tiny, files, capsys):
             (out / f"junk{i}.{suffix}").write_bytes(junk)
             said = say("--ckpt", out / f"junk{i}.{suffix}")
             assert f"junk{i}.{suffix}: truncated or not a" in said or f"junk{i}.{suffix}: refused" in said
-    torch.save({"args": train.Batches(1, 1, 0)}, out / "code.pth")
-    assert "code.pth: refused: loading it would run code (train.Batches)" in say("--ckpt", out / "code.pth")
+    torch.save({"args": data.Batches(1, 1, 0)}, out / "code.pth")
+    assert "code.pth: refused: loading it would run code (lib.data.Batches)" in say("--ckpt", out / "code.pth")
     wrong = var.export(tiny_var(heads=1))
     wrong["head.weight"] = wrong["head.weight"][:, :5].clone()
     torch.save(wrong, out / "shape.pth")
@@ -530,7 +510,7 @@ def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, 
     assert "flan-t5-xl: not here" in say(*mine)
     (out / "t5").mkdir()
     assert "no weights in it" in say(*mine, "--t5", out / "t5")
-    assert "c2i_B_256: not here" in say("llamagen", "--ckpt", "c2i_B_256", "--no-download")
+    assert "c2i_B_256.pt: not here" in say("llamagen", "--ckpt", "c2i_B_256", "--no-download")
     torch.save({"model": llamagen.export(tiny_llamagen())}, out / "narrow.pt")
     assert "how many heads it has is in no tensor" in say("llamagen", "--ckpt", out / "narrow.pt", "--size", 16)
     torch.save({"model": llamagen.export(tiny_llamagen(width=64, heads=1))}, out / "mine.pt")
@@ -561,33 +541,63 @@ def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
 
 
 def test_model_files_can_be_lifted(tmp_path):
-    """Models, vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
-    for name in ("var.py", "infinity.py", "llamagen.py", "vq.py", "triton_ops.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """Each model with vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
     code = """
 import sys
 class Blocker:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "tokenizers"}:
+        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "tokenizers", "lib"}:
             raise ImportError(name + " is not installed")
 import torch                                # which looks for triton itself
 for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "tqdm")]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocker())
-import infinity, llamagen, var, vq
+import numpy as np, vq
 g = torch.Generator().manual_seed(0)
-tokenizer, model = vq.VQVAE(vq.CONFIGS["emoji_vq"]).eval(), var.VAR(var.CONFIGS["emoji_var"]).eval()
-tokenizer.init_weights(g), model.init_weights(generator=g)
-print(tuple(model.sample(tokenizer, torch.tensor([3]), generator=g).shape), torch.cuda.is_initialized())
-tokenizer = vq.VQVAE(vq.CONFIGS["emoji_bsq"]).eval()
-model = infinity.Infinity(infinity.CONFIGS["emoji_infinity"], infinity.BYTE_T5).eval()
-tokenizer.init_weights(g), model.init_weights(generator=g)
-scales = vq.as_pairs(tokenizer.config.patch_nums)
-print(tuple(model.sample(tokenizer, *model.text_encoder.encode(["a fox"]), scales=scales, generator=g).shape))
-tokenizer = vq.VQVAE(vq.CONFIGS["emoji_vq_single"]).eval()
-model = llamagen.LlamaGen(llamagen.CONFIGS["emoji_llamagen"]).eval()
-tokenizer.init_weights(g), model.init_weights(g)
-print(tuple(model.sample(tokenizer, torch.tensor([3]), generator=g).shape))
+def random(cls, config, *inputs):
+    model = cls(config, *inputs).eval()
+    model.init_weights(generator=g)
+    return model
 """
-    result = script("-c", code, cwd=tmp_path)
-    assert result.stdout.split("\n")[:3] == ["(1, 3, 32, 32) False"] + 2 * ["(1, 3, 32, 32)"], result.stderr
+    bodies = {
+        "var": """
+import var
+images = random(var.VAR, var.CONFIGS["emoji_var"]).sample(
+    random(vq.VQVAE, vq.CONFIGS["emoji_vq"]), torch.tensor([3]), generator=g)
+""",
+        "infinity": """
+import infinity
+tokenizer, model = random(vq.VQVAE, vq.CONFIGS["emoji_bsq"]), random(infinity.Infinity, infinity.CONFIGS["emoji_infinity"])
+scales = vq.as_pairs(tokenizer.config.patch_nums)
+images = model.sample(tokenizer, torch.randn(1, 5, 128, generator=g), scales=scales, generator=g)
+""",
+        "llamagen": """
+import llamagen
+images = random(llamagen.LlamaGen, llamagen.CONFIGS["emoji_llamagen"]).sample(
+    random(vq.VQVAE, vq.CONFIGS["emoji_vq_single"]), torch.tensor([3]), generator=g)
+""",
+        "latentsync": """
+import latentsync
+unet, whisper = random(latentsync.UNet, latentsync.CONFIGS["talking_head"]), random(
+    latentsync.Whisper, latentsync.WHISPERS["talking_head"])
+autoencoder, align = random(vq.KLAutoencoder, vq.CONFIGS["talking_head_kl"]), latentsync.Aligner(64)
+points = torch.tensor([(30.0, 30.0), (70.0, 30.0), (50.0, 50.0)])
+frames = [(np.zeros((100, 100, 3), np.uint8), align(points))] * 2
+windows = latentsync.windows(whisper, torch.rand(2000).numpy())
+dubbed = list(latentsync.lipsync(unet, autoencoder, frames, windows, g, steps=1))
+images = dubbed[0].generated[None, :, :32, :32]
+""",
+        "syncnet": """
+import syncnet
+model = random(syncnet.StableSyncNet, syncnet.CONFIGS["talking_head"])
+faces = torch.zeros(20, 3, 64, 64, dtype=torch.uint8)
+assert syncnet.score(model, faces, np.random.default_rng(0).standard_normal(16000) * 0.1, max_shift=2).clips == 5
+images = torch.zeros(1, 3, 32, 32)
+"""}
+    for model, body in bodies.items():
+        folder = tmp_path / model
+        folder.mkdir()
+        for name in (f"{model}.py", "vq.py", "triton_ops.py"):
+            shutil.copy(ROOT / name, folder)
+        result = script("-c", code + body + "print(tuple(images.shape), torch.cuda.is_initialized())", cwd=folder)
+        assert result.stdout == "(1, 3, 32, 32) False\n", (model, result.stderr)

@@ -20,13 +20,16 @@ import sample
 import syncnet
 import train
 import vq
-from conftest import ROOT, tiny_bits, tiny_llamagen, tiny_single, tiny_tokenizer, tiny_var
-from test_cli import complaint, run
-from test_latentsync import TINY, TINY_EAR, TINY_KL, tiny
-from test_latentsync_training import TINY_EYE, TINY_JUDGE
-from test_syncnet import tiny_syncnet
-from test_train import VQ, captioned, make_tiny, pictures, same, tiny_configs, weights
+from helpers import (JUDGE_CONFIG, KL_CONFIG, ROOT, UNET_CONFIG, VIDEOMAE_CONFIG, WHISPER_CONFIG, captioned, complaint,
+                     log_rows, make_tiny, run, same, tiny, tiny_bits, tiny_llamagen, tiny_single, tiny_syncnet,
+                     tiny_tokenizer, tiny_var, weights)
+from lib import parallel, studies, tasks, videomae
+from lib.caches import TokenCache
+from lib.data import Batches, CaptionedPictures, PictureFolder
+from lib.run import Checkpoints
+from test_train import VQ
 
+pytestmark = pytest.mark.usefixtures("tiny_configs")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SHORT = ("--batch-size", 4, "--device", "cpu", "--log-every", 1, "--val-every", 0, "--sample-every", 0, "--workers", 0)
 
@@ -51,7 +54,7 @@ def steps_saved(folder):
 
 
 def losses(folder):
-    return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(open(folder / "log.csv"))]
+    return [(int(row["step"]), float(row["loss"])) for row in log_rows(folder)]
 
 
 @pytest.fixture
@@ -62,11 +65,11 @@ def nets(tmp_path):
     vq.save(tiny_tokenizer(), folder / "emoji_vq.safetensors")
     vq.save(tiny_bits(), folder / "emoji_bsq.safetensors")
     vq.save(tiny_single(), folder / "single.safetensors")
-    syncnet.save(tiny_syncnet(config=TINY_JUDGE), folder / "sync.safetensors")
-    latentsync.save(tiny(latentsync.VideoMAE, TINY_EYE), folder / "eye.safetensors")
-    latentsync.save(tiny(latentsync.UNet, replace(TINY, resolution=16, motion="none")), folder / "stage1.safetensors")
-    latentsync.save(tiny(latentsync.Whisper, TINY_EAR), folder / "ear.safetensors")
-    vq.save(tiny(vq.KLAutoencoder, TINY_KL), folder / "kl.safetensors")
+    syncnet.save(tiny_syncnet(config=JUDGE_CONFIG), folder / "sync.safetensors")
+    videomae.save(tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), folder / "eye.safetensors")
+    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")), folder / "stage1.safetensors")
+    latentsync.save(tiny(latentsync.Whisper, WHISPER_CONFIG), folder / "ear.safetensors")
+    vq.save(tiny(vq.KLAutoencoder, KL_CONFIG), folder / "kl.safetensors")
     return folder
 
 
@@ -120,10 +123,10 @@ def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
 def test_a_batch_must_be_shared_evenly(pictures, tmp_path, capsys, monkeypatch):
     run(train, *VQ, "--data", pictures, "--steps", 2, "--stop-after", 1, "--accum", 2, "--out", tmp_path / "a")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(train, "join_others", lambda device: None)
-    monkeypatch.setattr(train, "of_all", lambda thing: [thing])
+    monkeypatch.setattr(parallel, "join", lambda device: None)
+    monkeypatch.setattr("lib.run.all_gather_objects", lambda thing: [thing])
     said = complaint(capsys, train, *VQ, "--data", pictures, "--steps", 2, "--out", tmp_path / "a", "--resume", "auto")
-    assert "cuts a batch into 2 parts, which 4 processes cannot share" in said
+    assert "cuts a batch into 2 micro-batches, which 4 processes cannot share" in said
     said = complaint(capsys, train, *VQ, "--data", pictures, "--steps", 2, "--batch-size", 6, "--out", tmp_path / "b")
     assert "--batch-size 6: not divisible by --accum 1 times 4 processes" in said
     monkeypatch.undo()
@@ -155,7 +158,7 @@ def test_sets_of_pictures_do_not_depend_on_the_processes(files, tmp_path, monkey
             "import numpy as np, sample; save = np.save;"
             "np.save = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))"
             " if os.environ['DIE'] == os.environ['RANK'] else save(*a);"
-            "sample.guarded(sample.MODELS['var'], sample.parse_args(sys.argv[1:]))").format(str(ROOT))
+            "from lib.console import run_command; run_command(sample.MODELS['var'], sample.parse_args(sys.argv[1:]))").format(str(ROOT))
     (tmp_path / "go.py").write_text(code)
     for die, ends in (("1", False), ("no", True)):
         command = [sys.executable, *TORCHRUN, tmp_path / "go.py", *argv, "--npz", tmp_path / "two.npz"]
@@ -181,8 +184,8 @@ def test_tar_files_hold_the_same_pictures(pictures, tmp_path, capsys):
                 (tmp_path / "class").write_text(str(int(path.parent.name == "square")))
                 tar.add(tmp_path / "class", f"{path.parent.name}_{path.stem}.cls")
     options = dict(size=16, split=False)
-    packed = train.PictureFolder(tmp_path / "tars", notes=tmp_path / "notes", **options)
-    plain = train.PictureFolder(pictures, **options)
+    packed = PictureFolder(tmp_path / "tars", notes=tmp_path / "notes", **options)
+    plain = PictureFolder(pictures, **options)
     assert packed.classes == ["0", "1"] and len(packed) == len(plain) == 40
     by_name = {packed.name(i).split("/")[-1]: i for i in range(40)}
     for i, path in enumerate(plain.files):
@@ -190,7 +193,7 @@ def test_tar_files_hold_the_same_pictures(pictures, tmp_path, capsys):
         if "circle/07" not in path:
             (a, one, _), (b, two, _) = plain.__getitems__([(i, (3,))]), packed.__getitems__([(at, (3,))])
             assert torch.equal(a, b) and one == two
-    batches = train.Batches([np.arange(40)], 5, 0, shards=packed.shards, window=10)
+    batches = Batches([np.arange(40)], 5, 0, shards=packed.shards, window=10)
     epoch = [i for batch, _ in zip(batches, range(8)) for i, _ in batch]
     assert sorted(epoch) == list(range(40)) and epoch != sorted(epoch)
     assert all(len(set(packed.shards[epoch[start:start + 10]])) == 1 for start in range(0, 40, 10))
@@ -218,8 +221,8 @@ def test_tar_files_with_captions(tmp_path, capsys):
             tar.add(folder / f"{i}.png", f"{i}.png")
             tar.add(tmp_path / "text", f"{i}.{'txt' if i else 'json'}")
         tar.add(folder / "0.png", "mute.png")
-    packed = train.CaptionedPictures(tmp_path / "tars", "0.06M", split=False, notes=tmp_path)
-    plain = train.CaptionedPictures(folder, "0.06M", split=False)
+    packed = CaptionedPictures(tmp_path / "tars", "0.06M", split=False, notes=tmp_path)
+    plain = CaptionedPictures(folder, "0.06M", split=False)
     assert "skipped 1 broken of 25 lines" in capsys.readouterr().out and packed.captions(0) == ["long", "s"]
     assert packed.aspects == plain.aspects == [1.0, 1.5] and packed.name(3) == str(tmp_path / "tars" / "0.tar" / "3.png")
     for i in (1, 2, 23):
@@ -230,9 +233,9 @@ def test_tar_files_with_captions(tmp_path, capsys):
 
 
 def test_damaged_tokens_are_made_again(pictures, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.TokenCache, "SHARD", 16)
-    tokenizer, data = vq.load(files[1]), train.PictureFolder(pictures, 16)
-    make = lambda: train.TokenCache(data, tokenizer, (1, 2, 3, 4), "1", "cpu", tmp_path, "train")
+    monkeypatch.setattr(TokenCache, "SHARD", 16)
+    tokenizer, data = vq.load(files[1]), PictureFolder(pictures, 16)
+    make = lambda: TokenCache(data, tokenizer, (1, 2, 3, 4), "1", "cpu", tmp_path, "train")
     cache = make()
     assert "skipped 1 unreadable of 38 pictures" in capsys.readouterr().out and len(cache) == 37
     items = [(i, None) for i in (0, 20, 36)]
@@ -254,15 +257,15 @@ def test_damaged_tokens_are_made_again(pictures, files, tmp_path, capsys, monkey
 
 
 def test_losses_that_are_not_finite(pictures, tmp_path, capsys, monkeypatch):
-    loss, bad = train.TokenizerTask.loss, {2, 4, 5}
+    loss, bad = tasks.TokenizerTask.loss, {2, 4, 5}
 
-    def broken(self, batch, step, g):
-        value, metrics = loss(self, batch, step, g)
+    def broken(self, batch, step, generator):
+        value, metrics = loss(self, batch, step, generator)
         return value * (float("nan") if step in bad else 1.0), metrics
-    monkeypatch.setattr(train.TokenizerTask, "loss", broken)
+    monkeypatch.setattr(tasks.TokenizerTask, "loss", broken)
     argv = (*VQ, "--data", pictures, "--steps", 8, "--max-skipped", 3)
     run(train, *argv, "--out", tmp_path / "a")
-    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    rows = log_rows(tmp_path / "a")
     assert [row["skipped"] for row in rows] == ["0", "0", "1", "1", "2", "3", "3", "3"] and rows[2]["loss"] == "nan"
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "a").values())
     bad |= {6}
@@ -275,13 +278,13 @@ def test_losses_that_are_not_finite(pictures, tmp_path, capsys, monkeypatch):
 
 
 def test_a_reader_that_dies_ends_the_run(pictures, tmp_path, capsys, monkeypatch):
-    read = train.PictureFolder.read
+    read = PictureFolder.read
 
     def killed(self, index, crop):
         if index == 5 and torch.utils.data.get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, index, crop)
-    monkeypatch.setattr(train.PictureFolder, "read", killed)
+    monkeypatch.setattr(PictureFolder, "read", killed)
     argv = ("--data", pictures, "--steps", 40, "--workers", 1, "--val-every", 0, "--sample-every", 0)
     said = complaint(capsys, train, *VQ, *argv, "--out", tmp_path / "a")
     assert "a process that reads --data has died" in said and "try fewer --workers" in said
@@ -318,7 +321,7 @@ def until(happened, seconds=120):
 
 def test_a_full_disk_ends_nothing(pictures, tmp_path, capsys, monkeypatch):
     """No file may grow beyond a limit for a while: the run goes on, says so, and saves when there is room."""
-    saves, begin = [], train.Checkpoints.begin
+    saves, begin = [], Checkpoints.begin
 
     def limited(self, step, *inputs):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -328,7 +331,7 @@ def test_a_full_disk_ends_nothing(pictures, tmp_path, capsys, monkeypatch):
         if self.pending:
             self.pending[1].exception()                                     # waits for it, inside of the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    monkeypatch.setattr(train.Checkpoints, "begin", limited)
+    monkeypatch.setattr(Checkpoints, "begin", limited)
     plain = (*VQ, "--data", pictures, "--steps", 5)
     argv = (*plain, "--save-every", 1, "--out", tmp_path / "a", "--resume", "auto")
     run(train, *argv, "--stop-after", 3)
@@ -393,7 +396,7 @@ def test_what_a_run_leaves_behind(pictures, tmp_path, capsys, monkeypatch):
     run(train, *VQ, "--data", pictures, "--batch-size", 16, "--steps", 3, "--out", tmp_path / "a")
     said = capsys.readouterr().out
     assert "step 3/3: loss " in said and "waiting for data" in said         # a line, where there is no terminal
-    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    rows = log_rows(tmp_path / "a")
     for name in ("step_seconds", "images_per_s", "flops_share"):
         assert all(float(row[name]) > 0 for row in rows), name
     assert all(0 <= float(row["data_wait"]) < 1 for row in rows) and rows[0]["tokens_per_s"] == ""
@@ -403,13 +406,13 @@ def test_what_a_run_leaves_behind(pictures, tmp_path, capsys, monkeypatch):
 
 
 def test_scaling_laws(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "LADDER", (1, 2, 3))
+    monkeypatch.setattr(studies, "LADDER", (1, 2, 3))
     run(train, "var", "--scaling-laws", "--size", 16, "--steps", 2, "--vae", files[1], "--device", "cpu", "--out", tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
     assert [row["depth"] for row in rows] == ["1", "2", "3"] and (tmp_path / "scaling.png").exists()
     assert "loss, last scale: " in capsys.readouterr().out
     sizes = np.array([1e5, 1e6, 1e7])
-    alpha, offset, r = train.power_law(sizes, (3e-3 * sizes) ** -0.2)
+    alpha, offset, r = studies.power_law(sizes, (3e-3 * sizes) ** -0.2)
     assert (alpha, np.exp(offset), r) == pytest.approx((-0.2, 3e-3 ** -0.2, -1.0))
 
 

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils._pytree import tree_leaves
 
 import infinity
 import vq
 from conftest import SCALES, T5_CONFIG, randn, tiny_bits, tiny_infinity
+from lib.graphs import captured
+from lib.text import T5Encoder, byte_ids, load_infinity, load_t5, load_tokenizer
+from test_var import CAPTURES, check_nothing_waits, steps_of
 from triton_ops import backend, filter_logits
 
 PATCHES = ((1, 1), (2, 2))                      # with patchify, the tokenizer's being 2x2 and 4x4
@@ -31,9 +33,9 @@ def images(model, *arguments, **options):
 def test_cached_sampling_equals_teacher_forcing(patchify):
     model, tokenizer = tiny_infinity(bits=24 if patchify else 6, patchify=patchify), tiny_bits()
     scales = PATCHES if patchify else SCALES
-    steps = list(model.steps(tokenizer, texts(), scales=scales, cfg=1.0, tau=1.0, generator=generators(0, 1)))
+    steps = steps_of(model, tokenizer, texts(), scales=scales, cfg=1.0, tau=1.0, generator=generators(0, 1))
     sizes = infinity.tokenizer_scales(scales, patchify)
-    sums = tokenizer.quantize.ladder([s.bits for s in steps], sizes)
+    sums = tokenizer.quantize.partial_sums([s.bits for s in steps], sizes)
     inputs = [tokenizer.quantize.next_input(f_hat, k + 1, sizes) for k, f_hat in enumerate(sums[:-1])]
     if patchify:
         inputs = [infinity.fold(x, size) for x, size in zip(inputs, scales[1:])]
@@ -55,7 +57,7 @@ def test_a_batch_of_two_prompts_is_two_batches_of_one(options):
              images(model, tokenizer, text[1:, :3], generator=generators(6), **options)]
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=0)
     given = tokenizer.tokenize(randn(2, 3, 16, 16), SCALES)
-    kept = images(model, tokenizer, text, mask, generator=generators(5, 6), given=given, keep=3, **options)
+    kept = images(model, tokenizer, text, mask, generator=generators(5, 6), given_bits=given, keep_scales=3, **options)
     torch.testing.assert_close(kept, (tokenizer.detokenize(given) + 1) / 2, atol=1e-5, rtol=0)
 
 
@@ -66,20 +68,26 @@ def test_text_seed_guidance_and_negative_prompt_matter():
     assert torch.equal(plain, draw()) and plain.shape == (1, 3, 16, 16) and 0 <= plain.min() and plain.max() <= 1
     others = [draw(-texts(1)), draw(seed=1), draw(cfg=4.0), draw(tau=0.3), draw(negative=(texts(1, 7), None))]
     assert all(not torch.equal(plain, other) for other in others)
-    ladder = draw(ladder=True)
-    assert len(ladder) == 3 and torch.equal(ladder[-1], plain)
+    pictures = draw(all_scales=True)
+    assert len(pictures) == 3 and torch.equal(pictures[-1], plain)
     null = model.null_text[:5][None]                                        # guidance towards the null text: nothing to do
     torch.testing.assert_close(draw(null, cfg=1.0), draw(null, cfg=5.0), atol=1e-4, rtol=0)
 
 
-def test_captured_steps_draw_the_same_pictures():
-    from test_var import Rerun
-    model, tokenizer, run = tiny_infinity(), tiny_bits(), Rerun()
+@CAPTURES
+def test_captured_steps_draw_the_same_pictures(device, call):
+    model, tokenizer = tiny_infinity().to(device), tiny_bits().to(device)
+    fast, fast_tokenizer = captured(model, call), captured(tokenizer, call)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     for text, mask, seed in ((texts(), mask, 0), (-texts(), mask, 3), (texts(), None, 1), (texts(), ~mask, 2)):
-        draw = lambda run: images(model, tokenizer, text, mask, generator=generators(seed, 9), ladder=True, run=run)
-        for mine, expected in zip(draw(run), draw(infinity.call)):
-            assert torch.equal(mine, expected)
+        for options in (dict(), dict(guide_after=0)):
+            found, expected = (images(
+                m, t, text, mask, all_scales=True, **options,
+                generator=[torch.Generator(device).manual_seed(s) for s in (seed, 9)])
+                for m, t in ((fast, fast_tokenizer), (model, tokenizer)))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(fast.forward_scale.graphs) == 3 * 2 * 2 and len(fast_tokenizer.decode.graphs) == 1
+    check_nothing_waits(model, lambda model: images(model, tokenizer, texts(), mask))
 
 
 @pytest.mark.parametrize("pixels", vq.PIXELS)
@@ -111,7 +119,7 @@ def test_positions_are_those_of_the_full_grid_rounded_to_even():
     assert infinity.rope_angles(((1, 1), (2, 2)) + vq.schedule(3.0, "1M")[2:], 4)[2, 1] == 18      # 37 / 2 = 18.5
 
 
-def test_self_correction_repairs_and_without_flips_is_the_plain_ladder():
+def test_self_correction_repairs_and_without_flips_is_plain_quantization():
     quantizer, f = tiny_bits().quantize, randn(3, 6, 4, 4)
     bits = torch.cat(quantizer.encode(f, SCALES), 1)
     plain = quantizer.teacher_input(quantizer.encode(f, SCALES), SCALES)
@@ -223,15 +231,17 @@ def test_save_load_export(tmp_path, chunks):
     torch.save({"args": {}, "trainer": {"gpt_fsdp": official, "gpt_ema_fsdp": {k: v + 1 for k, v in official.items()}}},
                tmp_path / "training.pth")
     for name in ("m.safetensors", "flat.pth", "training.pth"):
-        again = infinity.load(tmp_path / name)
+        again = load_infinity(tmp_path / name)
         assert again.config == model.config or name != "m.safetensors"
         for key, value in infinity.export(again).items():
             assert torch.equal(value, official[key]), key
-    averaged = infinity.load(tmp_path / "training.pth", ema=True)
+    averaged = load_infinity(tmp_path / "training.pth", ema=True)
     assert torch.equal(averaged.head.bias, model.head.bias + 1)
+    assert torch.equal(averaged.text_encoder.norm.weight, model.text_encoder.norm.weight + 1)
+    assert infinity.load(tmp_path / "m.safetensors").text_encoder is None   # features come from elsewhere then
     half = infinity.load(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert half.blocks[0].ffn.fc1.weight.dtype == torch.bfloat16 and half.head.weight.dtype == torch.float32
-    draw = lambda model: list(model.steps(tiny_bits(), texts(), scales=SCALES, generator=generators(0, 1)))[0].logits
+    draw = lambda model: steps_of(model, tiny_bits(), texts(), scales=SCALES, generator=generators(0, 1))[0].logits
     torch.testing.assert_close(draw(half), draw(model), atol=0.05, rtol=0.05)
 
 
@@ -268,11 +278,13 @@ def test_shards_and_what_is_wrong_with_them(tmp_path):
     with pytest.raises(vq.CheckpointError, match="1 missing: head.bias"):
         infinity.load(tmp_path / "short.pth")
     with pytest.raises(ValueError, match="the tokenizer has tokens of 8 bits, but this model needs 6 bits"):
-        next(model.steps(tiny_bits(z_channels=8), texts(), scales=SCALES))
+        model.sample(tiny_bits(z_channels=8), texts(), scales=SCALES)
     with pytest.raises(ValueError, match="cfg has 2 values, but there are 3 scales"):
-        next(model.steps(tiny_bits(), texts(), scales=SCALES, cfg=[1.0, 2.0]))
+        model.sample(tiny_bits(), texts(), scales=SCALES, cfg=[1.0, 2.0])
     with pytest.raises(ValueError, match="a prompt has 40 tokens, but the null text 32"):
-        next(model.steps(tiny_bits(), texts(1, 40), scales=SCALES))
+        model.sample(tiny_bits(), texts(1, 40), scales=SCALES)
+    with pytest.raises(ValueError, match="given_bits and keep_scales go together"):
+        model.sample(tiny_bits(), texts(), scales=SCALES, keep_scales=2)
 
 
 def test_plain_and_wrapped_tokenizer_files_are_the_same(tmp_path):
@@ -289,8 +301,8 @@ def test_plain_and_wrapped_tokenizer_files_are_the_same(tmp_path):
 def test_tiles_are_close_to_the_whole():
     tokenizer, f_hat = tiny_bits(), randn(1, 6, 20, 28)
     whole = tokenizer.decode(f_hat)
-    torch.testing.assert_close(tokenizer.decode_tiled(28, f_hat), whole, atol=1e-5, rtol=0)
-    tiled = tokenizer.decode_tiled(16, f_hat)
+    torch.testing.assert_close(tokenizer.decode_tiled(f_hat, 28), whole, atol=1e-5, rtol=0)
+    tiled = tokenizer.decode_tiled(f_hat, 16)
     assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()
 
 
@@ -299,14 +311,14 @@ def test_tiles_are_close_to_the_whole():
 
 
 def test_t5_does_not_see_padding():
-    t5 = infinity.T5Encoder(T5_CONFIG).eval()
+    t5 = T5Encoder(T5_CONFIG).eval()
     t5.init_weights(torch.Generator().manual_seed(0))
     (both, mask), (alone, none) = t5.encode(["a cat", "fox"]), t5.encode(["fox"])
     assert none is None and mask.sum(1).tolist() == [6, 4]
     torch.testing.assert_close(both[1:, :4], alone, atol=1e-5, rtol=0)
-    ids, _ = infinity.byte_ids(["é", ""], 512)
+    ids, _ = byte_ids(["é", ""], 512)
     assert ids.tolist() == [[0xC3 + 3, 0xA9 + 3, 1], [1, 0, 0]]
-    assert infinity.byte_ids(["x" * 100], 8)[0].shape == (1, 8)
+    assert byte_ids(["x" * 100], 8)[0].shape == (1, 8)
 
 
 def test_t5_is_that_of_transformers(tmp_path):
@@ -318,7 +330,7 @@ def test_t5_is_that_of_transformers(tmp_path):
     reference = transformers.T5EncoderModel(config).eval()
     reference.save_pretrained(tmp_path / "t5", max_shard_size="200KB")
     assert len(list((tmp_path / "t5").glob("*.safetensors"))) > 1
-    t5 = infinity.load_t5(tmp_path / "t5")
+    t5 = load_t5(tmp_path / "t5")
     ids = torch.randint(3, 300, (2, 200), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(200) < torch.tensor([[200], [150]])
     with torch.no_grad():
@@ -327,19 +339,19 @@ def test_t5_is_that_of_transformers(tmp_path):
 
 
 def test_t5_folders(tmp_path):
-    t5 = infinity.T5Encoder(T5_CONFIG)
+    t5 = T5Encoder(T5_CONFIG)
     t5.init_weights(torch.Generator().manual_seed(0))
-    state = vq.rename_keys({k: v.clone() for k, v in t5.state_dict().items()}, infinity.T5_RENAMES, inverse=True)
+    state = vq.rename_keys({k: v.clone() for k, v in t5.state_dict().items()}, T5Encoder.RENAMES, inverse=True)
     extra = {"encoder.embed_tokens.weight": state["shared.weight"].clone(), "lm_head.weight": torch.zeros(2, 2),
              "decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
-    again = infinity.load_t5(shards(tmp_path / "t5", state | extra, 3))
-    assert again.config == T5_CONFIG and again.tokenize is infinity.byte_ids
+    again = load_t5(shards(tmp_path / "t5", state | extra, 3))
+    assert again.config == T5_CONFIG and again.tokenize is byte_ids
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), t5.state_dict().values()))
     state["shared.weight"] = torch.zeros(32128, 128)
     with pytest.raises(vq.CheckpointError, match="has no tokenizer.json"):
-        infinity.load_t5(shards(tmp_path / "words", state))
+        load_t5(shards(tmp_path / "words", state))
     with pytest.raises(vq.CheckpointError, match="not a T5 of version 1.1"):
-        infinity.load_t5(shards(tmp_path / "other", {"x": torch.zeros(1)}, 1))
+        load_t5(shards(tmp_path / "other", {"x": torch.zeros(1)}, 1))
 
 
 def test_tokenizer_json_is_read_by_its_package(tmp_path):
@@ -349,7 +361,7 @@ def test_tokenizer_json_is_read_by_its_package(tmp_path):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokenize = infinity.load_tokenizer(tmp_path / "tokenizer.json")
+    tokenize = load_tokenizer(tmp_path / "tokenizer.json")
     ids, mask = tokenize(["a cat", "a dog cat", ""], 512)
     assert ids.tolist() == [[3, 4, 1, 0], [3, 2, 4, 1], [1, 0, 0, 0]] and mask.sum(1).tolist() == [3, 4, 1]
     assert tokenize(["a cat a cat"], 3)[0].tolist() == [[3, 4, 1]]
@@ -363,7 +375,7 @@ def test_kernels_draw_and_learn_what_torch_does():
     f, text = tokenizer.encode(randn(1, 3, 16, 16).to(device)).detach(), texts(B=1).to(device)
 
     def numbers():
-        steps = model.steps(tokenizer, text, scales=SCALES, given=given, keep=3, top_k=1)
+        steps = steps_of(model, tokenizer, text, scales=SCALES, given_bits=given, keep_scales=3, top_k=1)
         logits = torch.cat([step.logits for step in steps], 1)
         inputs, labels = infinity.self_correct(tokenizer.quantize, f, SCALES, 0.0)
         model.zero_grad()
@@ -381,21 +393,10 @@ def test_cuda_with_kernels_gives_the_numbers_of_the_cpu():
     model, tokenizer = tiny_infinity(), tiny_bits()
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     given = tokenizer.tokenize(randn(2, 3, 16, 16), SCALES)
-    draw = lambda text, mask: [step.logits.cpu() for step in model.steps(
-        tokenizer, text, mask, scales=SCALES, top_k=1, given=given, keep=3)]
+    draw = lambda text, mask: [step.logits.cpu() for step in steps_of(
+        model, tokenizer, text, mask, scales=SCALES, top_k=1, given_bits=given, keep_scales=3)]
     expected = draw(texts(), mask)
     given = [bits.cuda() for bits in given]
     model, tokenizer = model.cuda(), tokenizer.cuda()
     for mine, theirs in zip(draw(texts(), mask), expected):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)
-
-
-@pytest.mark.gpu
-def test_cuda_graphs_draw_the_same_pictures():
-    from sample import CUDAGraphs
-    model, tokenizer, run = tiny_infinity().cuda(), tiny_bits().cuda(), CUDAGraphs()
-    seeds = lambda: [torch.Generator("cuda").manual_seed(i) for i in range(2)]
-    for text in (texts(), -texts()):
-        plain = images(model, tokenizer, text.cuda(), generator=seeds())
-        assert torch.equal(images(model, tokenizer, text.cuda(), generator=seeds(), run=run), plain)
-    assert all(leaf.is_cuda for leaf in tree_leaves(plain))

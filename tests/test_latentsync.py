@@ -19,10 +19,12 @@ import latentsync
 import sample
 import train
 import vq
-from conftest import ROOT, randn
-from test_cli import complaint, run, script
+from helpers import ROOT, complaint, randn, run, same, script, weights
+from lib import videomae
+from lib.console import UserError
+from lib.talking_head import talking_head, talking_scene
+from lib.video import Video, read_sound
 from test_syncnet import CLIP, av, pictures, speech, write_video
-from test_train import same, weights
 
 TINY = latentsync.Config((32, 64), 1, 2, 16, "all", 2, 8, 32, 4)
 TINY_KL = vq.KLConfig(32, (1, 2), 1, scaling=0.5)
@@ -222,11 +224,11 @@ def test_maps_that_do_not_halve(parts, side):
 def test_cached_deep_layers(parts):
     """The same input again: the same output, from a fraction of the work."""
     unet, (x, t, audio) = parts[0], inputs()
-    noise, deep = unet.with_cache(x, t, audio)
-    again, same_deep = unet.with_cache(x, t, audio, deep)
+    noise, deep = unet.forward_with_deep(x, t, audio)
+    again, same_deep = unet.forward_with_deep(x, t, audio, deep)
     assert same_deep is deep
     torch.testing.assert_close(again, noise, atol=1e-5, rtol=0)
-    other, _ = unet.with_cache(x + 1, t, audio, deep)
+    other, _ = unet.forward_with_deep(x + 1, t, audio, deep)
     assert (other - noise).abs().max() > 1e-4
 
 
@@ -397,8 +399,8 @@ def test_frames_without_a_face_stay_as_they_are(parts):
     found = dub(parts, frames)
     assert len(found) == 11
     for i, dubbed in enumerate(found):
-        kept = frames[i][1] is None
-        assert (dubbed.generated is None) == kept and np.array_equal(dubbed.picture, frames[i][0]) == kept
+        unchanged = frames[i][1] is None
+        assert (dubbed.generated is None) == unchanged and np.array_equal(dubbed.picture, frames[i][0]) == unchanged
 
 
 def test_chunks_do_not_depend_on_what_follows(parts):
@@ -473,14 +475,14 @@ def test_dubbing_by_the_command(files, clip, tmp_path, capsys):
     run(sample, *command(files, clip, tmp_path / "out.mp4"))
     said = capsys.readouterr()
     assert "32 frames of 1.28 s" in said.out and "out.mp4" in said.out
-    before, after = list(sample.Video(clip[0])), list(sample.Video(tmp_path / "out.mp4"))
+    before, after = list(Video(clip[0])), list(Video(tmp_path / "out.mp4"))
     assert len(after) == 32 and after[0].shape == (60, 50, 3)
     order = [*range(20), *reversed(range(20))][:32]
     edge = [np.abs(after[i][:4].astype(int) - before[order[i]][:4]).mean() for i in range(32)]
     assert max(edge) < 3                                                    # up to the codec
     wrong = np.mean([np.abs(after[i][:4].astype(int) - before[(order[i] + 10) % 20][:4]).mean() for i in range(32)])
     assert wrong > 3 * np.mean(edge)                                        # the measure can tell frames apart
-    heard, spoken = sample.read_sound(tmp_path / "out.mp4"), speech(1.2)
+    heard, spoken = read_sound(tmp_path / "out.mp4"), speech(1.2)
     assert abs(len(heard) - 1.28 * 16000) < 2100                            # AAC comes in blocks of 1024
     lag = np.argmax(np.correlate(heard[:19200], spoken[:16000], "valid"))
     assert np.corrcoef(heard[lag:lag + 16000], spoken[:16000])[0, 1] > 0.9
@@ -495,10 +497,10 @@ def test_same_seed_same_video(files, clip, tmp_path):
 
 def test_steps_grid_and_aligned(files, clip, tmp_path, capsys):
     run(sample, *command(files, clip, tmp_path / "grid.mp4", "--steps-grid"))
-    grid = next(iter(sample.Video(tmp_path / "grid.mp4")))
+    grid = next(iter(Video(tmp_path / "grid.mp4")))
     assert grid.shape == (128, 3 * 128 + 108, 3)                            # widths are even
     run(sample, *command(files, clip, tmp_path / "aligned.mp4", "--aligned"))
-    before, after = (next(iter(sample.Video(path))) for path in (clip[0], tmp_path / "aligned.mp4"))
+    before, after = (next(iter(Video(path))) for path in (clip[0], tmp_path / "aligned.mp4"))
     assert np.abs(before.astype(int) - after)[:12].mean() < 6               # above the mask
 
 
@@ -586,7 +588,7 @@ def test_memory_does_not_grow_with_the_length_of_a_dub(files, tmp_path, av):
 
 def test_back_and_forth_in_pieces(clip):
     """Backwards a video is decoded piece by piece: whatever their size, the frames are the same."""
-    video = sample.Video(clip[0])
+    video = Video(clip[0])
     frames, order = list(video), [*range(20), *reversed(range(20)), *range(20)][:50]
     for held in (1, 3 * 60 * 50 * 7, 2**27):
         found = list(sample.to_and_fro(video, 50, held))
@@ -607,7 +609,7 @@ def test_any_rate_and_ten_bits(files, clip, tmp_path, av):
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     run(sample, *command(files, (tmp_path / "odd.mkv", *clip[1:]), tmp_path / "out.mp4", "--aligned"))
-    found = list(sample.Video(tmp_path / "out.mp4"))
+    found = list(Video(tmp_path / "out.mp4"))
     assert len(found) == 32 and found[0].shape == (62, 110, 3)              # even: the codec halves colors
     assert np.abs(found[0][:8, :100].astype(int) - frames[0][:8, :100]).mean() < 12
 
@@ -643,7 +645,7 @@ def test_faces_are_followed(monkeypatch, every):
     second = find()
     assert second[5, 2, 0] == pytest.approx(235) and np.isnan(second[20:]).all()
     args.face = 3
-    with pytest.raises(sample.UserError, match="--face 3: there are never more than 2"):
+    with pytest.raises(UserError, match="--face 3: there are never more than 2"):
         find()
     # somebody who jumps, in the same scene: another track, but the same rank
     jumped = {i: [(300, 10, 420, 130)] if i > 9 else [big] for i in range(20)}
@@ -652,7 +654,7 @@ def test_faces_are_followed(monkeypatch, every):
     points = find()
     assert points[4, 2, 0] == pytest.approx(60) and points[15, 2, 0] == pytest.approx(360) and not np.isnan(points[:20]).any()
     monkeypatch.setattr(sample, "find_faces", Detector({}))
-    with pytest.raises(sample.UserError, match="no face of 50 pixels or more in any of 40 frames"):
+    with pytest.raises(UserError, match="no face of 50 pixels or more in any of 40 frames"):
         find()
 
 
@@ -667,7 +669,7 @@ def test_detecting_a_real_face(files, tmp_path, av, capsys):
     if not CLIP.exists():
         pytest.skip("the real clip is not in the repository")
     args = sample.parse_args(["latentsync", "--detect-every", "25"])
-    points = sample.detected_points(sample.Video(CLIP / "demo1_video.mp4"), torch.device("cpu"), args)
+    points = sample.detected_points(Video(CLIP / "demo1_video.mp4"), torch.device("cpu"), args)
     known = np.array([(280.3, 327.5), (328.6, 334.8), (297.8, 357.6)])
     assert np.abs(points[0] - known).max() < 6 and not np.isnan(points).any()
 
@@ -677,7 +679,7 @@ def test_the_demo(tmp_path, av):
     result = script("sample.py", "latentsync", "--steps", 2, "--out", tmp_path / "out.mp4")
     assert result.returncode == 0, result.stderr
     assert re.search(r"before: .*confidence [\d.]+.*\nafter: .*confidence [\d.]+", result.stdout)
-    assert len(list(sample.Video(tmp_path / "out.mp4"))) == 122
+    assert len(list(Video(tmp_path / "out.mp4"))) == 122
 
 
 def test_random_weights_and_bench(tmp_path, capsys, monkeypatch):
@@ -701,7 +703,7 @@ def test_random_weights_and_bench(tmp_path, capsys, monkeypatch):
 def test_resumed_runs_equal_uninterrupted_ones(files, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setitem(vq.CONFIGS, "talking_head_kl", TINY_KL)
     monkeypatch.setitem(latentsync.WHISPERS, "talking_head", replace(TINY_EAR, positions=240))
-    monkeypatch.setitem(latentsync.VIDEOMAES, "talking_head", latentsync.VideoMAEConfig(64, 16, 16, 2, 16, 1, 2, 32, 0))
+    monkeypatch.setitem(videomae.VIDEOMAES, "talking_head", videomae.VideoMAEConfig(64, 16, 16, 2, 16, 1, 2, 32, 0))
     monkeypatch.setattr(train, "VAL_HEADS", 2)
     monkeypatch.setattr(train.HeadPictures, "__init__", lambda self, first, people: vars(self).update(
         pixels=pictures(12, 64), fingerprint="none"))
@@ -725,7 +727,7 @@ def test_velocities_are_noise_in_other_words():
         def __init__(self, velocity):
             self.config = replace(TINY, velocity=velocity)
 
-        def with_cache(self, x, t, audio, deep):
+        def forward_with_deep(self, x, t, audio, deep):
             true = latentsync.add_noise(torch.zeros_like(z[:1]), torch.ones_like(z[:1]), t)     # sqrt(1 - alpha)
             found = (x[:, :4] - (1 - true**2).sqrt() * z[:1]) / true
             return (latentsync.velocity(z[:1], found, t) if self.config.velocity else found), None
@@ -736,8 +738,8 @@ def test_velocities_are_noise_in_other_words():
 
 def test_scenes_have_their_landmarks():
     """A filmed head, aligned by its points, stands like the heads that models are trained on."""
-    frames, _, points = train.talking_scene(85, 1.0)
-    align, heads = latentsync.Aligner(64), train.talking_head(85, 1.0)[0]
+    frames, _, points = talking_scene(85, 1.0)
+    align, heads = latentsync.Aligner(64), talking_head(85, 1.0)[0]
     faces = [latentsync.align_face(f.permute(1, 2, 0), align(p), align.canvas, 64) for f, p in zip(frames, points)]
     error = torch.stack([(face - head.float()).abs().mean() for face, head in zip(faces[::6], heads[::6])]).mean()
     shifted = torch.stack([(face.roll(8, 2) - head.float()).abs().mean() for face, head in zip(faces[::6], heads[::6])]).mean()

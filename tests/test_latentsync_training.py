@@ -16,15 +16,14 @@ import sample
 import syncnet
 import train
 import vq
-from conftest import ROOT, randn
-from test_cli import complaint, run
+from helpers import ROOT, complaint, randn, run, same, weights
+from lib import videomae
 from test_latentsync import TINY, TINY_EAR, TINY_KL, files, parts, tiny
 from test_syncnet import CLIP, av, pictures, speech, tiny_syncnet, write_video
-from test_train import same, weights
 
 TINY_JUDGE = replace(syncnet.CONFIGS["talking_head"], visual=((32, (1, 2), False), (32, (4, 4), True), (64, (2, 2), False)),
                      audio=((32, (4, 2), False), (32, 4, True), (64, (5, 5), False)), frames=4, picture=(8, 16))
-TINY_EYE = latentsync.VideoMAEConfig(16, 8, 4, 2, 32, 2, 4, 64, 0)
+TINY_EYE = videomae.VideoMAEConfig(16, 8, 4, 2, 32, 2, 4, 64, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,14 +40,14 @@ def test_what_a_stage_trains(stage, motion, millions):
 
 def test_the_video_encoder_has_the_released_shapes():
     with torch.device("meta"):
-        model = latentsync.VideoMAE(latentsync.VIDEOMAES["vit_g"])
+        model = videomae.VideoMAE(videomae.VIDEOMAES["vit_g"])
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     assert shapes["blocks.39.mlp.fc1.weight"] == (6144, 1408) and shapes["head.weight"] == (174, 1408)
     assert model.positions.shape == (1, 2048, 1408) and not any("positions" in k for k in shapes)
 
 
 def supervision(**changes):
-    networks = dict(syncnet=tiny_syncnet(config=TINY_JUDGE), videomae=tiny(latentsync.VideoMAE, TINY_EYE), frames=4)
+    networks = dict(syncnet=tiny_syncnet(config=TINY_JUDGE), videomae=tiny(videomae.VideoMAE, TINY_EYE), frames=4)
     return latentsync.Supervision(tiny(vq.KLAutoencoder, TINY_KL), **networks | changes)
 
 
@@ -65,7 +64,7 @@ def test_losses_on_pixels_reach_the_latents():
     with torch.no_grad():
         alone = supervision(videomae=None)
         each = torch.stack([alone(z[i:i + 1], true[i:i + 1], mel[i:i + 1])[1]["sync"] for i in range(2)])
-        silent = alone(z, true, mel, heard=torch.tensor([1.0, 0.0]))[1]["sync"]
+        silent = alone(z, true, mel, has_audio=torch.tensor([1.0, 0.0]))[1]["sync"]
         torch.testing.assert_close(silent, each[0] / 2)                     # lips cannot follow what is not heard
         same_clip = supervision(syncnet=None)
         decoded = same_clip.decode(z)
@@ -192,7 +191,7 @@ def make_tiny(monkeypatch):
 def tiny_flags(folder, files, monkeypatch):
     """(flags, those of the start) of a run whose networks lie in these two folders."""
     syncnet.save(tiny_syncnet(config=TINY_JUDGE), folder / "sync.safetensors")
-    latentsync.save(tiny(latentsync.VideoMAE, TINY_EYE), folder / "eye.safetensors")
+    videomae.save(tiny(videomae.VideoMAE, TINY_EYE), folder / "eye.safetensors")
     monkeypatch.setitem(train.DUB_COMPANIONS, "videomae", folder / "eye")
     latentsync.save(tiny(latentsync.UNet, replace(TINY, resolution=16, motion="none")), folder / "stage1.safetensors")
     return ("latentsync", "--vae", files / "talking_head_kl.safetensors", "--whisper",

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 import llamagen
 import vq
 from conftest import CLASS_CONFIG, T5_CONFIG, TEXT_CONFIG, randn, tiny_llamagen, tiny_single, tiny_tokenizer
-from infinity import T5Encoder
-from test_var import Rerun, check_no_synchronisation
+from lib import losses
+from lib.graphs import captured
+from lib.text import T5Encoder, clean_caption
+from test_var import CAPTURES, Rerun, check_no_synchronisation, check_nothing_waits
 from triton_ops import backend
 
 LABELS = torch.tensor([0, 3])
@@ -30,23 +32,22 @@ def conditions(model):
     return llamagen.left_pad([randn(6, 128, seed=3), randn(2, 128, seed=4)], model.config.text_slots)
 
 
-def tokens_of(model, cond, words=None, **options):
-    return torch.stack([step.tokens.clone() for step in model.steps(cond, words, **options)], 1)
-
-
-def like_a_graph(function, constants, *tensors):
-    """Not the plain call: positions are tensors then, as in a CUDA graph."""
-    return function(*constants, *tensors)
+def steps_of(model, *arguments, **options):
+    """A list of the Steps of model.generate, whose logits a captured model overwrites."""
+    steps = []
+    model.generate(*arguments, on_step=lambda step: steps.append(step._replace(logits=step.logits.clone())), **options)
+    return steps
 
 
 @KINDS
-@pytest.mark.parametrize("run", [llamagen.call, like_a_graph], ids=["pos int", "pos tensor"])
-def test_cached_sampling_equals_teacher_forcing(changes, run):
+@pytest.mark.parametrize("as_captured", [False, True], ids=["pos int", "pos tensor"])
+def test_cached_sampling_equals_teacher_forcing(changes, as_captured):
     model = tiny_llamagen(**changes)
-    cond, words = conditions(model)
-    steps = list(model.steps(cond, words, cfg=2.0, generator=torch.Generator().manual_seed(0), run=run))
+    cond, text_mask = conditions(model)
+    drawing = captured(model, Rerun) if as_captured else model
+    steps = steps_of(drawing, cond, text_mask, cfg=2.0, generator=torch.Generator().manual_seed(0))
     tokens = torch.stack([step.tokens for step in steps], 1)
-    forced = [model(c, tokens[:, :-1], words) for c in (cond, model.null_condition(cond))]
+    forced = [model(c, tokens[:, :-1], text_mask) for c in (cond, model.null_condition(cond))]
     torch.testing.assert_close(torch.stack([s.logits for s in steps], 1), torch.cat(forced), atol=2e-5, rtol=1e-5)
     assert torch.cat(forced).std() > 0.1 and not torch.allclose(*forced)    # the comparison is not between zeros
     assert not hasattr(model, "cache") and not list(model.blocks.buffers())
@@ -58,10 +59,10 @@ def test_cached_sampling_equals_teacher_forcing(changes, run):
 def test_a_mixed_batch_is_its_rows_alone(changes, options):
     """Other classes or texts, other guidance, other seeds, in one batch."""
     model = tiny_llamagen(**changes)
-    cond, words = conditions(model)
-    both = tokens_of(model, cond, words, cfg=torch.tensor([1.0, 4.0]), generator=generators(5, 6), **options)
-    part = lambda i: None if words is None else words[i:i + 1]
-    alone = [tokens_of(model, cond[i:i + 1], part(i), cfg=cfg, generator=generators(seed), **options)
+    cond, text_mask = conditions(model)
+    both = model.generate(cond, text_mask, cfg=torch.tensor([1.0, 4.0]), generator=generators(5, 6), **options)
+    part = lambda i: None if text_mask is None else text_mask[i:i + 1]
+    alone = [model.generate(cond[i:i + 1], part(i), cfg=cfg, generator=generators(seed), **options)
              for i, cfg, seed in ((0, 1.0, 5), (1, 4.0, 6))]
     assert torch.equal(both, torch.cat(alone)) and not torch.equal(both[0], both[1])
 
@@ -73,44 +74,54 @@ def test_seeds_guidance_and_its_end_matter():
     assert torch.equal(draw(), draw()) and not torch.equal(draw(), draw(1)) and not torch.equal(draw(), draw(cfg=1.0))
     assert draw().shape == (2, 3, 16, 16) and 0 <= draw().min() and draw().max() <= 1
     assert draw(size=8).shape == (2, 3, 8, 8)
-    rows = [len(s.logits) for s in model.steps(LABELS, cfg=3.0, cfg_interval=3)]
+    rows = [len(step.logits) for step in steps_of(model, LABELS, cfg=3.0, cfg_interval=3)]
     assert rows == [4] * 5 + [2] * 11                                       # cfg_interval + 2 tokens are guided
-    assert [len(s.logits) for s in model.steps(LABELS, cfg=0.5)] == [2] * 16
-    long = dict(cfg=1.0, temperature=1.0)
-    assert not torch.equal(tokens_of(model, LABELS, generator=generators(1, 2), **long),
-                           tokens_of(model, LABELS, generator=generators(2, 1), **long))
+    assert [len(step.logits) for step in steps_of(model, LABELS, cfg=0.5)] == [2] * 16
+    tokens = [model.generate(LABELS, generator=generators(*seeds)) for seeds in ((1, 2), (2, 1))]
+    assert not torch.equal(*tokens)
 
 
 def test_filmstrip_follows_the_raster_and_ends_with_the_picture():
     model, tokenizer = tiny_llamagen(), tiny_single()
-    frames = model.sample(tokenizer, LABELS, generator=generators(1, 2), ladder=4)
+    frames = model.sample(tokenizer, LABELS, generator=generators(1, 2), progress_frames=4)
     assert torch.equal(frames[-1], model.sample(tokenizer, LABELS, generator=generators(1, 2)))
     for k, frame in enumerate(frames[:-1], 1):                              # a row of 4 x 4 pixels each at a time
         assert (frame[:, :, 4 * k:] == 0.5).all() and (frame[:, :, :4 * k] != 0.5).any()
 
 
 def test_padding_holds_nothing():
-    """What stands in padded slots does not matter, but where the words stand does not either: only v carries them."""
-    model, (text, words) = tiny_llamagen(text=True), llamagen.left_pad([randn(2, 128)], 6)
+    """What stands in padded slots does not matter."""
+    model, (text, text_mask) = tiny_llamagen(text=True), llamagen.left_pad([randn(2, 128)], 6)
     tokens = torch.randint(32, (1, 15), generator=torch.Generator().manual_seed(0))
-    logits = model(text, tokens, words)
-    junk = torch.where(words[..., None], text, randn(1, 6, 128, seed=9))
-    torch.testing.assert_close(model(junk, tokens, words), logits)
-    assert not torch.allclose(model(-text, tokens, words), logits)
+    logits = model(text, tokens, text_mask)
+    junk = torch.where(text_mask[..., None], text, randn(1, 6, 128, seed=9))
+    torch.testing.assert_close(model(junk, tokens, text_mask), logits)
+    assert not torch.allclose(model(-text, tokens, text_mask), logits)
     long, mask = llamagen.left_pad([randn(9, 128)], 6)
     assert mask.all() and torch.equal(long[0], randn(9, 128)[:6])           # the first six of nine remain
 
 
-def test_captured_steps_draw_the_same_pictures():
-    """One capture of `_advance` serves all positions, classes, seeds and guidance scales of a batch size."""
-    model, tokenizer, run = tiny_llamagen(), tiny_single(), Rerun()
-    draw = lambda labels, cfg, run, **options: model.sample(
-        tokenizer, labels, cfg=cfg, generator=generators(*range(len(labels))), run=run, **options)
+@CAPTURES
+@pytest.mark.parametrize("text", [False, True])
+def test_captured_steps_draw_the_same_pictures(text, device, call):
+    """One capture of `decode_one` serves all positions, conditions, seeds and guidance scales of a batch size."""
+    model, tokenizer = tiny_llamagen(text=text).to(device), tiny_single().to(device)
+    fast, fast_tokenizer = captured(model, call), captured(tokenizer, call)
+    cond, text_mask = conditions(model)
     for _ in range(2):
-        for labels, cfg in ((LABELS, 3.0), (LABELS.flip(0), 1.5), (LABELS, torch.tensor([1.0, 5.0])), (LABELS[:1], 2.0)):
+        for order, cfg in (([0, 1], 3.0), ([1, 0], 1.5), ([0, 1], torch.tensor([1.0, 5.0])), ([1], 2.0)):
             for options in (dict(), dict(cfg_interval=2)):
-                assert torch.equal(draw(labels, cfg, run, **options), draw(labels, cfg, llamagen.call, **options))
-    assert len(run.graphs) == 2 * 4     # per batch size: begin, advance with and without guidance, decode
+                found, expected = (m.sample(
+                    t, cond[order], text_mask if text_mask is None else text_mask[order], cfg=cfg, **options,
+                    generator=[torch.Generator(device).manual_seed(i) for i in order])
+                    for m, t in ((fast, fast_tokenizer), (model, tokenizer)))
+                torch.testing.assert_close(found, expected, atol=1e-4 * (device == "cuda"), rtol=0)
+    assert len(fast_tokenizer.decode.graphs) == 2                           # per batch size
+
+
+def test_nothing_in_a_loop_waits_for_the_device():
+    for options in (dict(cfg=3.0), dict(cfg=3.0, cfg_interval=2, top_k=3), dict(temperature=0.0)):
+        check_nothing_waits(tiny_llamagen(), lambda model: model.sample(tiny_single(), LABELS, **options))
 
 
 def test_few_rows_are_multiplied_from_the_left():
@@ -120,15 +131,15 @@ def test_few_rows_are_multiplied_from_the_left():
             torch.testing.assert_close(layer(randn(*shape)), F.linear(randn(*shape), layer.weight))
 
 
-def test_surprise_is_the_cross_entropy_in_bits():
+def test_bits_per_token_are_the_cross_entropy():
     model, tokens = tiny_llamagen(), torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))
-    bits = model.surprise(LABELS, tokens)
+    bits = model.bits_per_token(LABELS, tokens)
     assert bits.shape == (2, 16) and bits.min() >= 0
     torch.testing.assert_close(bits.mean() * math.log(2), model.loss(LABELS, tokens)[0])
-    drawn = tokens_of(model, LABELS, generator=generators(3, 4))
-    assert model.surprise(LABELS, drawn).mean() < bits.mean()               # its own pictures surprise it less
+    drawn = model.generate(LABELS, generator=generators(3, 4))
+    assert model.bits_per_token(LABELS, drawn).mean() < bits.mean()               # its own pictures are likelier
     with pytest.raises(ValueError, match=r"tokens 0 \.\. 99, but the model knows 32: they are of another codebook"):
-        model.surprise(LABELS, torch.tensor([[0, 99]]))
+        model.bits_per_token(LABELS, torch.tensor([[0, 99]]))
 
 
 def test_training_draws_from_the_generator_only():
@@ -153,7 +164,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     model.init_weights(torch.Generator().manual_seed(0))
     tokens = torch.randint(32, (2, 16))
     assert model.loss(LABELS, tokens)[0].item() == pytest.approx(math.log(32))
-    assert model.surprise(LABELS, tokens).mean().item() == pytest.approx(5)
+    assert model.bits_per_token(LABELS, tokens).mean().item() == pytest.approx(5)
 
 
 @pytest.mark.parametrize("name, millions, side", [("c2i_B_256", 110.9, 16), ("c2i_L_384", 342.9, 24), ("c2i_XL_384", 774.7, 24),
@@ -240,7 +251,7 @@ def test_what_does_not_fit_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"conditioned on text features \(B, 6, 128\), not on a tensor \(2,\)"):
         text(LABELS, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"the mask is \(2, 5\), expected \(2, 6\): one entry per slot"):
-        next(text.steps(randn(2, 6, 128), torch.ones(2, 5, dtype=torch.bool)))
+        text.generate(randn(2, 6, 128), torch.ones(2, 5, dtype=torch.bool))
     for tokenizer, message in ((tiny_single(vocab_size=64), "has 64 codes, but the model draws maps of 32"),
                                (tiny_tokenizer(), "has tokens of several scales")):
         with pytest.raises(ValueError, match=message):
@@ -251,7 +262,7 @@ def test_what_does_not_fit_is_explained(tmp_path):
 def test_cleaning_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match="ftfy"):
-        llamagen.clean_caption("a cat")
+        clean_caption("a cat")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +294,7 @@ def test_usage_counts_the_last_65536_indices():
     assert used(quantizer.embed(torch.full((1, 8), 9), (2, 4))) == 100 * 9 / 32     # the history remembers
     assert quantizer.recent[-8:].tolist() == [9] * 8
     assert used(quantizer.embed(torch.full((1, 70000), 3), (250, 280))) == 100 / 32     # more than it holds
-    assert quantizer.idle[3] == 0 and quantizer.idle[0] == 2 and quantizer.idle[31] == 3
+    assert quantizer.steps_unused[[3, 0, 31]].tolist() == [0, 2, 3]
 
 
 def test_gradients_of_the_single_scale_quantizer():
@@ -301,25 +312,25 @@ def test_gradients_of_the_single_scale_quantizer():
 
 
 def test_discriminators_and_their_losses():
-    discriminator = vq.StyleDiscriminator(32)
+    discriminator = losses.StyleDiscriminator(32)
     discriminator.init_weights(torch.Generator().manual_seed(0))
     assert discriminator(randn(2, 3, 32, 32)).shape == (2, 1)
     keys = set(discriminator.state_dict())
     assert {"blocks.0.weight", "blocks.2.conv_res.weight", "blocks.2.net.2.bias", "blocks.4.downsample.0.f",
             "blocks.4.downsample.1.weight", "final_conv.0.weight", "final_linear.2.weight"} <= keys
-    torch.testing.assert_close(vq.Blur()(torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
+    torch.testing.assert_close(losses.Blur()(torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
     with pytest.raises(ValueError, match="8, 16, ... 1024 pixels, not 48"):
-        vq.StyleDiscriminator(48)
+        losses.StyleDiscriminator(48)
     real, fake = randn(4, 1).requires_grad_(), randn(4, 1, seed=1).requires_grad_()
-    slopes = lambda name: torch.autograd.grad(vq.GAN_LOSSES[name][0](real, fake), (real, fake))
+    slopes = lambda name: torch.autograd.grad(losses.GAN_LOSSES[name][0](real, fake), (real, fake))
     for name in ("hinge", "vanilla", "non-saturating"):                     # up with the real, down with the fake
         up, down = slopes(name)
         assert (up <= 0).all() and (down >= 0).all() and up.any() and down.any()
     torch.testing.assert_close(slopes("vanilla"), slopes("non-saturating"))
     up, down = slopes("non-saturating-swapped")
     assert not down.any() and up.unique().numel() == 1                      # the original's slip
-    for name in vq.GAN_LOSSES:
-        assert torch.autograd.grad(vq.GAN_LOSSES[name][1](fake), fake)[0].max() < 0
+    for name in losses.GAN_LOSSES:
+        assert torch.autograd.grad(losses.GAN_LOSSES[name][1](fake), fake)[0].max() < 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,37 +342,29 @@ def test_discriminators_and_their_losses():
 def test_kernels_draw_and_learn_what_torch_does(text):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_llamagen(text=text).to(device)
-    cond, words = (t if t is None else t.to(device) for t in conditions(model))
+    cond, text_mask = (t if t is None else t.to(device) for t in conditions(model))
     tokens = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def numbers(run):
-        logits = [s.logits.clone() for s, _ in zip(model.steps(cond, words, cfg=2.0, top_k=1, run=run), range(4))]
+    def numbers(model_or_twin):
+        logits = [step.logits for step in steps_of(model_or_twin, cond, text_mask, cfg=2.0, top_k=1)[:4]]
         model.zero_grad()
-        model.loss(cond, tokens, words)[0].backward()
+        model.loss(cond, tokens, text_mask)[0].backward()
         return [*logits, *(p.grad for p in model.parameters() if p.grad is not None)]
     with backend("torch"):
-        expected = numbers(llamagen.call)
+        expected = numbers(model)
     with backend("triton"):
-        for mine, theirs in zip(numbers(like_a_graph), expected):
+        for mine, theirs in zip(numbers(captured(model, Rerun)), expected):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", [False, True])
-def test_cuda_graphs_draw_the_same_pictures(text):
-    from sample import CUDAGraphs
-    model, tokenizer, run = tiny_llamagen(text=text).cuda(), tiny_single().cuda(), CUDAGraphs()
-    cond, words = conditions(model)
-    draw = lambda **options: model.sample(tokenizer, cond, words, cfg=3.0, top_k=9, generator=[
-        torch.Generator("cuda").manual_seed(i) for i in range(2)], **options)
-    expected = draw()
-    for _ in range(2):
-        torch.testing.assert_close(draw(run=run), expected, atol=1e-4, rtol=0)
-    greedy = dict(cfg=3.0, top_k=1)
-    here = tokens_of(tiny_llamagen(text=text), *conditions(tiny_llamagen(text=text)), **greedy)
-    assert torch.equal(tokens_of(model, cond, words, **greedy).cpu(), here)
+def test_cuda_draws_what_the_cpu_does(text):
+    model = tiny_llamagen(text=text)
+    here = model.generate(*conditions(model), cfg=3.0, top_k=1)
+    assert torch.equal(model.cuda().generate(*conditions(model), cfg=3.0, top_k=1).cpu(), here)
 
 
 @pytest.mark.gpu
 def test_no_synchronisation_on_cuda():
-    check_no_synchronisation(tiny_llamagen(), tiny_single(), llamagen.call)
+    check_no_synchronisation(tiny_llamagen(), tiny_single())

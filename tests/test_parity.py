@@ -29,6 +29,8 @@ import triton_ops
 import train
 import var
 import vq
+from lib import losses, videomae
+from lib.text import clean_caption
 from fill import fill_state_dict, load_case, noise
 
 RUNNERS = {}
@@ -125,11 +127,11 @@ def var_vqvae(meta, t, tmp_path):
     patch_nums = meta["config"]["patch_nums"]
     f = tokenizer.encode(image)
     close(f, t["out.f"], what="f")
-    steps = list(tokenizer.quantize.walk(f))
+    steps = list(tokenizer.quantize.quantize_scales(f))
     indices = [index for _, index, _ in steps]
     equal(torch.cat(indices, 1), t["out.idx"], "tokens")
-    close(torch.stack([f_hat for *_, f_hat in steps]), t["out.fhat"], what="f_hat ladder of encode")
-    close(torch.stack(tokenizer.quantize.ladder(indices)), t["out.fhat"], what="f_hat ladder of decode")
+    close(torch.stack([f_hat for *_, f_hat in steps]), t["out.fhat"], what="partial sums of encode")
+    close(torch.stack(tokenizer.quantize.partial_sums(indices)), t["out.fhat"], what="partial sums of decode")
     close(tokenizer.quantize.teacher_input(indices, patch_nums), t["out.var_input"], what="teacher input")
     check_image(tokenizer.reconstruct(image), t, "rec")
 
@@ -138,12 +140,17 @@ def var_vqvae(meta, t, tmp_path):
 def var_vqvae_decode(meta, t, tmp_path):
     tokenizer, _ = load_var(meta, t, tmp_path)
     indices = t["in.idx"].long().split([p * p for p in meta["config"]["patch_nums"]], 1)
-    ladder = tokenizer.detokenize(indices, ladder=True)
-    close(torch.stack([F.avg_pool2d(image, 8) for image in ladder]), t["out.ladder_mean8"], what="ladder")
-    close(ladder[-1][:1, :, ::2, ::2], t["out.img"], what="image")
-    check_image(ladder[-1], t, "img")
-    unresized = tokenizer.detokenize(indices, step_by_step=True)
-    close(F.avg_pool2d(unresized, 8), t["out.unresized_mean8"], what="step by step")
+    images = tokenizer.detokenize(indices, all_scales=True)
+    close(torch.stack([F.avg_pool2d(image, 8) for image in images]), t["out.ladder_mean8"], what="images of all scales")
+    close(images[-1][:1, :, ::2, ::2], t["out.img"], what="image")
+    check_image(images[-1], t, "img")
+    # an experimental path of the original: the running sum has the size of its own scale, and grows from one to the next
+    quantizer, sizes, f_hat = tokenizer.quantize, vq.as_pairs(tokenizer.config.patch_nums), 0
+    for k, (index, size) in enumerate(zip(indices, sizes)):
+        h = quantizer.contribution(quantizer.embed(index, size), k, len(sizes), size)
+        f_hat = h + (vq.bicubic_resize(f_hat, size) if k else 0)
+    with torch.no_grad():
+        close(F.avg_pool2d(tokenizer.decode(f_hat), 8), t["out.unresized_mean8"], what="step by step")
 
 
 @runner("var.vqvae_train")
@@ -200,7 +207,7 @@ def var_train(meta, t, tmp_path):
     s, start = meta["schedule"], {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(train.parameter_groups(model), s["peak_lr"], (0.9, 0.95), eps=1e-8)
     for step in range(s["steps"]):
-        lr = s["peak_lr"] * train.learning_rate(s["sche"], step, s["max_it"], s["wp_it"], s["wp0"], s["wpe"])
+        lr = s["peak_lr"] * train.learning_rate(step, s["max_it"], s["sche"], s["wp_it"], s["wp0"], s["wpe"])
         wd = train.weight_decay(step, s["max_it"], s["wd"], s["wd_end"])
         assert lr == pytest.approx(t["out.opt_lr"][step].item()) and wd == pytest.approx(t["out.opt_wd"][step].item())
         train.set_rates(optimizer, lr, wd)
@@ -216,7 +223,7 @@ def var_schedule(meta, t, tmp_path):
     c = meta["config"]
     for name, run in c["runs"].items():
         n = run["max_it"]
-        lr = [c["peak_lr"] * train.learning_rate(name, i, n, run["wp_it"], c["wp0"], run["wpe"]) for i in range(n)]
+        lr = [c["peak_lr"] * train.learning_rate(i, n, name, run["wp_it"], c["wp0"], run["wpe"]) for i in range(n)]
         wd = [train.weight_decay(i, n, c["wd"], c["wd_end"]) for i in range(n)]
         torch.testing.assert_close(torch.tensor(lr, dtype=torch.float64), t[f"out.lr.{name}"], rtol=1e-9, atol=0)
         torch.testing.assert_close(torch.tensor(wd, dtype=torch.float64), t[f"out.wd.{name}"], rtol=1e-9, atol=0)
@@ -228,16 +235,15 @@ def var_schedule(meta, t, tmp_path):
             assert [vq.phi_index(k, scales, count) for k in range(scales)] == expected.tolist(), key
 
 
-def draw(model, tokenizer, call, **edit):
-    """The original's call through ours -> steps."""
-    g = torch.Generator().manual_seed(call["g_seed"])
+def check_draw(model, tokenizer, t, call, **edit):
+    """The original's call through ours."""
     labels = call["B"] if call["label_B"] is None else torch.tensor(call["label_B"])
-    labels = model.check_labels(labels, g)
     options = {k: call[k] for k in ("cfg", "top_k", "top_p", "more_smooth") if k in call}
-    return list(model.steps(tokenizer, labels, generator=g, **options, **edit))
-
-
-def check_steps(steps, tokenizer, t, atol):
+    # Gumbel mixtures divide by temperatures down to 0.014 and so enlarge rounding differences.
+    atol = 1e-3 if call.get("more_smooth") else 1e-4
+    steps = []
+    image = model.sample(tokenizer, labels, generator=torch.Generator().manual_seed(call["g_seed"]),
+                         on_step=steps.append, **options, **edit)
     combined = []
     for step in steps:
         cond, *uncond = step.logits.chunk(2) if len(step.logits) > len(step.tokens) else (step.logits,)
@@ -245,18 +251,13 @@ def check_steps(steps, tokenizer, t, atol):
     equal(torch.cat([s.tokens for s in steps], 1), t["out.tokens"], "tokens")
     close(torch.cat(combined, 1), t["out.logits"], atol, what="logits")
     close(steps[-1].f_hat, t["out.fhat"], atol, what="f_hat")
-    check_image((tokenizer.decode(steps[-1].f_hat) + 1) / 2, t, "img")
-
-
-def tolerance(meta):
-    """Gumbel mixtures divide by temperatures down to 0.014 and so enlarge rounding differences."""
-    return 1e-3 if meta["call"].get("more_smooth") else 1e-4
+    check_image(image, t, "img")
 
 
 @runner("var.sample")
 def var_sample(meta, t, tmp_path):
     tokenizer, model = load_var(meta, t, tmp_path)
-    check_steps(draw(model, tokenizer, meta["call"]), tokenizer, t, tolerance(meta))
+    check_draw(model, tokenizer, t, meta["call"])
 
 
 @runner("var.edit")
@@ -267,7 +268,7 @@ def var_edit(meta, t, tmp_path):
     equal(torch.cat(given, 1), t["in.idx"], "tokens of the given picture")
     keep = var.edit_mask(meta["box"], model.config.patch_nums[-1], inpaint=meta["inpainting"])
     equal(keep, t["in.mask"], "mask")
-    check_steps(draw(model, tokenizer, meta["call"], given=given, keep=keep), tokenizer, t, tolerance(meta))
+    check_draw(model, tokenizer, t, meta["call"], given_tokens=given, keep_mask=keep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,10 +356,10 @@ def llamagen_generate(meta, t, tmp_path):
     model, (cond, mask) = load_llamagen(meta, t, tmp_path), condition(meta, t)
     for i, settings in enumerate(meta["runs"]):
         settings = dict(settings)
-        words = mask if settings.pop("use_mask", True) else None
+        text_mask = mask if settings.pop("use_mask", True) else None
         generator = torch.Generator().manual_seed(settings.pop("seed", 0))
-        steps = model.steps(cond, words, cfg=settings.pop("cfg_scale"), generator=generator, **settings)
-        equal(torch.stack([step.tokens for step in steps], 1), t[f"out.tokens.{i}"], f"tokens of run {i}")
+        tokens = model.generate(cond, text_mask, cfg=settings.pop("cfg_scale"), generator=generator, **settings)
+        equal(tokens, t[f"out.tokens.{i}"], f"tokens of run {i}")
 
 
 @runner("llamagen.filters")
@@ -373,9 +374,9 @@ def llamagen_filters(meta, t, tmp_path):
 def llamagen_t5_clean(meta, t, tmp_path):
     pytest.importorskip("ftfy", reason="cleaning captions needs ftfy and beautifulsoup4, optional packages")
     pytest.importorskip("bs4", reason="cleaning captions needs ftfy and beautifulsoup4, optional packages")
-    once = [llamagen.clean_caption(text) for text in meta["texts"]]
+    once = [clean_caption(text) for text in meta["texts"]]
     assert once == meta["cleaned_once"]
-    assert [llamagen.clean_caption(text) for text in once] == meta["cleaned"]
+    assert [clean_caption(text) for text in once] == meta["cleaned"]
 
 
 @runner("llamagen.vq")
@@ -383,10 +384,10 @@ def llamagen_vq(meta, t, tmp_path):
     tokenizer, image = load_single_scale(meta, filled(meta, t), tmp_path)
     codes, = tokenizer.tokenize(image)
     equal(codes.flatten(), t["out.indices"], "codes")
-    close(tokenizer.quantize.ladder([codes])[-1], t["out.quant"], what="quantized")
+    close(tokenizer.quantize.partial_sums([codes])[-1], t["out.quant"], what="quantized")
     close(tokenizer.detokenize([codes]), t["out.recon"].clamp(-1, 1), what="reconstruction")
     given = t["in.codes"].long().view(len(image), -1)
-    close(tokenizer._decode(tokenizer.quantize.ladder([given])[-1]), t["out.decoded"], what="decoder")
+    close(tokenizer._decode(tokenizer.quantize.partial_sums([given])[-1]), t["out.decoded"], what="decoder")
 
 
 @runner("llamagen.vq_train")
@@ -413,14 +414,14 @@ def llamagen_vq_gan(meta, t, tmp_path):
     torch.save({f"features.{k.split('.', 2)[2]}": v for k, v in lpips.items() if k.startswith("net.")}, tmp_path / "vgg16.pth")
     torch.save({k: v for k, v in lpips.items() if k.startswith("lin")}, tmp_path / "vgg.pth")
     side = image.shape[-1]
-    discriminator = (vq.PatchDiscriminator(c["loss.disc_dim"], c["loss.disc_num_layers"])
-                     if c["loss.disc_type"] == "patchgan" else vq.StyleDiscriminator(side))
+    discriminator = (losses.PatchDiscriminator(c["loss.disc_dim"], c["loss.disc_num_layers"])
+                     if c["loss.disc_type"] == "patchgan" else losses.StyleDiscriminator(side))
     buffers = {k: v for k, v in discriminator.state_dict().items() if k not in disc}    # BatchNorm's running statistics
     vq.load_strict(discriminator, disc | buffers, "discriminator")
     gan = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "non-saturating-swapped"}[c["loss.disc_loss"]]
     pixels = {"l1": 0.0, "l2": 0.0, c["loss.reconstruction_loss"]: c["loss.reconstruction_weight"]}
-    criterion = vq.TokenizerLoss(
-        vq.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth"), discriminator, **pixels, adaptive=False, gan=gan,
+    criterion = losses.TokenizerLoss(
+        losses.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth"), discriminator, **pixels, adaptive=False, gan=gan,
         lpips_weight=c["loss.perceptual_weight"], disc_weight=c["loss.disc_weight"], disc_start=c["loss.disc_start"])
     last = tokenizer.train().decoder.conv_out.weight
     for name, step in (("before", c["loss.disc_start"] - 1), ("after", c["loss.disc_start"])):
@@ -453,7 +454,7 @@ def lpips(meta, t, tmp_path):
     torch.save(heads, tmp_path / "vgg.pth")
     a = noise("in.a", (2, 3, 32, 64))
     b = (a + 0.5 * noise("in.b", tuple(a.shape))).clamp(-1, 1)
-    close(vq.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(a, b), t["out.lpips"], what="lpips")
+    close(losses.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(a, b), t["out.lpips"], what="lpips")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -515,7 +516,7 @@ def infinity_vae(meta, t, tmp_path):
     close(f, t["out.features"], what="features")
     bits = tokenizer.tokenize(image, scales)
     equal(torch.cat(bits, 1), t["out.bits"], "bits")
-    quantized = tokenizer.quantize.ladder(bits, scales)[-1]
+    quantized = tokenizer.quantize.partial_sums(bits, scales)[-1]
     close(quantized, t["out.quantized"], what="quantized")
     close(tokenizer._decode(quantized), t["out.decoder_raw"], what="decoder")
     close(tokenizer.detokenize(bits, scales), t["out.decoder_raw"].clamp(-1, 1), what="image")
@@ -527,14 +528,14 @@ def infinity_quantizer(meta, t, tmp_path):
     d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.bits"].shape
     quantizer = vq.MultiScaleBSQ(vq.CONFIGS[f"infinity_vae_d{d}"])
     f = noise("in.features2", (B, d, *scales[-1])).requires_grad_()
-    steps = list(quantizer.walk(f, scales))
+    steps = list(quantizer.quantize_scales(f, scales))
     equal(torch.cat([bits for _, bits, _ in steps], 1), t["out.bits"], "bits")
     quantized = steps[-1][2]
     close(quantized[:, :, ::2, ::2], t["out.quantized"], what="quantized")
     (quantized * noise("in.dz", tuple(quantized.shape))).sum().backward()
     close(f.grad[:, :, ::2, ::2], t["out.grad_features"], what="gradient")
-    commitment, sure, varied = (torch.stack(column) for column in zip(*(quantizer.losses(z) for z, _, _ in steps)))
-    for found, key in ((commitment, "commitment"), (sure, "per_sample_entropy"), (varied, "codebook_entropy")):
+    commitment, each, overall = (torch.stack(column) for column in zip(*(quantizer.losses(z) for z, _, _ in steps)))
+    for found, key in ((commitment, "commitment"), (each, "per_sample_entropy"), (overall, "codebook_entropy")):
         torch.testing.assert_close(found, t[f"out.{key}"], rtol=1e-5, atol=1e-7)
     _, loss, _ = quantizer(f)
     torch.testing.assert_close(loss, t["out.aux_loss"].mean(), rtol=1e-5, atol=1e-7)
@@ -628,10 +629,11 @@ def infinity_sample(meta, t, tmp_path):
     given = (noise("in.gt", (len(text), sum(lengths), d)) > 0).split(lengths, 1) if c["gt_leak"] else None
     layer, = c["cfg_insertion_layer"]
     generator = torch.Generator().manual_seed(c["g_seed"] or 0)
-    steps = list(itertools.islice(model.steps(
-        tokenizer, text, mask, scales=scales, cfg=c["cfg_list"], tau=c["tau_list"], top_k=c["top_k"], top_p=c["top_p"],
-        negative=negative, guide_after=layer if layer < 0 else None, generator=generator, given=given,
-        keep=c["gt_leak"]), c["trunk_scale"]))
+    steps = []
+    model.sample(tokenizer, text, mask, scales=scales, cfg=c["cfg_list"], tau=c["tau_list"], top_k=c["top_k"],
+                 top_p=c["top_p"], negative=negative, guide_after=layer if layer < 0 else None, generator=generator,
+                 given_bits=given, keep_scales=c["gt_leak"], on_step=steps.append)
+    steps = steps[:c["trunk_scale"]]
     equal(torch.cat([s.bits for s in steps], 1), t["out.bits"], "bits")
     close(torch.cat([s.logits for s in steps], 1).flatten(2)[:, ::8], t["out.logits"], what="logits")
     close(steps[-1].f_hat, t["out.quantized"], what="quantized")
@@ -1013,14 +1015,14 @@ def latentsync_pipeline(meta, t, tmp_path):
 
 def load_videomae(state, c, path):
     """A VideoMAE, written as the release would be, under both names of its weights."""
-    config = latentsync.VideoMAEConfig(c.get("image", 224), c.get("patch", 14), c.get("table_frames", 16),
-                                       c.get("tubelet", 2), len(state["fc_norm.weight"]),
-                                       sum(k.endswith("q_bias") for k in state), c.get("heads", 4),
-                                       len(state["blocks.0.mlp.fc1.weight"]), len(state["head.weight"]))
+    config = videomae.VideoMAEConfig(c.get("image", 224), c.get("patch", 14), c.get("table_frames", 16),
+                                      c.get("tubelet", 2), len(state["fc_norm.weight"]),
+                                      sum(k.endswith("q_bias") for k in state), c.get("heads", 4),
+                                      len(state["blocks.0.mlp.fc1.weight"]), len(state["head.weight"]))
     for name in ("model", "module"):
         torch.save({name: state}, path)
-        model = latentsync.load_videomae(path, config)
-    check_export(latentsync.export(model), state)
+        model = videomae.load(path, config)
+    check_export(videomae.export(model), state)
     return model
 
 
@@ -1053,7 +1055,7 @@ def latentsync_losses(meta, t, tmp_path):
     with torch.no_grad():
         z = to_clips(autoencoder.encode(true.flatten(0, 1)).sample())
         flat = true.flatten(0, 1), other.flatten(0, 1)
-        condition = to_clips(latentsync.see(autoencoder, flat[0] * mask, flat[1], mask, None))
+        condition = to_clips(latentsync.encode_condition(autoencoder, flat[0] * mask, flat[1], mask, None))
     own, common = (1.7 * noise(name, tuple(z.shape)) for name in ("in.noise_ind", "in.noise_shared"))
     alpha = c["alpha"] if c["mixed_noise"] else 0.0
     eps = (own + alpha * common[:, :, :1]) / (1 + alpha**2) ** 0.5 if alpha else common[:, :, :1].expand_as(z)
@@ -1073,18 +1075,18 @@ def latentsync_losses(meta, t, tmp_path):
         torch.save({"state_dict": part_of(meta, t, "syncnet.")}, tmp_path / "syncnet.pt")
         picture = (c["sync_resolution"] // 2, c["sync_resolution"])
         sync = syncnet.load(tmp_path / "syncnet.pt", stable_config(c["syncnet"], picture)).requires_grad_(False)
-        videomae = load_videomae(part_of(meta, t, "videomae."), c.get("videomae", {}), tmp_path / "videomae.pth")
-        videomae.requires_grad_(False)
+        eye = load_videomae(part_of(meta, t, "videomae."), c.get("videomae", {}), tmp_path / "videomae.pth")
+        eye.requires_grad_(False)
         totals, norms = [], []
         for checkpointing in (False, True):                                 # the second must change nothing
             unet.checkpointing = checkpointing
             recon, x0 = unet.loss(z, condition, audio, t=steps, noise=eps)
             judge = latentsync.Supervision(
-                autoencoder, sync, videomae, frames=frames, sync_weight=weights["sync"], trepa_weight=weights["trepa"],
+                autoencoder, sync, eye, frames=frames, sync_weight=weights["sync"], trepa_weight=weights["trepa"],
                 checkpointing=checkpointing)
-            total, losses = judge(x0, true, mel)
+            total, parts = judge(x0, true, mel)
             for name in ("sync", "trepa"):
-                torch.testing.assert_close(losses[name][None], t[f"out.loss_{name}"], rtol=1e-5, atol=0)
+                torch.testing.assert_close(parts[name][None], t[f"out.loss_{name}"], rtol=1e-5, atol=0)
             totals.append(weights["recon"] * recon + total)
             unet.zero_grad()
             totals[-1].backward()

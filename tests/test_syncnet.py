@@ -18,9 +18,12 @@ import sample
 import syncnet
 import train
 import vq
-from conftest import ROOT, randn
-from test_cli import complaint, run, script
-from test_train import same, weights
+from helpers import ROOT, complaint, randn, run, same, script, weights
+from lib.console import UserError
+from lib.syncnet_variants import variant
+from lib.talking_head import talking_head
+from lib.tracks import face_crop, face_tracks, smooth_track
+from lib.video import Video, VideoWriter, read_sound
 
 CLIP = Path(__file__).resolve().parents[2] / "shared" / "data" / "latentsync"       # a real one, not in the repository
 TINY = syncnet.Config(((32, (1, 2), False), (32, (4, 4), True), (64, (2, 2), False)),
@@ -60,7 +63,7 @@ def pictures(count, size=16, seed=0):
 
 
 def write_video(path, frames, sound=None):
-    with sample.VideoWriter(path, *frames.shape[2:], sound=sound) as video:
+    with VideoWriter(path, *frames.shape[2:], sound=sound) as video:
         for frame in frames.permute(0, 2, 3, 1).numpy():
             video.write(frame)
     return path
@@ -110,7 +113,7 @@ def test_sizes_of_the_released_networks():
                 assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == expected[name]
         for frames in (1, 5, 10, 25, 39):
             for base in ("talking_head", "16_pixel_attn"):
-                config = syncnet.variant(syncnet.CONFIGS[base], frames=frames, embedding=64, attention=False)
+                config = variant(syncnet.CONFIGS[base], frames=frames, embedding=64, attention=False)
                 audio = syncnet.StableSyncNet(config).embed_audio(torch.zeros(1, 1, 80, config.columns))
                 assert audio.shape == (1, 64)
 
@@ -262,16 +265,16 @@ def test_original_syncnet_reads_bgr_and_leaves_the_last_clip_out():
 def test_tracks_of_faces():
     left = [(10 + t, 10, 210 + t, 250) for t in range(120)]
     boxes = [[left[t], (400, 0, 560, 150)] if t % 5 == 0 and not 30 <= t < 45 else [] for t in range(120)]
-    tracks = syncnet.face_tracks(boxes)
+    tracks = face_tracks(boxes)
     assert [(first, len(track)) for first, track in tracks] == [(0, 116), (0, 116)]
     np.testing.assert_allclose(tracks[0][1][37], left[37])                  # a gap of 20 frames, filled
-    assert [(f, len(t)) for f, t in syncnet.face_tracks(boxes, cuts=[60])] == [(0, 56), (0, 56), (60, 56), (60, 56)]
+    assert [(f, len(t)) for f, t in face_tracks(boxes, cuts=[60])] == [(0, 56), (0, 56), (60, 56), (60, 56)]
     far = [b if t < 60 else [(x + 300, y, X + 300, Y) for x, y, X, Y in b] for t, b in enumerate(boxes)]
-    assert len(syncnet.face_tracks(far)) == 4                               # both jumped, neither onto the other
-    assert syncnet.face_tracks([[(0, 0, 60, 60)]] * 100) == [] == syncnet.face_tracks([[left[0]]] * 50)
-    halves, centres = syncnet.smooth_track(tracks[0][1])
+    assert len(face_tracks(far)) == 4                               # both jumped, neither onto the other
+    assert face_tracks([[(0, 0, 60, 60)]] * 100) == [] == face_tracks([[left[0]]] * 50)
+    halves, centres = smooth_track(tracks[0][1])
     assert halves[20] == 120 and tuple(centres[20]) == (130, 130)
-    crop = syncnet.face_crop(torch.zeros(3, 300, 600).byte(), 120, (130, 130))
+    crop = face_crop(torch.zeros(3, 300, 600).byte(), 120, (130, 130))
     assert crop.shape == (3, 224, 224) and crop[0, 112, 0] == 110 and crop[0, 112, 112] == 0      # grey beyond the edge
 
 
@@ -292,7 +295,7 @@ def test_sound_of_any_rate_and_kind(tmp_path, rate, channels, subtype, suffix):
     tone = 0.5 * np.sin(2 * np.pi * 440 * t)
     both = np.stack([2 * tone, 0 * tone], 1)[:, :channels] if channels == 2 else tone
     soundfile.write(tmp_path / f"a{suffix}", both, rate, subtype=subtype)
-    sound = sample.read_sound(tmp_path / f"a{suffix}")
+    sound = read_sound(tmp_path / f"a{suffix}")
     assert sound.dtype == np.float32 and len(sound) == 16000
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert np.abs(sound - expected)[200:-200].max() < (0.01 if subtype == "PCM_U8" else 2e-3)
@@ -305,8 +308,8 @@ def test_sounds_that_cannot_be_used(tmp_path, av):
     (tmp_path / "broken.mp3").write_bytes(b"no sound" * 100)
     for name, reason in (("empty.wav", "not one sample"), ("nan.wav", "samples that are no numbers"), ("no.wav", "no such"),
                          ("broken.wav", "not a readable sound file"), ("broken.mp3", "not a video or sound file")):
-        with pytest.raises(sample.UserError, match=reason):
-            sample.read_sound(tmp_path / name)
+        with pytest.raises(UserError, match=reason):
+            read_sound(tmp_path / name)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
@@ -315,13 +318,13 @@ def test_video_round_trip(tmp_path, av, size):
     frames, sound = F.interpolate(pictures(30, 8).float(), size).byte(), speech(1.5)
     write_video(tmp_path / "a.mp4", frames, sound)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]                # no temporary file stays
-    video = sample.Video(tmp_path / "a.mp4")
+    video = Video(tmp_path / "a.mp4")
     back = torch.from_numpy(np.stack(list(video))).permute(0, 3, 1, 2)
     assert len(video) == len(back) == 30 and (video.height, video.width) == tuple(n + n % 2 for n in size)
     assert (back[:, :, :size[0], :size[1]].float() - frames).abs().mean() < 12
     for start in (0, 1, 13, 29, 30):
         assert torch.equal(video.clip(start, 5), back[start:start + 5])
-    again = sample.read_sound(tmp_path / "a.mp4")
+    again = read_sound(tmp_path / "a.mp4")
     n = 30 * 640
     assert len(again) >= n
     lags = [np.dot(again[400 + lag:n - 400 + lag], sound[400:n - 400]) for lag in range(-400, 400)]
@@ -342,7 +345,7 @@ def test_frame_rates_and_irregular_times(tmp_path, av):
                 frame.pts, frame.time_base = time, Fraction(1, base)
                 out.mux(stream.encode(frame))
             out.mux(stream.encode(None))
-        return [round(frame.mean() / 8) for frame in sample.Video(path)]
+        return [round(frame.mean() / 8) for frame in Video(path)]
     nearest = lambda times, base, count: [max(i for i, t in enumerate(times) if math.floor(t / base * 25 + 0.5) <= k)
                                           for k in range(count)]
     times = list(range(30))
@@ -360,7 +363,7 @@ def test_videos_filmed_sideways_are_turned(tmp_path, av):
         picture[:8] = 255                                                   # the top comes to the left
         out.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         out.mux(stream.encode(None))
-    frame, = sample.Video(tmp_path / "a.mp4")
+    frame, = Video(tmp_path / "a.mp4")
     assert frame.shape == (64, 32, 3) and frame[:, :6].min() > 200 and frame[:, -6:].max() < 50
 
 
@@ -383,7 +386,7 @@ def test_sound_begins_where_the_picture_does(tmp_path, av):
                 frame.pts = int(late * 16000) + 1600 * i
                 out.mux(track.encode(frame))
             out.mux(track.encode(None))
-        sound = sample.read_sound(tmp_path / "a.mkv")
+        sound = read_sound(tmp_path / "a.mkv")
         assert len(sound) == 16000 * (1 + late) and np.flatnonzero(sound)[0] == 16000 * late
 
 
@@ -393,7 +396,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_fil
     peaks = []
     for seconds in (5, 25):
         frames = pictures(25, 256).permute(0, 2, 3, 1).numpy()
-        with sample.VideoWriter(tmp_path / "a.mp4", 256, 256, sound=speech(seconds)) as video:
+        with VideoWriter(tmp_path / "a.mp4", 256, 256, sound=speech(seconds)) as video:
             for i in range(25 * seconds):
                 video.write(frames[i % 25])
         argv = ["syncnet", "--ckpt", str(judge_file), "--device", "cpu", "--video", str(tmp_path / "a.mp4"), "--out",
@@ -453,7 +456,7 @@ def test_without_pyav_the_way_out_is_named(tmp_path, judge_file, capsys, monkeyp
     said = complaint(capsys, sample, "syncnet", "--ckpt", judge_file, "--video", tmp_path / "a.mp4", "--device", "cpu")
     assert "needs PyAV: pip install av" in said
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(sample.UserError, match="pip install --no-deps facenet-pytorch"):
+    with pytest.raises(UserError, match="pip install --no-deps facenet-pytorch"):
         sample.find_faces(None, torch.device("cpu"))
 
 
@@ -467,7 +470,7 @@ def test_stereo_in_a_video_is_as_loud_as_in_a_file(tmp_path, av):
         frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 0
         out.mux(track.encode(frame))
         out.mux(track.encode(None))
-    np.testing.assert_allclose(sample.read_sound(tmp_path / "a.mkv"), sample.read_sound(tmp_path / "a.wav"), atol=1e-5)
+    np.testing.assert_allclose(read_sound(tmp_path / "a.mkv"), read_sound(tmp_path / "a.wav"), atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".ts", ".mkv", ".avi"])
@@ -483,7 +486,7 @@ def test_clips_from_the_middle_of_any_container(tmp_path, av, suffix):
             frame.pts, frame.time_base = i, Fraction(1, 25)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
-    video = sample.Video(tmp_path / f"a{suffix}")
+    video = Video(tmp_path / f"a{suffix}")
     whole = torch.from_numpy(np.stack(list(video))).permute(0, 3, 1, 2)
     assert len(whole) == 120 and abs(len(video) - 120) <= 2
     for start in (3, 49, 60, 99, 115):
@@ -500,16 +503,16 @@ def test_a_gap_in_the_sound_stays_a_gap(tmp_path, av):
             frame.sample_rate, frame.time_base, frame.pts = 16000, Fraction(1, 16000), 1600 * i
             out.mux(track.encode(frame))
         out.mux(track.encode(None))
-    sound = sample.read_sound(tmp_path / "a.mkv")
+    sound = read_sound(tmp_path / "a.mkv")
     assert len(sound) == 9 * 1600 and not sound[3 * 1600:7 * 1600].any() and round(float(sound[7 * 1600] * 32768)) == 3007
 
 
 def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, av):
-    with pytest.raises(sample.UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_video(tmp_path / "none" / "a.mp4", pictures(3))
-    with pytest.raises(sample.UserError, match="not one picture"):
+    with pytest.raises(UserError, match="not one picture"):
         write_video(tmp_path / "a.mp4", pictures(0))
-    with pytest.raises(KeyError), sample.VideoWriter(tmp_path / "b.mp4", 16, 16) as video:
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "b.mp4", 16, 16) as video:
         video.write(pictures(1)[0].permute(1, 2, 0).numpy())
         raise KeyError
     assert not list(tmp_path.iterdir())
@@ -521,17 +524,17 @@ def test_a_damaged_middle_is_survived(tmp_path, av):
     at = data.index(b"mdat") + 2000
     data[at:at + 300] = bytes(300)
     path.write_bytes(data)
-    frames = list(sample.Video(path))
+    frames = list(Video(path))
     assert 50 <= len(frames) <= 60
 
 
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not part of the repository")
 def test_a_real_clip_from_file_to_score(tmp_path, av, judge_file, capsys):
     """Decoding, resampling, cropping, scoring; the weights are random, so only that the numbers are sound is checked."""
-    video = sample.Video(CLIP / "demo1_video.mp4")
+    video = Video(CLIP / "demo1_video.mp4")
     frames = list(video)
     assert len(frames) == len(video) == 65 and frames[0].shape == (960, 540, 3)
-    assert len(sample.read_sound(CLIP / "demo1_audio.wav")) == 48000
+    assert len(read_sound(CLIP / "demo1_audio.wav")) == 48000
     argv = ("--video", CLIP / "demo1_video.mp4", "--audio", CLIP / "demo1_audio.wav", "--face", 255, 302, 343, 416)
     run(sample, "syncnet", *argv, "--ckpt", judge_file, "--out", tmp_path / "a.png", "--device", "cpu")
     assert "61 clips from frame 0" in capsys.readouterr().out
@@ -554,20 +557,20 @@ def random_judge():
 
 
 def test_talking_heads_are_functions_of_their_seed():
-    train.talking_head.cache_clear()
-    frames, sound = train.talking_head(7, seconds=1.0, size=32)
-    train.talking_head.cache_clear()
-    again, sound_again = train.talking_head(7, seconds=1.0, size=32)
+    talking_head.cache_clear()
+    frames, sound = talking_head(7, seconds=1.0, size=32)
+    talking_head.cache_clear()
+    again, sound_again = talking_head(7, seconds=1.0, size=32)
     assert torch.equal(frames, again) and np.array_equal(sound, sound_again)
     assert frames.shape == (25, 3, 32, 32) and frames.dtype == torch.uint8 and sound.shape == (16000,)
-    assert 0.01 < np.abs(sound).max() <= 1 and not torch.equal(frames, train.talking_head(8, 1.0, 32)[0])
+    assert 0.01 < np.abs(sound).max() <= 1 and not torch.equal(frames, talking_head(8, 1.0, 32)[0])
 
 
 def test_mouths_move_with_the_sound_they_make():
     """The dark of the mouth follows loudness, and best without a shift: on average over people, as one may hiss much."""
     curves = []
     for seed in range(12):
-        frames, sound = train.talking_head(seed, seconds=4.0, size=48)
+        frames, sound = talking_head(seed, seconds=4.0, size=48)
         dark = 255 - frames[:, 0, 28:42, 14:34].float().mean((1, 2))        # the mouth's place; the inside is dark
         loud = np.log(1e-3 + np.sqrt((sound[:100 * 640].reshape(100, 640) ** 2).mean(1)))
         curves.append([np.corrcoef(dark[10:90], loud[10 + shift:90 + shift])[0, 1] for shift in range(-8, 9)])

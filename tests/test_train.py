@@ -1,5 +1,4 @@
 """Training: exact resumption, broken files, fine-tuning, interruptions."""
-import csv
 import signal
 import subprocess
 import sys
@@ -14,56 +13,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infinity
-import llamagen
 import sample
 import train
 import var
 import vq
-from conftest import (BITS_CONFIG, CLASS_CONFIG, INFINITY_CONFIG, ROOT, SINGLE_CONFIG, T5_CONFIG, TEXT_CONFIG, VAR_CONFIG,
-                      VQ_CONFIG, tiny_infinity, tiny_single)
-from test_cli import complaint, run
+from helpers import (BITS_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, captioned, complaint, log_rows, run, same, tiny_infinity, tiny_single,
+                     tiny_tokenizer, weights)
+from lib import recipes
+from lib.caches import FeatureCache, TokenCache
+from lib.data import Batches, CaptionedPictures, EmojiCaptions, EmojiSheet, view
+from lib.pictures import open_picture, to_input
+from lib.text import T5Encoder, load_infinity, load_llamagen, load_t5
 
-
-@pytest.fixture(autouse=True)
-def tiny_configs(monkeypatch):
-    make_tiny(monkeypatch)
-
-
-def make_tiny(monkeypatch):
-    monkeypatch.setitem(vq.CONFIGS, "emoji_vq", VQ_CONFIG)
-    monkeypatch.setitem(var.CONFIGS, "emoji_var", VAR_CONFIG)
-    monkeypatch.setitem(vq.CONFIGS, "emoji_bsq", BITS_CONFIG)
-    monkeypatch.setitem(infinity.CONFIGS, "emoji_infinity", INFINITY_CONFIG)
-    monkeypatch.setattr(infinity, "BYTE_T5", T5_CONFIG)
-    monkeypatch.setitem(vq.CONFIGS, "emoji_vq_single", SINGLE_CONFIG)
-    monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen", CLASS_CONFIG)
-    monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen_t2i", TEXT_CONFIG)
-    monkeypatch.setattr(vq, "PatchDiscriminator", partial(vq.PatchDiscriminator, width=8, num_layers=1))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """40 pictures in two classes, one of them broken."""
-    rng = np.random.default_rng(0)
-    for c in ("circle", "square"):
-        (tmp_path / "data" / c).mkdir(parents=True)
-        for i in range(20):
-            Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "data" / c / f"{i:02d}.png")
-    (tmp_path / "data" / "circle" / "07.png").write_bytes(b"broken")
-    return tmp_path / "data"
-
+pytestmark = pytest.mark.usefixtures("tiny_configs")
 
 VQ = ("vq", "--size", 16, "--batch-size", 4, "--device", "cpu", "--workers", 0, "--log-every", 1, "--lr", 1e-3,
       "--warm-steps", 2, "--ema", 0.9, "--restart-after", 1)
 VAR = ("var", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("extra", [(), ("--disc-weight", 0.5, "--disc-start", 3)], ids=["plain", "discriminator"])
@@ -75,7 +41,7 @@ def test_resumed_tokenizer_run_equals_an_uninterrupted_one(pictures, tmp_path, c
     assert not same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    rows = list(csv.DictReader(open(tmp_path / "parts" / "log.csv")))
+    rows = log_rows(tmp_path / "parts")
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["val_psnr"]
     assert len(list((tmp_path / "parts" / "samples").iterdir())) == 2
     other = complaint(capsys, train, *argv, "--out", tmp_path / "parts", "--resume", "auto", "--lr", 1e-4)
@@ -104,11 +70,11 @@ def test_training_on_pictures_without_a_cache_skips_the_broken_one(pictures, fil
 
 
 def test_cached_tokens_are_those_of_the_pictures(files, tmp_path):
-    tokenizer, data = vq.load(files[1]), train.EmojiSheet(16, train=False)
-    cache = train.TokenCache(data, tokenizer, (1, 2, 3, 4), 1, "cpu", tmp_path, "val")
+    tokenizer, data = vq.load(files[1]), EmojiSheet(16, train=False)
+    cache = TokenCache(data, tokenizer, (1, 2, 3, 4), 1, "cpu", tmp_path, "val")
     pixels, labels, _ = data.__getitems__([(3, None), (11, None)])
     tokens, cached_labels, _ = cache.__getitems__([(3, None), (11, None)])
-    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(sample.to_input(pixels, "cpu")), 1))
+    assert torch.equal(tokens, torch.cat(tokenizer.tokenize(to_input(pixels, "cpu")), 1))
     assert torch.equal(labels, cached_labels)
 
 
@@ -123,7 +89,7 @@ def test_fine_tuning_starts_from_the_given_weights(pictures, files, tmp_path):
 
 def test_loss_goes_down(files, tmp_path, capsys):
     run(train, *VAR, "--vae", files[1], "--steps", 40, "--lr", 3e-3, "--batch-size", 32, "--out", tmp_path / "a")
-    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    rows = log_rows(tmp_path / "a")
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
 
 
@@ -144,10 +110,10 @@ def test_ctrl_c_saves_the_run(tmp_path):
 
 def test_two_processes_compute_what_one_does(pictures, files, tmp_path, monkeypatch):
     """torchrun with gloo: without dropping, the mean of two half batches' gradients is the whole batch's."""
-    code = ("import sys; sys.path[:0] = [{0!r}, {0!r} + '/tests']; import conftest, train, sample, var;"
-            "from dataclasses import replace;"
-            "var.CONFIGS['emoji_var'] = replace(conftest.VAR_CONFIG, class_drop=0.0, drop_path=0.0);"
-            "sample.guarded(train.train, train.parse_args(sys.argv[1:]))").format(str(ROOT))
+    code = ("import sys; sys.path[:0] = [{0!r}, {0!r} + '/tests']; import helpers, train, var;"
+            "from dataclasses import replace; from lib.console import run_command;"
+            "var.CONFIGS['emoji_var'] = replace(helpers.VAR_CONFIG, class_drop=0.0, drop_path=0.0);"
+            "run_command(train.train, train.parse_args(sys.argv[1:]))").format(str(ROOT))
     (tmp_path / "go.py").write_text(code)
     argv = [*map(str, VAR), "--data", str(pictures), "--vae", str(files[1]), "--steps", "3"]
     monkeypatch.setitem(var.CONFIGS, "emoji_var", replace(VAR_CONFIG, class_drop=0.0, drop_path=0.0))
@@ -173,32 +139,19 @@ def test_bitwise_runs_resume_and_their_files_draw(text_files, tmp_path, capsys):
     run(train, *arguments, "--out", tmp_path / "parts", "--stop-after", 2)
     run(train, *arguments, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    start = infinity.load(tmp_path / "parts" / "model.safetensors").text_encoder
+    start = load_infinity(tmp_path / "parts" / "model.safetensors").text_encoder
     assert start is not None and start.config == T5_CONFIG
     run(sample, "infinity", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vae", vae, "--out", tmp_path / "a.png",
         "--prompt", "a cat")
-    row = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))[-1]
+    row = log_rows(tmp_path / "whole")[-1]
     assert 0.4 < float(row["bit_accuracy"]) < 1 and len(row["scale_accuracy"].split()) == 3 and row["val_loss"]
 
 
-def captioned(folder):
-    """Pictures of two aspect ratios with captions, one of them unreadable, and two broken lines."""
-    folder.mkdir()
-    rng, lines = np.random.default_rng(0), []
-    for i in range(24):
-        size = (40, 40, 3) if i % 2 else (60, 40, 3)
-        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(f"{i}.png\tpicture {i}. It is noise. --ar 1")
-    (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:60])
-    (folder / "a.tsv").write_text("\n".join([*lines, "no tab here", "gone.png\tgone"]))
-    return folder
-
-
 def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
-    data = train.CaptionedPictures(captioned(tmp_path / "data"), "0.06M", split=False)
+    data = CaptionedPictures(captioned(tmp_path / "data"), "0.06M", split=False)
     assert "skipped 2 broken of 26 lines" in capsys.readouterr().out
     assert data.aspects == [1.0, 1.5] and [len(g) for g in data.groups] == [12, 12]
-    batches = iter(train.Batches(data.groups, 4, seed=0))
+    batches = iter(Batches(data.groups, 4, seed=0))
     seen, shapes = set(), set()
     for _ in range(6):
         items = next(batches)
@@ -210,10 +163,10 @@ def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
     assert seen == set(range(24)) and shapes == {(4, 3, 256, 256), (4, 3, 336, 224)}
     assert data.caption(3, None) == "picture 3. It is noise." and len({data.caption(3, (s,)) for s in range(20)}) > 1
     (tmp_path / "1.0_2.jsonl").write_text('{"image_path": "data/1.png", "h_div_w": 1, "long_caption": "long", "text": "s"}')
-    both = train.CaptionedPictures(tmp_path / "1.0_2.jsonl", "0.06M")
+    both = CaptionedPictures(tmp_path / "1.0_2.jsonl", "0.06M")
     assert {both.caption(0, (s,)) for s in range(20)} == {"long", "s"}
     (tmp_path / "llamagen.jsonl").write_text('{"image_path": "data/1.png", "text": ["A cat. It sleeps.", "other"]}')
-    squares = train.CaptionedPictures(tmp_path / "llamagen.jsonl", size=32)
+    squares = CaptionedPictures(tmp_path / "llamagen.jsonl", size=32)
     assert {squares.caption(0, (s,)) for s in range(20)} == set(squares.captions(0)) == {"A cat. It sleeps.", "A cat"}
 
 
@@ -237,7 +190,6 @@ def test_training_on_captions_and_its_mistakes(text_files, tmp_path, capsys, mon
 
 
 def vae_of_codes(folder):
-    from conftest import tiny_tokenizer
     vq.save(tiny_tokenizer(), folder / "codes.safetensors")
     return folder / "codes.safetensors"
 
@@ -256,7 +208,7 @@ def test_single_scale_tokenizer_runs_resume(pictures, tmp_path):
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 3)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    row = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))[-1]
+    row = log_rows(tmp_path / "whole")[-1]
     assert float(row["disc"]) > 0 and 0 < float(row["usage"]) <= 100
     run(train, *SINGLE, "--data", pictures, "--workers", 0, "--steps", 1, "--lr", 0, "--warm-steps", 0, "--init",
         tmp_path / "whole" / "model.safetensors", "--out", tmp_path / "tuned")
@@ -276,23 +228,23 @@ def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
     tuned, start = weights(tmp_path / "b"), load_file(token_files[2])
     assert torch.equal(tuned["output.weight"], start["output.weight"])
     assert len(tuned["cls_embedding.embedding_table.weight"]) == 99
-    assert "1 weights start anew: class_embed.weight" in capsys.readouterr().out
+    assert "1 weights start from scratch: class_embed.weight" in capsys.readouterr().out
 
 
 def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
-    assert "red heart" in train.EmojiCaptions(16).names                     # which Unicode calls heavy black heart
+    assert "red heart" in EmojiCaptions(16).names                     # which Unicode calls heavy black heart
     argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--data", captioned(tmp_path / "data"), "--steps", 4,
             "--init", token_files[2])
     run(train, *argv, "--out", tmp_path / "whole")
-    assert "weights start anew" in capsys.readouterr().out                  # what concerns the text
+    assert "weights start from scratch" in capsys.readouterr().out                  # what concerns the text
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    once, more = (sample.load_llamagen(tmp_path / name).text_encoder for name in ("whole/model.safetensors",) * 2)
+    once, more = (load_llamagen(tmp_path / name).text_encoder for name in ("whole/model.safetensors",) * 2)
     assert once.config == T5_CONFIG and torch.equal(once.embed.weight, more.embed.weight)
     infinity.save(tiny_infinity(), tmp_path / "i.safetensors")
     run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "i.safetensors", "--out", tmp_path / "c")
-    taken = sample.load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict()
+    taken = load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict()
     assert same(taken, tiny_infinity().text_encoder.state_dict())
     run(sample, "llamagen", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vq", token_files[1], "--prompt", "red heart",
         "--out", tmp_path / "a.png", "--device", "cpu")
@@ -300,26 +252,27 @@ def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
 
 def tiny_t5(folder):
     """A T5 on bytes with the names of transformers, as --t5 takes it."""
-    t5 = infinity.T5Encoder(T5_CONFIG)
+    t5 = T5Encoder(T5_CONFIG)
     t5.init_weights(torch.Generator().manual_seed(0))
     folder.mkdir()
-    torch.save(vq.rename_keys(t5.state_dict(), infinity.T5_RENAMES, inverse=True), folder / "pytorch_model.bin")
+    torch.save(vq.rename_keys(t5.state_dict(), T5Encoder.RENAMES, inverse=True), folder / "pytorch_model.bin")
     return folder
 
 
 def test_features_of_a_frozen_encoder_are_computed_once(token_files, tmp_path, capsys, monkeypatch):
     t5, folder = tiny_t5(tmp_path / "t5"), captioned(tmp_path / "data")
-    monkeypatch.setitem(train.RECIPES["llamagen"]["emoji_text"], "text_width", 128)
+    recipe = recipes.derive(recipes.RECIPES["llamagen"]["emoji_text"], text_width=128)
+    monkeypatch.setitem(recipes.RECIPES["llamagen"], "emoji_text", recipe)
     argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--steps", 3, "--t5", t5, "--data", folder,
             "--no-clean")
     run(train, *argv, "--out", tmp_path / "a", "--stop-after", 1)
     caches = sorted((tmp_path / "a").glob("text_*.safetensors"))
     assert len(caches) == 1 and "text_encoder.embed.weight" not in weights(tmp_path / "a")
-    monkeypatch.setattr(sample, "encode_texts", None)                       # it is not asked again
+    monkeypatch.setattr("lib.caches.encode_texts", None)                       # it is not asked again
     run(train, *argv, "--out", tmp_path / "a", "--resume", "auto")
-    cached = train.FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise.")}),
-                                infinity.load_t5(t5), 6, False, tmp_path / "a")
-    expected = infinity.load_t5(t5).encode(["picture 3"], 6)[0][0]
+    cached = FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise.")}),
+                                load_t5(t5), 6, False, tmp_path / "a")
+    expected = load_t5(t5).encode(["picture 3"], 6)[0][0]
     torch.testing.assert_close(cached["picture 3"], expected, atol=2e-3, rtol=2e-3)
     assert "done at step 3" in capsys.readouterr().out
 
@@ -335,8 +288,8 @@ def test_crops_are_those_of_torchvision(tmp_path):
         large = halved.resize([round(s * ratio) for s in halved.size], Image.BICUBIC)
         x, y = ((s - side) // 2 for s in large.size)
         for i, expected in enumerate(TenCrop(32)(large.crop((x, y, x + side, y + side)))):
-            assert train.view(picture, 32, "ten", start + i).tobytes() == expected.tobytes(), (start, i)
-    straight, flipped = (np.asarray(train.view(picture, 32, "flip", i)) for i in (0, 1))
+            assert view(picture, 32, "ten", start + i).tobytes() == expected.tobytes(), (start, i)
+    straight, flipped = (np.asarray(view(picture, 32, "flip", i)) for i in (0, 1))
     assert np.array_equal(straight, flipped[:, ::-1])
 
 
@@ -375,28 +328,28 @@ def test_mistakes(pictures, files, tmp_path, capsys):
 
 
 def test_batches_cover_every_epoch_and_continue_anywhere():
-    take = lambda n, **kw: [b for b, _ in zip(train.Batches([np.arange(10)], 4, 0, **kw), range(n))]
+    take = lambda n, **kw: [b for b, _ in zip(Batches([np.arange(10)], 4, 0, **kw), range(n))]
     epoch = [i for batch in take(3) for i, _ in batch]
     assert sorted(epoch[:10]) == list(range(10)) and epoch[10:] == epoch[:2]
     assert take(4, first=2) == take(6)[2:]
-    ranks = [take(2, parts=2, rank=r, world=2) for r in (0, 1)]
+    ranks = [take(2, micro_batches=2, rank=r, world=2) for r in (0, 1)]
     assert [a + b for a, b in zip(*ranks)] == take(2)
-    assert [a + b for a, b in zip(*[iter(take(4, parts=2))] * 2)] == take(2)
-    ranks = [take(4, parts=4, rank=r, world=2) for r in (0, 1)]             # two parts each, in turn
-    assert [part for pair in zip(*ranks) for part in pair] == take(8, parts=4)
+    assert [a + b for a, b in zip(*[iter(take(4, micro_batches=2))] * 2)] == take(2)
+    ranks = [take(4, micro_batches=4, rank=r, world=2) for r in (0, 1)]             # two parts each, in turn
+    assert [part for pair in zip(*ranks) for part in pair] == take(8, micro_batches=4)
 
 
 def test_pictures_of_every_kind_are_read_as_a_person_sees_them(tmp_path):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "16bit.png")
-    assert np.abs(np.asarray(sample.open_picture(tmp_path / "16bit.png"))[..., 0].astype(int) - ramp // 257).max() <= 1
+    assert np.abs(np.asarray(open_picture(tmp_path / "16bit.png"))[..., 0].astype(int) - ramp // 257).max() <= 1
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(sample.open_picture(tmp_path / "clear.png")).min() == 255         # transparent: white
+    assert np.asarray(open_picture(tmp_path / "clear.png")).min() == 255         # transparent: white
     turned = Image.new("RGB", (8, 4), "red")
     exif = turned.getexif()
     exif[0x0112] = 6                                                        # hold the camera upright
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert sample.open_picture(tmp_path / "turned.jpg").size == (4, 8)
+    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
     for mode in ("L", "P", "CMYK", "1"):
         Image.new(mode, (8, 8)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-    assert all(sample.open_picture(p).mode == "RGB" for p in tmp_path.iterdir())
+    assert all(open_picture(p).mode == "RGB" for p in tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """The transformer: what must hold whatever the weights."""
+import copy
 import math
 
 import pytest
@@ -8,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 import var
 import vq
-from conftest import tiny_var
-from sample import CUDAGraphs
+from conftest import randn, tiny_var
+from lib.graphs import CapturedCall, captured, captured_method
 
 LABELS = torch.tensor([0, 3])
 VARIANTS = pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"attn_l2_norm": False}],
@@ -20,10 +21,17 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
+def steps_of(model, *arguments, **options):
+    """A list of the Steps of model.sample."""
+    steps = []
+    model.sample(*arguments, on_step=steps.append, **options)
+    return steps
+
+
 @VARIANTS
 def test_cached_sampling_equals_teacher_forcing(changes, tokenizer):
     model = tiny_var(**changes)
-    steps = list(model.steps(tokenizer, LABELS, cfg=2.0, generator=torch.Generator().manual_seed(0)))
+    steps = steps_of(model, tokenizer, LABELS, cfg=2.0, generator=torch.Generator().manual_seed(0))
     features = tokenizer.quantize.teacher_input([s.tokens for s in steps])
     forced = torch.cat([model(LABELS, features), model(torch.full_like(LABELS, 5), features)])
     torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), forced, atol=2e-5, rtol=1e-5)
@@ -33,7 +41,7 @@ def test_cached_sampling_equals_teacher_forcing(changes, tokenizer):
 def test_a_batch_of_two_is_two_batches_of_one(model, tokenizer):
     for options in (dict(top_k=1), dict(top_k=8, top_p=0.9), dict(more_smooth=True)):
         tokens = lambda labels, seeds: torch.cat(
-            [s.tokens for s in model.steps(tokenizer, labels, cfg=3.0, generator=generators(*seeds), **options)], 1)
+            [s.tokens for s in steps_of(model, tokenizer, labels, cfg=3.0, generator=generators(*seeds), **options)], 1)
         both = tokens(LABELS, (7, 8))
         assert torch.equal(both, torch.cat([tokens(LABELS[:1], (7,)), tokens(LABELS[1:], (8,))]))
 
@@ -45,26 +53,25 @@ def test_same_seed_same_picture_other_seed_another(model, tokenizer):
 
 
 def test_guidance_zero_leaves_the_unconditional_half_out(model, tokenizer):
-    step = next(model.steps(tokenizer, LABELS, cfg=0, generator=torch.Generator().manual_seed(0)))
-    assert len(step.logits) == 2
     null = torch.tensor([5, 5])                                             # no class: both halves would be equal
-    assert len(next(model.steps(tokenizer, null, cfg=4, generator=torch.Generator().manual_seed(0))).logits) == 2
+    for labels, cfg, rows in ((LABELS, 2.0, 4), (LABELS, 0, 2), (null, 4, 2)):
+        assert all(len(step.logits) == rows for step in steps_of(model, tokenizer, labels, cfg=cfg))
 
 
-def test_ladder_ends_with_the_picture(model, tokenizer):
-    options = dict(cfg=2.0, top_k=4)
-    ladder = model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), ladder=True, **options)
-    assert len(ladder) == 4
-    final = model.sample(tokenizer, LABELS, generator=torch.Generator().manual_seed(0), **options)
-    assert torch.equal(ladder[-1], final)
+def test_pictures_of_all_scales_end_with_the_picture(model, tokenizer):
+    draw = lambda **options: model.sample(tokenizer, LABELS, generator=generators(0)[0], cfg=2.0, top_k=4, **options)
+    pictures = draw(all_scales=True)
+    assert len(pictures) == 4 and torch.equal(pictures[-1], draw())
 
 
 def test_editing_keeps_what_the_mask_keeps(model, tokenizer):
     given = tokenizer.tokenize(torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    draw = lambda keep: model.sample(tokenizer, LABELS[:1], given=given, keep=keep, generator=generators(0)[0])
+    draw = lambda keep: model.sample(tokenizer, LABELS[:1], given_tokens=given, keep_mask=keep, generator=generators(0)[0])
     everything, nothing = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     torch.testing.assert_close(draw(everything), tokenizer.detokenize(given).add(1).div(2))
     assert (draw(nothing) - draw(everything)).abs().mean() > 1e-3
+    with pytest.raises(ValueError, match="editing takes both: .* given_tokens=, the mask as keep_mask="):
+        model.sample(tokenizer, LABELS, keep_mask=everything)
     assert var.edit_mask((0, 0, 0.5, 1), 4, inpaint=False).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
     assert torch.equal(var.edit_mask((0.1, 0.1, 0.8, 0.8), 16), ~var.edit_mask((0.1, 0.1, 0.8, 0.8), 16, inpaint=False))
 
@@ -158,11 +165,11 @@ def test_checkpoints_that_do_not_fit_are_explained(model, tokenizer, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling as a chain of calls that can be captured
+# CUDA graphs
 
 
-class Rerun(CUDAGraphs):
-    """CUDA graphs but for CUDA: `replay` computes anew what it captured, from the same tensors into the same tensors."""
+class Rerun(CapturedCall):
+    """CUDA graphs without CUDA: `replay` computes again what was captured, from the same tensors into the same tensors."""
 
     def record(self, run):
         results = run()
@@ -174,61 +181,104 @@ class Rerun(CUDAGraphs):
         return replay, results
 
 
-WAYS = [dict(cfg=3.0, top_k=9, top_p=0.9), dict(cfg=0), dict(cfg=3.0, more_smooth=True), dict(cfg=3.0, ladder=True)]
+CAPTURES = pytest.mark.parametrize("device, call", [
+    pytest.param("cuda", CapturedCall, marks=pytest.mark.gpu, id="cuda graphs"), pytest.param("cpu", Rerun, id="simulated")])
+WAYS = [dict(cfg=3.0, top_k=9, top_p=0.9), dict(cfg=0), dict(cfg=3.0, more_smooth=True), dict(cfg=3.0, all_scales=True)]
 
 
-@pytest.mark.parametrize("make", [pytest.param(lambda: ("cuda", CUDAGraphs()), marks=pytest.mark.gpu, id="cuda graphs"),
-                                  pytest.param(lambda: ("cpu", Rerun()), id="the same, simulated")])
-def test_captured_steps_draw_the_same_pictures(model, tokenizer, make):
+def test_a_captured_call_is_replayed_on_other_numbers():
+    """Copies of the arguments go in, static buffers are used in place, and results are overwritten by the next call."""
+    runs, total = [], torch.zeros(3)
+
+    def add(total, x, factor):
+        runs.append(factor)
+        total += factor * x
+        return 2 * total
+    call = Rerun(add, static={total.untyped_storage().data_ptr()})
+    first = call(total, randn(3), 1)
+    total.zero_()
+    second = call(total, randn(3, seed=1), 1)
+    torch.testing.assert_close(total, randn(3, seed=1))
+    assert second is first and torch.equal(second, 2 * total) and len(call.graphs) == 1
+    call(total, randn(3), 5)                                                # another constant, another graph
+    assert len(call.graphs) == 2 and runs == [1, 1, 1, 5, 5]
+
+
+def test_calls_that_are_not_worth_a_capture_go_plain():
+    layer, captures = torch.nn.Linear(3, 2), []
+    layer.double = lambda x: captures.append(len(x)) or 2 * layer(x)
+    twin = captured_method(layer, "double", lambda x: len(x) == 4, call=Rerun)
+    for n in (4, 4, 1):
+        torch.testing.assert_close(twin.double(randn(n, 3)), 2 * layer(randn(n, 3)))
+    assert captures == [4, 4, 4, 1] and twin.weight is layer.weight
+
+
+@CAPTURES
+def test_captured_steps_draw_the_same_pictures(model, tokenizer, device, call):
     """With other classes and seeds than those of the capture, other settings and batch sizes, and back."""
-    device, run = make()
     model, tokenizer = model.to(device), tokenizer.to(device)
-    draw = lambda labels, seed, **options: model.sample(
+    fast, fast_tokenizer = captured(model, call), captured(tokenizer, call)
+    draw = lambda model, tokenizer, labels, seed, **options: model.sample(
         tokenizer, labels, generator=torch.Generator(device).manual_seed(seed), **options)
     keep = var.edit_mask((0, 0, 0.5, 0.5), 4).to(device)
     given = tokenizer.tokenize(torch.rand(1, 3, 16, 16, device=device))
     for _ in range(2):
-        for options in [*WAYS, dict(cfg=3.0, given=given, keep=keep)]:
+        for options in [*WAYS, dict(cfg=3.0, given_tokens=given, keep_mask=keep)]:
             for labels, seed in ((LABELS, 0), (LABELS.flip(0), 1), (LABELS[:1], 2)):
-                expected, got = (draw(labels, seed, run=r, **options) for r in (var.call, run))
-                assert all(torch.equal(a, b) for a, b in zip(tree_leaves(expected), tree_leaves(got)))
-    # per batch size: begin with and without guidance, decode, and 5 settings x 4 scales; the second round found them all
-    assert len(run.graphs) == 2 * (3 + 5 * 4)
+                expected = draw(model, tokenizer, labels, seed, **options)
+                found = draw(fast, fast_tokenizer, labels, seed, **options)
+                assert all(torch.equal(a, b) for a, b in zip(tree_leaves(expected), tree_leaves(found)))
+    # 4 scales for 4, 2 and 1 rows (with and without guidance, two batch sizes); the second round found them all
+    assert len(fast.forward_scale.graphs) == 3 * 4 and len(fast_tokenizer.decode.graphs) == 2
+    assert model.forward_scale.__func__ is var.VAR.forward_scale            # the model itself is as it was
 
 
-def test_nothing_in_a_step_waits_for_the_device(model, tokenizer):
-    """No number goes to the host while a picture is drawn: what an operator of this list would do."""
+def check_nothing_waits(model, draw):
+    """No number goes to the host once the KV cache is there: no operator of this list is called while draw(model) runs."""
     waits = {"_local_scalar_dense", "item", "nonzero", "multinomial", "is_nonzero", "equal", "masked_select", "unique"}
 
     class NoWaiting(TorchDispatchMode):
+        begun = False
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            assert func.overloadpacket.__name__ not in waits, f"{func} waits for the device"
+            assert not self.begun or func.overloadpacket.__name__ not in waits, f"{func} waits for the device"
             return func(*args, **kwargs or {})
 
-    def run(function, constants, *tensors):
-        with NoWaiting():
-            return function(*constants, *tensors)
+    def new_kv_cache(*size):
+        mode.begun = True
+        return model.new_kv_cache(*size)
+    twin = copy.copy(model)
+    twin.new_kv_cache = new_kv_cache
+    with NoWaiting() as mode:
+        draw(twin)
+        assert mode.begun
+        with pytest.raises(AssertionError, match="waits"):
+            LABELS.sum().item()
+
+
+def test_nothing_in_a_loop_waits_for_the_device(model, tokenizer):
     for options in WAYS:
-        model.sample(tokenizer, LABELS, run=run, **options)
-    with pytest.raises(AssertionError, match="waits"), NoWaiting():
-        LABELS.sum().item()
+        check_nothing_waits(model, lambda model: model.sample(tokenizer, LABELS, **options))
 
 
-def check_no_synchronisation(model, tokenizer, call):
-    model, tokenizer, run = model.cuda(), tokenizer.cuda(), CUDAGraphs()
-    draw = lambda run: model.sample(tokenizer, LABELS, cfg=3.0, top_k=9, top_p=0.9, run=run,
-                                    generator=torch.Generator("cuda").manual_seed(0))
-    draw(call), draw(run)                                                   # compiles and captures, which may wait
+def check_no_synchronisation(model, tokenizer):
+    model, tokenizer = model.cuda(), tokenizer.cuda()
+    draw = lambda model, tokenizer: model.sample(tokenizer, LABELS, cfg=3.0, top_k=9, top_p=0.9,
+                                                 generator=torch.Generator("cuda").manual_seed(0))
+    pairs = (model, tokenizer), (captured(model), captured(tokenizer))
+    for pair in pairs:                                                      # compiles and captures, which may wait
+        draw(*pair)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        draw(call), draw(run)
+        for pair in pairs:
+            draw(*pair)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 def test_no_synchronisation_on_cuda(model, tokenizer):
-    check_no_synchronisation(model, tokenizer, var.call)
+    check_no_synchronisation(model, tokenizer)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,12 @@
-"""The tokenizer: quantizer invariants, training pieces, loading and saving."""
+"""Tokenizers: invariants of the quantizers, training losses, loading and saving."""
 import pytest
 import torch
 
-import sample
-import train
 import vq
-from conftest import ROOT, randn, tiny_tokenizer
+from helpers import ROOT, randn, tiny_tokenizer
+from lib import losses
+from lib.data import EmojiSheet
+from lib.pictures import psnr, to_input
 
 
 def test_shared_phis_of_the_released_schedule():
@@ -15,9 +16,10 @@ def test_shared_phis_of_the_released_schedule():
 
 def test_encode_and_decode_agree_on_every_scale(tokenizer):
     f = tokenizer.encode(randn(2, 3, 16, 16))
-    steps = list(tokenizer.quantize.walk(f))
-    for (_, _, mine), ladder in zip(steps, tokenizer.quantize.ladder([index for _, index, _ in steps])):
-        torch.testing.assert_close(mine, ladder)
+    steps = list(tokenizer.quantize.quantize_scales(f))
+    decoded = tokenizer.quantize.partial_sums([index for _, index, _ in steps])
+    for (_, _, encoded_k), decoded_k in zip(steps, decoded):
+        torch.testing.assert_close(encoded_k, decoded_k)
 
 
 def test_a_batch_is_its_pictures(tokenizer):
@@ -62,18 +64,18 @@ def test_dead_codes_are_restarted_on_residuals_and_the_codebook_recovers():
     assert used() == 1
     for _ in range(3):
         quantizer(f)
-    dead = quantizer.idle >= 3
+    dead = quantizer.steps_unused >= 3
     assert dead.sum() == 63
     assert quantizer.restart_codes(f, dead, g) == 63 and used() > 32
     quantizer.init_codebook(f, g)
     assert used() > 48
-    assert quantizer.idle.max() == 0
+    assert quantizer.steps_unused.max() == 0
 
 
 def test_the_discriminator_waits_and_its_weight_adapts(tokenizer):
-    discriminator = vq.PatchDiscriminator(width=8, num_layers=1)
+    discriminator = losses.PatchDiscriminator(width=8, num_layers=1)
     discriminator.init_weights(torch.Generator().manual_seed(0))
-    criterion = vq.TokenizerLoss(None, discriminator, disc_start=10, disc_weight=0.5)
+    criterion = losses.TokenizerLoss(None, discriminator, disc_start=10, disc_weight=0.5)
     image = randn(2, 3, 16, 16).clamp(-1, 1)
     rec, vq_loss, _ = tokenizer(image)
     last = tokenizer.decoder.conv_out.weight
@@ -128,12 +130,11 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     """With the trained demo tokenizer, on held-out pictures. Encoding a decoded picture again does not give every token
     back (many codes are near-ties), but loses much less than the first encoding did, and no more each time."""
     tokenizer = vq.load(ROOT / "demo" / "emoji_vq.safetensors")
-    image = sample.to_input(train.EmojiSheet(32, train=False).pixels[::4], "cpu")
-    psnr = lambda a, b: sample.psnr(a, b).mean()
+    image = to_input(EmojiSheet(32, train=False).pixels[::4], "cpu")
     first = tokenizer.detokenize(tokenizer.tokenize(image))
     second = tokenizer.detokenize(tokenizer.tokenize(first))
     third = tokenizer.detokenize(tokenizer.tokenize(second))
-    assert psnr(image, first) > 24
-    assert psnr(first, second) > psnr(image, first) + 3 and psnr(second, third) > psnr(first, second)
+    kept = [psnr(a, b).mean() for a, b in ((image, first), (first, second), (second, third))]
+    assert kept[0] > 24 and kept[1] > kept[0] + 3 and kept[2] > kept[1]
     agree = [(a == b).float().mean() for a, b in zip(tokenizer.tokenize(first), tokenizer.tokenize(second))]
     assert agree[0] > 0.8 and min(agree) > 0.3                              # 1,024 codes: by chance 0.001

@@ -1,0 +1,487 @@
+"""Clips of talking faces with their sound: for SyncNet, for LatentSync, and for the demo's audio and video encoders.
+
+As in lib/data.py, items are (index, seed), and __getitems__ returns (inputs, conditions, names of unusable videos).
+"""
+import hashlib
+import itertools
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import latentsync
+import syncnet
+import vq
+from lib.console import UserError, check_ranges, check_writable, rank_and_world
+from lib.data import first_readable, from_here, held_out, open_pictures
+from lib.pictures import UNREADABLE
+from lib.syncnet_variants import variant
+from lib.talking_head import RATE, shift_sound, speech, talking_head
+from lib.video import Video, pyav, read_sound, videos_in
+from lib.weights import content_hash
+from syncnet import FPS, SAMPLE_RATE
+
+VAL_HEADS = 100                                 # synthetic heads with the seeds 0 .. 99 are for validation
+FIRST_HEAD = 1000                               # seed of the first head for training
+
+
+def clip_items(data, items, read):
+    """[read(index, seed)] of items, with the next usable video in place of an unusable one, and the unusable ones."""
+    clips = []
+    broken = []
+    for index, seed in items:
+        found = first_readable(lambda i: read(i, seed), from_here(index, len(data)), data.name, broken)
+        if found is None:
+            raise UserError(f"{data.name(0)} and {len(data) - 1} others: not one of these videos can be used; each has "
+                            f"to have sound and {data.shortest} frames")
+        clips.append(found[1])
+    return clips, broken
+
+
+class VideoFolder:
+    """A folder of videos with sound and with aligned faces that fill the picture, as --prepare makes them.
+
+    Every 20th video is held out; all clips of a source video go to one side.
+    """
+
+    READS_FILES = True
+    kinds = "videos"
+
+    def __init__(self, root, train, split, *options):
+        pyav()
+        self.root = root
+        self.files = [str(file) for file in videos_in(root)]
+        if not self.files:
+            raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
+        if split:
+            sources = list(dict.fromkeys(map(self.source, self.files)))
+            chosen = set(held_out(sources, train))
+            self.files = [file for file in self.files if self.source(file) in chosen]
+        listing = "\n".join(f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
+        listing = hashlib.sha256(listing.encode()).hexdigest()
+        self.fingerprint = " ".join(map(str, (listing, *options)))
+
+    @staticmethod
+    def source(file):
+        """The video from which --prepare cut a clip."""
+        return re.sub(r"_[0-9]{6}$", "", os.path.splitext(file)[0])
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, index):
+        return self.files[index]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SyncNet: a clip, and the sound of the same or of another moment of the same video
+
+
+class SyncClips:
+    """Pairs of clip and sound. Subclasses have name(index), video(index) and whole(index).
+
+    video(index) returns (number of frames, frames_at(start), mel_at(start)); whole(index) returns (frames, sound).
+    moments: clips per video, see `pair`. audio_offset: see `spoiled`.
+    """
+
+    def __init__(self, config, audio_offset=0, moments=1):
+        self.config = config
+        self.audio_offset = audio_offset
+        self.moments = moments
+        self.shortest = 2 * config.frames
+
+    def spoiled(self, index, sound):
+        """The sound, shifted by at most audio_offset frames, by another amount for each video: data that nobody
+        corrected."""
+        offset = np.random.default_rng((index, 1)).uniform(-self.audio_offset, self.audio_offset)
+        return shift_sound(sound, offset)
+
+    def pair(self, index, seed):
+        """(frames uint8 (F, 3, H, W), mel (80, columns), label): label 1 if both are of one moment, else 0.
+
+        Half of the pairs match. In the other half the frames come from any other start of the same video. With K
+        `moments`, which all differ, it is frames (K, F, 3, H, W), mel (K, 80, columns) and label 1.
+        """
+        rng = np.random.default_rng(seed)
+        frames = self.config.frames
+        length, frames_at, mel_at = self.video(index)
+        starts = length - frames + 1
+        if length < self.shortest:
+            raise OSError("too short")
+        if self.moments > 1:
+            sound_starts = rng.choice(starts, self.moments, replace=False).tolist()
+            clip_starts = sound_starts
+            label = 1
+        else:
+            sound_starts = [int(rng.integers(starts))]
+            label = int(rng.integers(2))
+            shift = 0 if label else int(rng.integers(1, starts))
+            clip_starts = [(sound_starts[0] + shift) % starts]
+        clips = [frames_at(start) for start in clip_starts]
+        mels = [mel_at(start) for start in sound_starts]
+        if any(len(clip) < frames for clip in clips) or any(mel is None for mel in mels):
+            raise OSError("ends too soon")
+        if self.moments > 1:
+            return torch.stack(clips), torch.stack(mels), label
+        return clips[0], mels[0], label
+
+    def first_usable(self, n):
+        """(frames, sound) of the first n videos that can be used."""
+        usable = []
+        for index in range(len(self)):
+            if len(usable) == n:
+                break
+            try:
+                frames, sound = self.whole(index)
+            except (UserError, *UNREADABLE):
+                continue
+            if len(frames) >= self.shortest:
+                usable.append((frames, sound))
+        return usable
+
+    def __getitems__(self, items):
+        pairs, broken = clip_items(self, items, self.pair)
+        frames, mels, labels = zip(*pairs)
+        return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
+
+
+class SyntheticSyncClips(SyncClips):
+    """Videos of synthetic heads, drawn when they are first needed and kept: 1.2 MB each at 64 x 64 pixels."""
+
+    kinds = "synthetic videos"
+
+    def __init__(self, config, count, first=0, seconds=4.8, unaligned=False, **options):
+        super().__init__(config, **options)
+        self.count = count
+        self.first = first
+        self.seconds = seconds
+        self.unaligned = unaligned
+        self.mels = {}
+        self.fingerprint = f"talking heads {first}+{count} {seconds} {config} {options} {unaligned}"
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"talking head {self.first + index}"
+
+    def whole(self, index):
+        height, width = self.config.picture
+        return talking_head(self.first + index, self.seconds, width, height, self.unaligned)
+
+    def video(self, index):
+        frames, sound = self.whole(index)
+        if index not in self.mels:
+            self.mels[index] = syncnet.mel_spectrogram(self.spoiled(index, sound))
+
+        def mel_at(start):
+            first = syncnet.mel_start(start)
+            return self.mels[index][:, first:first + self.config.columns]
+        return len(frames), lambda start: frames[start:start + self.config.frames], mel_at
+
+
+class FolderSyncClips(VideoFolder, SyncClips):
+    """Videos of a folder. The videos must be short, because the whole sound is read for every pair."""
+
+    def __init__(self, root, config, train=True, split=True, **options):
+        SyncClips.__init__(self, config, **options)
+        VideoFolder.__init__(self, root, train, split, config, options)
+
+    def video(self, index):
+        video = Video(self.files[index])
+        sound = read_sound(self.files[index])
+
+        def frames_at(start):
+            return syncnet.lower_halves(video.clip(start, self.config.frames), self.config)
+
+        def mel_at(start):
+            return syncnet.mel_window(self.spoiled(index, sound), start, self.config.columns)
+        return min(len(video), len(sound) * FPS // SAMPLE_RATE), frames_at, mel_at
+
+    def whole(self, index):
+        """(lower halves of the frames of at most 30 s, sound) of a video, for syncnet.score."""
+        halves = []
+        for frame in itertools.islice(Video(self.files[index]), 30 * FPS):
+            frame = torch.from_numpy(frame).permute(2, 0, 1)
+            halves.append(syncnet.lower_halves(frame[None], self.config)[0])
+        return halves, read_sound(self.files[index])
+
+
+def clip_config(args):
+    """The SyncNet that --model, --frames, --embedding and --attention ask for."""
+    if args.model not in syncnet.CONFIGS:
+        raise UserError(f"--model {args.model}: choose one of {', '.join(syncnet.CONFIGS)}")
+    try:
+        return variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
+    except ValueError as e:
+        raise UserError(f"--model {args.model}: {e}; leave --frames and --embedding out, or choose others") from None
+
+
+def open_sync_clips(args, config=None):
+    """(training set, validation set) of `train.py syncnet`. Validation data are never spoiled."""
+    config = config or clip_config(args)
+    options = dict(audio_offset=args.audio_offset, moments=args.moments)
+    if config.latent:
+        raise UserError("--model 16_latent: reads latents, for which there is no training data here yet")
+    if args.data == "demo":
+        if config.picture[1] > 64:
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 pixels")
+        train = SyntheticSyncClips(config, args.videos, FIRST_HEAD, unaligned=args.unaligned, **options)
+        return train, SyntheticSyncClips(config, VAL_HEADS, seconds=8.0)    # real clips have 5 to 10 s
+    if args.unaligned:
+        raise UserError("--unaligned: is for synthetic videos; those in a folder are as aligned as they are")
+    train = FolderSyncClips(args.data, config, split=not args.val_data, **options)
+    return train, FolderSyncClips(args.val_data or args.data, config, train=False, split=not args.val_data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LatentSync: a clip, another clip of the same video as reference, and the sound
+
+
+class DubbingDataset:
+    """Dubbing examples. Subclasses have name(index) and video(index).
+
+    video(index) returns (number of frames, frames_at(start, count), audio features (rows, layers, C), sound (n,)).
+    `columns` is the length of a mel window if SyncNet takes part in the loss, else None.
+    """
+
+    def __init__(self, frames):
+        self.frames = frames
+        self.columns = None
+        self.shortest = 3 * frames
+
+    def scene(self, index, seed, clips=1):
+        """`clips` successive clips of one video. Raises OSError if it is too short.
+
+        Returns frames uint8 (clips * F, 3, H, W), for each clip a clip of another moment as reference (the same shape),
+        the audio window of each frame (clips * F, rows * layers, C), the sound of the video, and the number of the
+        first frame.
+        """
+        rng = np.random.default_rng(seed)
+        F = self.frames
+        length, frames_at, features, sound = self.video(index)
+        clips = min(clips, length // F)
+        if length < self.shortest:
+            raise OSError("too short")
+        start = int(rng.integers(length - clips * F + 1))
+        references = []
+        for first in range(start, start + clips * F, F):
+            without_overlap = [i for i in range(length - F + 1) if abs(i - first) >= F]
+            references.append(frames_at(int(rng.choice(without_overlap)), F))
+        references = torch.cat(references)
+        frames = frames_at(start, clips * F)
+        if len(frames) < clips * F or len(references) < clips * F:
+            raise OSError("ends too soon")
+        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
+        return frames, references, features[rows].flatten(1, 2).float(), sound, start
+
+    def clip(self, index, seed):
+        """One clip: frames, references, audio windows, and the mel window of SyncNet or an empty tensor."""
+        frames, references, audio, sound, start = self.scene(index, seed)
+        if not self.columns:
+            return frames, references, audio, torch.zeros(0)
+        mel = syncnet.mel_window(sound, start, self.columns)
+        if mel is None:
+            raise OSError("its sound ends too soon")
+        return frames, references, audio, mel
+
+    def __getitems__(self, items):
+        clips, broken = clip_items(self, items, self.clip)
+        frames, references, audio, mel = (torch.stack(part) for part in zip(*clips))
+        return (frames, references), (audio, mel), broken
+
+
+class SyntheticDubbing(DubbingDataset):
+    """Synthetic talking heads as dubbing examples."""
+
+    kinds = "synthetic heads"
+
+    def __init__(self, first, people, frames, seconds=4.8):
+        super().__init__(frames)
+        self.first = first
+        self.people = people
+        self.seconds = seconds
+        self.features = {}
+        self.fingerprint = f"clips of heads {first}+{people} {frames} {seconds}"
+
+    def __len__(self):
+        return self.people
+
+    def name(self, index):
+        return f"talking head {self.first + index}"
+
+    def encode_audio(self, whisper, args):
+        """Set the audio encoder. It runs when a video is first needed."""
+        self.whisper = whisper
+
+    def video(self, index):
+        frames, sound = talking_head(self.first + index, self.seconds)
+        if index not in self.features:
+            self.features[index] = torch.cat(list(self.whisper.pieces(sound))).cpu()
+        return len(frames), lambda start, count: frames[start:start + count], self.features[index], sound
+
+
+class FolderDubbing(VideoFolder, DubbingDataset):
+    """Dubbing examples from a folder of videos."""
+
+    def __init__(self, root, frames, resolution, train=True, split=True):
+        DubbingDataset.__init__(self, frames)
+        VideoFolder.__init__(self, root, train, split, frames, resolution)
+        self.resolution = resolution
+
+    def encode_audio(self, whisper, args):
+        """Compute the audio features of all videos. The processes share the work.
+
+        The files of features are named after the content of the video and the encoder's weights, so a renamed video
+        keeps its features, and a changed one gets new ones.
+        """
+        folder = check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in whisper.state_dict().values())
+        encoder = hashlib.sha256(weights).hexdigest()[:16]
+        rank, world = rank_and_world()
+        self.features = []
+        for i, path in enumerate(tqdm(self.files, desc="encoding sound", unit="video", leave=False, disable=rank > 0)):
+            file = folder / f"{content_hash(path)[:32]}_{encoder}.safetensors"
+            self.features.append(file)
+            if file.exists() or i % world != rank:
+                continue
+            try:
+                sound = torch.from_numpy(read_sound(path))
+                features = torch.cat([piece.cpu().half() for piece in whisper.pieces(sound)])
+            except (UserError, ValueError):                                 # `video` finds no file and reports it
+                continue
+            with vq.atomic(file) as temporary:
+                save_file({"features": features, "sound": sound}, temporary)
+        if world > 1:
+            dist.barrier()
+        if not any(file.exists() for file in self.features):
+            raise UserError(f"--data {self.root}: not one of these {len(self)} videos has sound that can be read")
+
+    def video(self, index):
+        path = self.files[index]
+        if not self.features[index].exists():
+            raise OSError("no sound")
+        tensors = load_file(self.features[index])
+        sound = tensors["sound"].numpy()
+        video = Video(path)
+        if video.height != video.width:
+            raise UserError(f"{path}: has {video.width} x {video.height} pixels, expected a square, an aligned face; "
+                            "--prepare makes such videos")
+        if video.width < self.resolution:
+            raise UserError(f"{path}: has {video.width} pixels, but {self.resolution} are to be painted; --prepare with "
+                            "the same --recipe makes such videos")
+
+        def frames_at(start, count):
+            frames = video.clip(start, count)
+            if video.width == self.resolution:
+                return frames
+            size = (self.resolution, self.resolution)
+            return F.interpolate(frames.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+        return min(len(video), len(sound) * FPS // SAMPLE_RATE), frames_at, tensors["features"], sound
+
+
+def open_dubbing(args):
+    """(training set, validation set) of `train.py latentsync`."""
+    resolution = latentsync.CONFIGS[args.model].resolution
+    if args.data == "demo":
+        if resolution > 64:
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 pixels")
+        check_ranges(("--frames", args.frames, 1, 40))                      # a reference needs as many of 120 again
+        train = SyntheticDubbing(FIRST_HEAD, args.videos, args.frames)
+        return train, SyntheticDubbing(0, VAL_HEADS, args.frames)
+    split = not args.val_data
+    train = FolderDubbing(args.data, args.frames, resolution, train=True, split=split)
+    return train, FolderDubbing(args.val_data or args.data, args.frames, resolution, train=False, split=split)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For the demo's autoencoder and encoders
+
+
+class HeadPictures:
+    """Frames of synthetic heads, 64 x 64 pixels, three of every person: for an autoencoder."""
+
+    kinds = "frames of synthetic heads"
+
+    def __init__(self, first, people):
+        heads = tqdm(range(first, first + people), desc="drawing heads", unit="head", leave=False)
+        self.pixels = torch.cat([talking_head(seed)[0][10::40] for seed in heads])
+        self.fingerprint = f"frames of heads {first}+{people}"
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitems__(self, items):
+        return self.pixels[[i for i, _ in items]], torch.zeros(len(items)), []
+
+
+class HeadSpeech:
+    """Log-mel spectrograms of synthetic voices, and the mouth at 50 times a second (open, wide, teeth).
+
+    For an audio encoder.
+    """
+
+    kinds = "synthetic voices"
+
+    def __init__(self, first, people):
+        self.mels = []
+        self.mouths = []
+        for seed in tqdm(range(first, first + people), desc="synthesizing", unit="voice", leave=False):
+            voice = speech(seed)
+            self.mels.append(latentsync.log_mel(voice.sound))
+            self.mouths.append(torch.from_numpy(voice.plan[::RATE // 50, 6:]).float())
+        self.fingerprint = f"voices {first}+{people}"
+
+    def __len__(self):
+        return len(self.mels)
+
+    def __getitems__(self, items):
+        index = [i for i, _ in items]
+        return torch.stack([self.mels[i] for i in index]), torch.stack([self.mouths[i] for i in index]), []
+
+
+class HeadClips:
+    """Clips of 16 frames of synthetic heads: for a video encoder."""
+
+    kinds = "synthetic heads"
+
+    def __init__(self, first, people, frames=16):
+        self.first = first
+        self.people = people
+        self.frames = frames
+        self.fingerprint = f"bare clips of heads {first}+{people} {frames}"
+
+    def __len__(self):
+        return self.people
+
+    def clip(self, index, seed):
+        frames, _ = talking_head(self.first + index)
+        start = int(np.random.default_rng(seed).integers(len(frames) - self.frames + 1))
+        return frames[start:start + self.frames]
+
+    def __getitems__(self, items):
+        return torch.stack([self.clip(index, seed) for index, seed in items]), torch.zeros(len(items)), []
+
+
+def open_data(args):
+    """(training set, validation set) of a command line."""
+    if args.model_name == "syncnet":
+        return open_sync_clips(args)
+    if args.model_name == "latentsync":
+        return open_dubbing(args)
+    if args.model_name not in ("whisper", "videomae"):
+        if args.data == "demo" and args.recipe == "talking_head":
+            return HeadPictures(FIRST_HEAD, 600), HeadPictures(0, VAL_HEADS)
+        return open_pictures(args)
+    if args.data != "demo":
+        raise UserError(f"--data {args.data}: train.py {args.model_name} makes a small stand-in for the demo from "
+                        "synthetic heads; its data is always demo")
+    if args.model_name == "whisper":
+        return HeadSpeech(FIRST_HEAD, args.videos), HeadSpeech(0, VAL_HEADS)
+    return HeadClips(FIRST_HEAD, args.videos), HeadClips(0, VAL_HEADS)

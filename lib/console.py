@@ -1,0 +1,249 @@
+"""What a user meets at the command line: errors of one line, the choice of device and precision, the summary line."""
+import ctypes
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import vq
+from triton_ops import BackendError, use_triton
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class UserError(Exception):
+    """A user error, printed as one line: what is wrong, what was expected, how to fix it. The exit code is 2."""
+
+
+class MissingPackage(UserError):
+    """An optional package is needed."""
+
+
+def run_command(command, args):
+    """Run command(args) and end the process with the right exit code.
+
+    A user error becomes one line and exit code 2, Ctrl-C becomes exit code 130. Anything else is a bug and shows its
+    traceback.
+    """
+    keep_freed_memory()
+    try:
+        command(args)
+    except (UserError, vq.CheckpointError, BackendError) as e:
+        exit_with_error(e)
+    except torch.OutOfMemoryError as e:
+        exit_with_error("out of GPU memory: try a smaller --batch-size (latentsync: --decode, --frames), in training a "
+                        f"larger --accum, or --dtype bf16 ({str(e).splitlines()[0]})")
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        if "WORLD_SIZE" in os.environ and any(words in str(e) for words in ("by peer", "Broken pipe", "NCCL")):
+            exit_with_error("another process of this run has died; its own message above, or torchrun's below, says "
+                            f"why ({reason})")
+        if type(e).__name__ != "InductorError":                             # importing the class itself takes seconds
+            raise
+        exit_with_error("torch.compile failed; it needs a C++ compiler and room in its cache folder. Leave out "
+                        f"--compile ({reason})")
+    except OSError as e:                                                    # a full disk, a missing permission
+        if e.filename is None:
+            raise
+        exit_with_error(f"{e.filename}: {e.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def exit_with_error(message):
+    """Print a message as one line and exit with code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks for the next tensor.
+
+    By default glibc returns them to the system and gets new pages, which the system has to clear. On a CPU that costs
+    a run about 4 %. The options are constants of <malloc.h>; without glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-4, 0)                                                          # M_MMAP_MAX: never use mmap
+    mallopt(-1, -1)                                                         # M_TRIM_THRESHOLD: never shrink the heap
+    mallopt(-2, 2**26)                                                      # M_TOP_PAD: grow it by 64 MB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, precision, processes
+
+
+def rank_and_world():
+    """(rank of this process, number of processes), as torchrun sets them; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name):
+    """"auto" or the name of a device -> (torch.device, the reason for it).
+
+    Raises UserError if the device does not exist here, and BackendError if OPS_BACKEND cannot run on it.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        device, why = torch.device("cuda"), torch.cuda.get_device_name()
+    elif name == "auto" and torch.backends.mps.is_available():
+        device, why = torch.device("mps"), "Apple GPU"
+    elif name == "auto":
+        device, why = torch.device("cpu"), "no GPU found"
+    else:
+        device, why = torch.device(name), "as asked"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not available[device.type]():
+        raise UserError(f"--device {name}: not on this machine; use --device cpu, or leave it out")
+    if device.type == "cuda":                                               # under torchrun each process has its own GPU
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    use_triton(torch.empty(1, device=device))
+    return device, why
+
+
+def choose_dtype(name, device):
+    """"auto", "fp32", "bf16" or "fp16" -> (torch.dtype, the reason for it)."""
+    if name != "auto":
+        return DTYPES[name], "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "this GPU computes in it"
+    if device.type == "cuda":
+        return torch.float16, "this GPU has no bf16"
+    return torch.float32, "half precision is slow on a CPU" if device.type == "cpu" else "safe on mps"
+
+
+def synchronize(device):
+    """Wait for all work that was given to a GPU. Clocks are read after this."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(run, device):
+    """Call run() -> (seconds, its result)."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+class PeakMemory:
+    """Peak memory in bytes since this object was made, on calling it.
+
+    On CUDA it is the peak of PyTorch's allocator. On a CPU it is the peak of the process, without the several 100 MB
+    that Python and its libraries held before.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.before = self.process_peak()
+
+    @staticmethod
+    def process_peak():
+        """Peak memory of this process in bytes; 0 on Windows."""
+        try:
+            import resource
+        except ImportError:
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # in kilobytes, but on macOS in bytes
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def __call__(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return self.process_peak() - self.before
+
+
+class Machine:
+    """Where a command of sample.py runs: device, dtype, the reasons for both, and the peak of its memory."""
+
+    def __init__(self, args):
+        self.device, self.device_why = choose_device(args.device)
+        self.dtype, self.dtype_why = choose_dtype(args.dtype, self.device)
+        self.peak_memory = PeakMemory(self.device)
+
+    def summary(self, models, seconds, where, note="", unit="picture"):
+        """The summary line: device, dtype, parameters of the models, seconds per unit, peak memory, output."""
+        dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
+        parameters = sum(p.numel() for model in models for p in model.parameters())
+        return (f"{self.device} ({self.device_why}), {dtype} ({self.dtype_why}), {parameters / 1e6:.1f} M parameters, "
+                f"{seconds:.2f} s per {unit}, {note}peak memory {self.peak_memory() / 1e9:.2f} GB -> {where}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of arguments
+
+
+def check_ranges(*rows):
+    """Raise UserError for the first row (flag, value, lowest, highest or None) whose value is outside.
+
+    A value of None means that the flag was not given.
+    """
+    for flag, value, low, high in rows:
+        if value is None or (low <= value and (high is None or value <= high)):
+            continue
+        expected = f"at least {low}" if high is None else f"{low} .. {high}"
+        raise UserError(f"{flag} {value}: expected {expected}")
+
+
+def check_writable(path, flag="--out", suffix=None):
+    """Create the folder of an output and make sure, before any work, that it can be written -> Path.
+
+    With a suffix the path is a file that must end in it, without a suffix it is a folder.
+    """
+    path = Path(path)
+    if suffix and path.suffix != suffix:
+        raise UserError(f"{flag} {path}: expected a name that ends in {suffix}")
+    folder = path.parent if suffix else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if suffix and path.is_dir():
+            raise OSError(21, "it is a folder")
+        probe = folder / f".{os.urandom(6).hex()}.probe"                    # other machines may probe at the same time
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"{flag} {path}: cannot be written ({e.strerror}); choose another place") from None
+    return path
+
+
+def check_out(given, default):
+    """--out of a command that makes pictures -> (path, whether it is one .png rather than a folder of them)."""
+    path = Path(given or default)
+    if path.suffix not in ("", ".png") and not path.is_dir():
+        raise UserError(f"--out {path}: expected a name that ends in .png, or a folder")
+    single = path.suffix == ".png"
+    return check_writable(path, suffix=".png" if single else None), single
+
+
+def check_pixels(pixels):
+    """Raise UserError for a picture size that vq.schedule does not have; None is allowed."""
+    if pixels is not None and pixels not in vq.PIXELS:
+        raise UserError(f"--pixels {pixels}: choose one of {', '.join(vq.PIXELS)}")
+
+
+def check_json(args, bench):
+    """Raise UserError if --json was given without --bench, or cannot be written."""
+    if args.json and not bench:
+        raise UserError("--json goes with --bench")
+    if args.json:
+        check_writable(args.json, "--json", suffix=".json")
+
+
+def save_json(path, result):
+    """Write a result as JSON; without a path do nothing."""
+    if path:
+        with vq.atomic(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))

@@ -1,0 +1,461 @@
+"""Pictures to train on, with classes or captions, and the order in which batches take them.
+
+A data set has __len__ and __getitems__. The latter takes a list of items (index, random seed of the crop or None) and
+returns (inputs, conditions, paths that could not be read). Where a file is damaged, the next readable one takes its
+place.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import vq
+from lib.console import UserError
+from lib.pictures import UNREADABLE, cover, demo_tiles, open_picture
+from lib.shards import PICTURES, TarEntry, byte_size, open_entry, read_shards
+
+VAL_EVERY = 20                                  # every 20th item is held out for validation
+
+
+def held_out(items, train):
+    """The training part or the validation part of a list. A list of fewer than 20 items is used for both."""
+    return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) != train] or items
+
+
+def spread(n, most):
+    """At most so many of n items, evenly spread, for __getitems__."""
+    count = min(n, most)
+    return [(i * n // count, None) for i in range(count)]
+
+
+def first_readable(read, candidates, name, broken):
+    """(index, read(index)) of the first candidate that can be read, or None. Appends names of the others to broken."""
+    for index in candidates:
+        try:
+            return index, read(index)
+        except (UserError, *UNREADABLE):
+            broken.append(name(index))
+    return None
+
+
+def from_here(index, n):
+    """All numbers 0 .. n - 1, beginning with index: the order in which a damaged item is replaced."""
+    return ((index + step) % n for step in range(n))
+
+
+def report_broken(paths, data):
+    """Print which files of a data set could not be read."""
+    if paths:
+        tqdm.write(f"skipped {len(paths)} unreadable of {len(data)} {data.kinds.split(',')[0]}: "
+                   + ", ".join(sorted(paths)[:3]))
+
+
+class EmojiSheet:
+    """The demo set: 1,906 emoji, each with a class (its subcategory) and a caption (its name). See demo/README.md."""
+
+    def __init__(self, size, train=True):
+        tiles, rows = demo_tiles()
+        self.classes = sorted({row["subcategory"] for row in rows})
+        keep = [i for i in range(len(rows)) if (i % VAL_EVERY == VAL_EVERY - 1) != train]
+        self.labels = torch.tensor([self.classes.index(rows[i]["subcategory"]) for i in keep])
+        self.names = [rows[i]["name"] for i in keep]
+        small = [np.asarray(tiles[i].resize((size, size), Image.LANCZOS)) for i in keep]
+        self.pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
+        self.fingerprint = f"emoji {size} {train}"
+        self.kinds = f"pictures, {len(self.classes)} classes"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return self.names[index]
+
+    def conditions(self, items):
+        """Classes (B,) of items."""
+        return self.labels[[i for i, _ in items]]
+
+    def __getitems__(self, items):
+        return self.pixels[[i for i, _ in items]], self.conditions(items), []
+
+
+class EmojiCaptions(EmojiSheet):
+    """The demo set with captions instead of classes."""
+
+    def __init__(self, size, train=True):
+        super().__init__(size, train)
+        self.kinds = "pictures, captions"
+        # In Unicode's name "black" means filled, but the picture of this heart is red.
+        self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
+
+    def captions(self, index):
+        """All captions that a picture may get."""
+        return [self.names[index]]
+
+    def conditions(self, items):
+        """Captions of items."""
+        return [self.names[i] for i, _ in items]
+
+
+class PictureFolder:
+    """Pictures in DIR/class/, or in DIR/*.tar where a .cls file beside every picture holds the number of its class.
+
+    Items are (index, crop). A crop is the seed of a random crop, None for the centre, or (name, n) for number n of the
+    VIEWS. The shorter edge is resized to zoom * size with Lanczos, then a square is cut out. zoom: (lowest, highest).
+    """
+
+    READS_FILES = True                          # worth processes of their own
+    VIEWS = {"ten": 20, "flip": 2}              # number of views, see `view`
+
+    def __init__(self, root, size, train=True, split=True, zoom=(1.125, 1.125), flip=False, notes="."):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
+        rows = self.in_shards(root, notes) if any(root.glob("*.tar")) else self.in_folders(root)
+        if not rows:
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp), "
+                            f"or {root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its class")
+        if split:
+            rows = held_out(rows, train)
+        self.files, labels, shards = zip(*rows)
+        self.labels = torch.tensor(labels)
+        self.shards = np.array(shards) if isinstance(self.files[0], TarEntry) else None
+        self.size = size
+        self.zoom = zoom
+        self.flip = flip
+        listing = "\n".join(f"{os.path.relpath(str(file), root)} {byte_size(file)}" for file in self.files)
+        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
+        self.kinds = f"pictures, {len(self.classes)} classes"
+
+    def in_folders(self, root):
+        """[(path, class, 0)] of a folder of folders."""
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        paths = {}
+        for folder in folders:
+            paths[folder.name] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        self.classes = [name for name, found in paths.items() if found]
+        return [(str(p), c, 0) for c, name in enumerate(self.classes) for p in paths[name]]
+
+    def in_shards(self, root, notes):
+        """[(TarEntry, class, number of the tar file)] of a folder of tar files."""
+        rows = []
+        for sample in read_shards(root, notes):
+            try:
+                rows.append((sample.picture, int(sample.texts["cls"]), sample.shard))
+            except (KeyError, ValueError):
+                raise UserError(f"{sample.picture}: has no class; expected a .cls beside it, with a number") from None
+        self.classes = [str(c) for c in range(1 + max((c for _, c, _ in rows), default=-1))]
+        return rows
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, index):
+        return str(self.files[index])
+
+    def read(self, index, crop):
+        """Picture and crop -> uint8 (3, size, size)."""
+        picture = open_picture(open_entry(self.files[index]))
+        if crop is not None and crop[0] in self.VIEWS:
+            picture = view(picture, self.size, *crop)
+        else:
+            picture = self.random_crop(picture, crop)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def random_crop(self, picture, seed):
+        """Resize and cut a PIL picture; seed None takes the mean zoom and the centre."""
+        rng = np.random.default_rng(seed)
+        zoom = np.mean(self.zoom) if seed is None else rng.uniform(*self.zoom)
+        ratio = round(zoom * self.size) / min(picture.size)
+        picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
+        room = [s - self.size for s in picture.size]
+        x, y = (r // 2 for r in room) if seed is None else rng.integers(0, [r + 1 for r in room])
+        picture = picture.crop((x, y, x + self.size, y + self.size))
+        if self.flip and seed is not None and rng.random() < 0.5:
+            picture = ImageOps.mirror(picture)
+        return picture
+
+    def conditions(self, items):
+        """Classes (B,) of items."""
+        return self.labels[[i for i, _ in items]]
+
+    def __getitems__(self, items):
+        pixels = []
+        indices = []
+        broken = []
+        for index, crop in items:
+            found = first_readable(lambda i: self.read(i, crop), from_here(index, len(self)), self.name, broken)
+            if found is None:
+                raise UserError(f"{self.files[0]} and {len(self) - 1} others: not one picture can be read")
+            indices.append(found[0])
+            pixels.append(found[1])
+        return torch.stack(pixels), self.labels[indices], broken
+
+
+def view(picture, size, kind, number):
+    """One view of a PIL picture, cut as LlamaGen's authors cut it.
+
+    "ten": a centred square of 1.1 * size (numbers 0 .. 9) or 1.05 * size (10 .. 19) pixels, and of it the top left, top
+    right, bottom left or bottom right corner or the centre, then the same five of the mirror image. "flip": a centred
+    square of size pixels (0) and its mirror image (1).
+    """
+    if kind == "flip":
+        side = size
+        mirrored = number == 1
+        corner = 4
+    else:
+        side = int(size * (1.1 if number < 10 else 1.05))
+        mirrored = number % 10 >= 5
+        corner = number % 5
+    while min(picture.size) >= 2 * side:                                    # halving by means avoids aliasing
+        picture = picture.resize([s // 2 for s in picture.size], Image.BOX)
+    ratio = side / min(picture.size)
+    picture = picture.resize([round(s * ratio) for s in picture.size], Image.BICUBIC)
+    x, y = ((s - side) // 2 for s in picture.size)
+    picture = picture.crop((x, y, x + side, y + side))
+    if mirrored:
+        picture = ImageOps.mirror(picture)
+    room = side - size
+    dx, dy = [(0, 0), (room, 0), (0, room), (room, room), (round(room / 2), round(room / 2))][corner]
+    return picture.crop((dx, dy, dx + size, dy + size))
+
+
+class CaptionedPictures:
+    """Pictures with captions. `groups` holds the indices of pictures of equal aspect ratio; a batch comes from one.
+
+    root: a .tsv or .jsonl file, or a folder of such files. A line of a .tsv is: picture path, tab, caption. A line of a
+    .jsonl is, as in Infinity, {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)},
+    or, as in LlamaGen, {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. root
+    may also be a folder of tar files with a caption as .txt, or such a line as .json, beside each picture. Broken lines
+    are skipped and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a
+    square of `size` pixels, then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
+    """
+
+    READS_FILES = True
+
+    def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None, notes="."):
+        self.root = Path(root)
+        self.pixels = pixels
+        self.short_captions = short_captions
+        self.size = size
+        files = sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
+        if self.root.is_file():
+            files = [self.root]
+        samples = [] if files or not any(self.root.glob("*.tar")) else read_shards(self.root, notes)
+        if not files and not samples:
+            raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption), .jsonl or .tar "
+                            "files")
+        self.rows, broken = self.read_rows(files, samples)
+        if broken:
+            print(f"skipped {len(broken)} broken of {len(broken) + len(self.rows)} lines: {', '.join(broken[:3])}")
+        if not self.rows:
+            raise UserError(f"--data {root}: not one of {len(broken)} lines can be used; a line of a .tsv is a path, a "
+                            "tab and a caption")
+        if split:
+            self.rows = held_out(self.rows, train)
+        ratios = np.array([ratio for _, ratio, _, _ in self.rows])
+        self.aspects = sorted(set(ratios.tolist()))
+        self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
+        self.shards = np.array([shard for _, _, _, shard in self.rows]) if samples else None
+        base = files[0].parent if files else self.root                      # the data may lie elsewhere next time
+        listing = [f"{os.path.relpath(str(path), base)} {(ratio, captions)} {byte_size(path) if size else ''}"
+                   for path, ratio, captions, _ in self.rows]
+        self.fingerprint = f"{hashlib.sha256(chr(10).join(listing).encode()).hexdigest()} {size or pixels}"
+        self.kinds = f"pictures, {len(self.aspects)} aspect ratios"
+
+    def read_rows(self, files, samples):
+        """([(path or TarEntry, aspect ratio, captions with the long one first, number of the tar file)], broken)."""
+        rows = []
+        broken = []
+        for sample in samples:
+            w, h = sample.size
+            try:
+                line = {"long_caption": sample.texts["txt"]}
+                if "json" in sample.texts:
+                    line = json.loads(sample.texts["json"])
+                rows.append(self.row(sample.picture, {"h_div_w": h / w} | line, sample.shard))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                broken.append(str(sample.picture))
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            for number, line in enumerate(text.splitlines(), 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(self.parse(file, line))
+                except (ValueError, KeyError, TypeError, AttributeError, *UNREADABLE):
+                    broken.append(f"{file}:{number}")
+        return rows, broken
+
+    def parse(self, file, line):
+        """A line of a .tsv or .jsonl file -> a row."""
+        if file.suffix == ".tsv":
+            path, caption = line.split("\t")[:2]
+            return self.row(str(file.parent / path), {"long_caption": caption})
+        line = json.loads(line)
+        return self.row(str(file.parent / line["image_path"]), line)
+
+    def row(self, path, line, shard=0):
+        """Path and parsed line -> a row. Raises ValueError without a caption."""
+        long = line.get("long_caption", "")
+        short = line.get("text") or ""
+        if isinstance(line.get("text"), list):
+            long = line["text"][0] if line["text"] else ""
+            short = ""
+        captions = [text.split("--")[0].strip() for text in (long, short)]
+        if not captions[0]:
+            raise ValueError("no caption")
+        ratio = float(line.get("h_div_w") or 0)
+        if not ratio:
+            with Image.open(path) as picture:                               # reads the header only
+                ratio = picture.height / picture.width
+        return path, 1.0 if self.size else vq.nearest_aspect(ratio), [c for c in captions if c], shard
+
+    def __len__(self):
+        return len(self.rows)
+
+    def name(self, index):
+        return str(self.rows[index][0])
+
+    def captions(self, index):
+        """The long and the short caption of a picture; by default the short one is the long one's first sentence."""
+        long, *short = self.rows[index][2]
+        return [long, short[0] if short else long.split(".")[0]]
+
+    def caption(self, index, seed):
+        """A caption of a picture: the short one or a random number of sentences of the long one.
+
+        For squares it is one of two fixed captions, so that their features can be computed once.
+        """
+        long, *short = self.rows[index][2]
+        if seed is None:
+            return long
+        rng = np.random.default_rng(seed)
+        takes_short = rng.random() < self.short_captions
+        if self.size:
+            return self.captions(index)[takes_short]
+        sentences = [s for s in long.split(". ") if s]
+        if takes_short and short:
+            return short[0]
+        most = 2 if takes_short else len(sentences)
+        return ". ".join(sentences[:rng.integers(1, most + 1)])
+
+    def conditions(self, items):
+        """Captions of items."""
+        return [self.caption(i, seed) for i, seed in items]
+
+    def read(self, index):
+        """uint8 (3, h, w)."""
+        path, ratio, _, _ = self.rows[index]
+        picture = open_picture(open_entry(path))
+        if self.size and min(picture.size) < self.size:
+            raise OSError(f"smaller than {self.size} pixels")               # the authors leave such pictures out, too
+        if self.size:
+            picture = cover(picture, self.size, self.size)
+        else:
+            h, w = vq.schedule(ratio, self.pixels)[-1]
+            picture = cover(picture, 16 * h, 16 * w)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def __getitems__(self, items):
+        pixels = []
+        captions = []
+        broken = []
+        group = next(g for g in self.groups if items[0][0] in g)
+        for index, seed in items:
+            places = from_here(int(np.searchsorted(group, index)), len(group))
+            found = first_readable(self.read, (int(group[place]) for place in places), self.name, broken)
+            if found is None:
+                raise UserError(f"{self.rows[index][0]} and {len(group) - 1} others: not one picture can be read")
+            pixels.append(found[1])
+            captions.append(self.caption(found[0], seed))
+        return torch.stack(pixels), captions, broken
+
+
+def open_pictures(args):
+    """(training set, validation set) of --data and --val-data."""
+    if args.data == "demo":
+        if args.captions and (args.pixels or args.size > 64):
+            raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
+        sheet = EmojiCaptions if args.captions else EmojiSheet
+        return sheet(args.size), sheet(args.size, train=False)
+    notes = Path(args.out) / "index"
+    if args.captions:
+        squares = args.model_name == "llamagen"
+        if not args.pixels and not squares:
+            raise UserError(f"--data {args.data}: give the size of pictures as --pixels, one of {', '.join(vq.PIXELS)}")
+        options = dict(pixels=args.pixels, short_captions=args.short_captions, split=not args.val_data,
+                       size=args.size if squares else None, notes=notes)
+        train = CaptionedPictures(args.data, **options)
+        return train, CaptionedPictures(args.val_data or args.data, train=False, **options)
+    options = dict(zoom=args.zoom, flip=args.flip, split=not args.val_data, notes=notes)
+    train = PictureFolder(args.data, args.size, **options)
+    val = PictureFolder(args.val_data or args.data, args.size, train=False, **options)
+    if train.classes != val.classes:
+        raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
+    return train, val
+
+
+class Batches:
+    """Endless lists of items (index, seed of the crop), a function of seed and step alone. That makes runs resumable.
+
+    Every epoch is a new permutation; its last batch is filled up from the epoch's start. A batch is cut into contiguous
+    micro-batches, and process `rank` of `world` gets the micro-batches rank, rank + world, ... groups: arrays of
+    indices, such as pictures of one aspect ratio; a batch comes from one of them, and the batches of an epoch come in
+    random order. shards: the tar file of each item, see `permuted`.
+    """
+
+    def __init__(self, groups, batch_size, seed, first=0, micro_batches=1, rank=0, world=1, shards=None, window=1):
+        self.groups = groups
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first = first
+        self.micro_batches = micro_batches
+        self.own = range(rank, micro_batches, world)
+        self.shards = shards
+        self.window = window
+
+    def permuted(self, group, rng):
+        """A group in random order.
+
+        Items in tar files are read faster in the order in which they lie there. So the tar files come in random order,
+        and their items go through a shuffle buffer of `window` items.
+        """
+        if self.shards is None:
+            return group[rng.permutation(len(group))]
+        turn = rng.permutation(self.shards.max() + 1)
+        group = group[np.argsort(turn[self.shards[group]], kind="stable")]
+        starts = range(0, len(group), self.window)
+        return np.concatenate([rng.permutation(group[start:start + self.window]) for start in starts])
+
+    def __iter__(self):
+        size = self.batch_size // self.micro_batches
+        plan = []                                                           # (group, number of its batch) of an epoch
+        for i, group in enumerate(self.groups):
+            plan += [(i, b) for b in range(-(-len(group) // self.batch_size))]
+        step = self.first
+        current = None
+        while True:
+            epoch, n = divmod(step, len(plan))
+            if current != epoch:
+                current = epoch
+                rng = np.random.default_rng((self.seed, epoch))
+                orders = [self.permuted(group, rng) for group in self.groups]
+                turns = rng.permutation(len(plan)) if len(orders) > 1 else range(len(plan))
+            group, b = plan[turns[n]]
+            places = (b * self.batch_size + np.arange(self.batch_size)) % len(orders[group])
+            batch = orders[group][places]
+            for m in self.own:
+                yield [(int(i), (self.seed, epoch, int(i))) for i in batch[m * size:(m + 1) * size]]
+            step += 1
+
+
+def order_of_batches(data, args, first, micro_batches, rank, world):
+    """The Batches of this process from a step on."""
+    groups = getattr(data, "groups", [np.arange(len(data))])
+    shards = getattr(data, "shards", None)
+    return Batches(groups, args.batch_size, args.seed, first, micro_batches, rank, world, shards, args.shuffle)

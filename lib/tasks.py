@@ -1,0 +1,609 @@
+"""What the image models learn from a batch: model, loss, validation, a picture, and the file that sample.py reads."""
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import infinity
+import llamagen
+import var
+import vq
+from lib import losses
+from lib.caches import FeatureCache, TokenCache
+from lib.console import UserError, check_pixels, rank_and_world
+from lib.data import PictureFolder, spread
+from lib.parallel import all_gather_objects, data_parallel, full_model, gradient_sync
+from lib.pictures import grid, psnr, save_png, to_input, to_pixels
+from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
+from lib.weights import check_fingerprint, check_pair, read_metadata, warm_start
+
+VAL_PICTURES = 1024                             # at most so many are validated
+
+
+class Task:
+    """What all tasks have in common. Subclasses have a model, loss, validate, picture (or show) and save.
+
+    Several processes share a validation, and all of them get the same scores.
+    """
+
+    metrics = []                                # columns of the log besides the loss
+    val_metrics = ["loss"]
+    tokens_per_picture = 0                      # 0: nothing is counted in tokens
+    unused_weights = False                      # whether some weights get no gradient in some steps
+
+    def __init__(self, args, train_set, val_set, device, generator, micro_batches):
+        self.args = args
+        self.train_set = train_set
+        self.val_set = val_set
+        self.device = device
+        self.micro_batches = micro_batches                                  # in a batch, over all processes
+        self.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)      # of the whole run
+        self.learners = {}                      # {name: (module, optimizer)} that are trained besides the model
+        self.setup(generator)
+
+    @staticmethod
+    def check_args(args):
+        """Raise UserError for arguments that no range covers."""
+
+    @staticmethod
+    def score(scores):
+        """The validation metric to maximise, from a dict of all."""
+        return -scores["loss"]
+
+    def after_step(self, step, lr, generator):
+        """What else a training step does, after the optimizer -> a dict of metrics for the log."""
+        return {}
+
+    def sync_ema(self, ema):
+        """Copy to the EMA what must not be averaged."""
+
+    def show(self, model, path):
+        """Save a picture of what the model does. The task chooses the suffix of the path."""
+        save_png(path.with_suffix(".png"), self.picture(model))
+
+    def identity(self):
+        """Fingerprints of frozen networks, which a continued run must have the same."""
+        return {"tokenizer": vq.fingerprint(self.tokenizer)} if hasattr(self, "tokenizer") else {}
+
+    # for models of tokens
+
+    def cache_tokens(self, patch_nums):
+        """With --cache-crops, replace the data sets by their tokens."""
+        if self.args.cache_crops != "0":
+            options = (self.tokenizer, patch_nums)
+            place = (self.device, self.args.out)
+            self.train_set = TokenCache(self.train_set, *options, self.args.cache_crops, *place, "train")
+            self.val_set = TokenCache(self.val_set, *options, "1", *place, "val")
+
+    def tokens(self, batch, patch_nums):
+        """Token indices per scale, from cached tokens or from pictures."""
+        if batch[0].dim() == 2:
+            return batch[0].to(self.device).split([h * w for h, w in vq.as_pairs(patch_nums)], 1)
+        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
+            return self.tokenizer.tokenize(to_input(batch[0], self.device), patch_nums)
+
+    # validation and pictures
+
+    def val_batch_size(self):
+        """Items to validate at once: no more than are trained on at once."""
+        return max(1, min(32, self.args.batch_size // self.micro_batches))
+
+    def val_batches(self):
+        """The validation items in batches."""
+        items = spread(len(self.val_set), VAL_PICTURES)
+        size = self.val_batch_size()
+        return [items[start:start + size] for start in range(0, len(items), size)]
+
+    def map_batches(self, batches, function):
+        """[function(batch, generator)] for lists of validation items. The processes share the work. Collective."""
+        rank, world = rank_and_world()
+        own = {}
+        for k in range(rank, len(batches), world):
+            batch = self.val_set.__getitems__(batches[k])
+            own[k] = function(batch, torch.Generator(self.device).manual_seed(k))
+        results = {k: result for found in all_gather_objects(own) for k, result in found.items()}
+        return [results[k] for k in range(len(batches))]
+
+    def mean_scores(self, scores, batches):
+        """Means over all items of what scores(batch, generator) returns, a dict of scalar tensors."""
+        def weighted(batch, generator):
+            return {name: value.item() for name, value in scores(batch, generator).items()}
+        results = self.map_batches(batches, weighted)
+        total = sum(map(len, batches))
+        means = {}
+        for name in results[0]:
+            means[name] = sum(result[name] * len(items) for items, result in zip(batches, results)) / total
+        return means
+
+    @torch.no_grad()
+    def drawn(self, n, draw):
+        """A grid of n samples of draw(slice, generators) -> (B, 3, h, w), four at a time to save memory."""
+        images = []
+        for start in range(0, n, 4):
+            part = slice(start, min(start + 4, n))
+            seeds = range(part.start, part.stop)
+            images.append(draw(part, [torch.Generator(self.device).manual_seed(seed) for seed in seeds]))
+        return grid(to_pixels(torch.cat(images)), 8)
+
+
+def check_crops(args):
+    """Raise UserError if --cache-crops is neither a number nor a view that this data set has."""
+    views = []
+    if args.model_name == "llamagen" and not args.captions and args.data != "demo":
+        views = list(PictureFolder.VIEWS)
+    if not args.cache_crops.isdigit() and args.cache_crops not in views:
+        names = "".join(f" or {name}" for name in views)
+        raise UserError(f"--cache-crops {args.cache_crops}: expected a number{names}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class TokenizerTask(Task):
+    """`train.py vq`: pixel, quantizer, LPIPS and adversarial losses. Codes start from features and are restarted."""
+
+    metrics = ["l1", "l2", "lpips", "adv", "vq", "usage", "disc", "restarted"]
+    val_metrics = ["psnr", "usage"]
+    unused_weights = True                                                   # the codebook, before it is in use
+    load = staticmethod(vq.load)
+
+    @staticmethod
+    def check_args(args):
+        if bool(args.lpips) != bool(args.lpips_weight):
+            raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
+                            "and a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
+
+    @staticmethod
+    def score(scores):
+        return scores["psnr"]
+
+    def build(self, config):
+        cells, _ = vq.as_pairs(config.patch_nums)[-1]
+        if self.args.size != config.stride * cells:
+            raise UserError(f"--size {self.args.size}: recipe {self.args.recipe} has stride {config.stride} and ends "
+                            f"with a {cells}x{cells} map; use --size {config.stride * cells}")
+        return vq.build(vq.VQVAE, config)
+
+    def setup(self, generator):
+        args = self.args
+        self.model = self.build(vq.CONFIGS[args.model]).to(self.device)
+        self.model.init_weights(generator)
+        if args.init:
+            warm_start(self.model, self.load(args.init), f"--init {args.init}")
+        discriminator = None
+        if args.disc_weight:
+            make = losses.PatchDiscriminator if args.disc == "patch" else lambda: losses.StyleDiscriminator(args.size)
+            discriminator = make().to(self.device)
+            discriminator.init_weights(generator)
+            optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
+            self.learners["discriminator"] = discriminator, optimizer
+        lpips = losses.load_lpips(*args.lpips).to(self.device) if args.lpips else None
+        self.criterion = losses.TokenizerLoss(
+            lpips, discriminator, l1=args.l1, l2=args.l2, lpips_weight=args.lpips_weight, disc_weight=args.disc_weight,
+            disc_start=args.disc_start, adaptive=args.adaptive, gan=args.gan)
+        if discriminator is not None:
+            self.discriminator_engine = data_parallel(discriminator, self.criterion.discriminator_loss)
+        self.pairs = []                                                     # (picture, reconstruction) of this step
+        self.step_of_pairs = 0
+        self.restarted = None                                               # codes that this step moved, (V,) bool
+        self.has_codes = None                                               # whether the codebook is initialised
+
+    def loss(self, batch, step, generator):
+        image = to_input(batch[0], self.device)
+        if self.has_codes is None:                                          # a continued run has codes by then
+            self.has_codes = step >= self.args.warm_steps
+        rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
+        loss, metrics = self.reconstruction_loss(image, rec.float(), vq_loss, step)
+        return loss, metrics if usage is None else metrics | {"usage": usage}           # (K,) one number per scale
+
+    def reconstruction_loss(self, image, rec, vq_loss, step):
+        """The criterion's loss and its parts. The pictures are kept for the discriminator's turn."""
+        if self.step_of_pairs != step:
+            self.pairs = []
+            self.step_of_pairs = step
+        self.pairs.append((image, rec.detach()))
+        if self.criterion.adversarial(step):
+            self.criterion.discriminator.requires_grad_(False)              # it learns in its own turn only
+        return self.criterion(image, rec, vq_loss, step, self.model.decoder.conv_out.weight)
+
+    def after_step(self, step, lr, generator):
+        """The discriminator's update, and codebook initialisation or restarts."""
+        args = self.args
+        metrics = {}
+        self.restarted = None
+        if self.criterion.adversarial(step):
+            metrics["disc"] = self.update_discriminator(lr)
+        restarts = args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * self.steps
+        if not self.has_codes and step + 1 >= args.warm_steps:              # later, if that step was skipped
+            self.has_codes = True
+            with self.shared_codebook(self.model) as model:
+                self.restarted = torch.ones_like(model.quantize.steps_unused, dtype=torch.bool)
+                model.quantize.init_codebook(self.features(model, generator), generator)
+        elif restarts:
+            with self.shared_codebook(self.model) as model:
+                unused = model.quantize.steps_unused                        # counted in forward passes
+                self.restarted = unused > args.restart_after * self.micro_batches
+                count = model.quantize.restart_codes(self.features(model, generator), self.restarted, generator)
+                metrics["restarted"] = torch.tensor(float(count))
+        return metrics
+
+    @contextmanager
+    def shared_codebook(self, model):
+        """Change the codebook: all processes do the same, and then take rank 0's. Collective."""
+        with full_model(model, write=True) as model:
+            yield model
+            if dist.is_initialized():
+                dist.broadcast(model.quantize.codebook.data, 0)
+
+    def sync_ema(self, ema):
+        """Codes that jumped jump in the EMA too, or it would hold dead codes for thousands of steps."""
+        if self.restarted is not None:
+            with full_model(self.model) as model, self.shared_codebook(ema) as ema:
+                ema.quantize.codebook.data[self.restarted] = model.quantize.codebook.data[self.restarted]
+
+    def update_discriminator(self, lr):
+        """One optimizer step of the discriminator on the pictures of this step -> its loss."""
+        discriminator, optimizer = self.learners["discriminator"]
+        discriminator.requires_grad_(True)
+        losses_of_pairs = []
+        for i, (image, rec) in enumerate(self.pairs):
+            with gradient_sync(self.discriminator_engine, last=i + 1 == len(self.pairs)):
+                loss = self.discriminator_engine(image, rec)
+                (loss / len(self.pairs)).backward()
+            losses_of_pairs.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(discriminator.parameters(), self.args.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return torch.stack(losses_of_pairs).mean()
+
+    @torch.no_grad()
+    def features(self, model, generator):
+        """Features of 128 random training pictures, from which codes are taken."""
+        index = torch.randint(len(self.train_set), (128,), generator=generator, device=self.device).tolist()
+        pixels, _, _ = self.train_set.__getitems__([(i, (i,)) for i in index])
+        return model.encode(to_input(pixels, self.device))
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean PSNR in dB over the validation pictures, and the share of codes that they use, in percent."""
+        def reconstruct(batch, generator):
+            image = to_input(batch[0], self.device)
+            indices = model.tokenize(image)
+            return psnr(model.detokenize(indices), image).cpu(), torch.cat(indices, 1).cpu()
+        scores, tokens = zip(*self.map_batches(self.val_batches(), reconstruct))
+        usage = model.quantize.coverage([torch.cat(tokens)], model.config)
+        return {"psnr": torch.cat(scores).mean().item(), "usage": usage}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """Validation pictures, each beside its reconstruction."""
+        image = to_input(self.val_set.__getitems__(spread(len(self.val_set), 32))[0], self.device)
+        pairs = torch.stack([image, model.reconstruct(image)], 1).flatten(0, 1)
+        return grid(to_pixels(pairs.add(1).div(2)), 8)
+
+    def save(self, model, path, dtype):
+        vq.save(model, path, dtype, size=self.args.size)
+
+
+class AutoencoderTask(TokenizerTask):
+    """`train.py vq` for an autoencoder with a KL head: the KL divergence replaces the quantizer's loss."""
+
+    metrics = ["l1", "l2", "lpips", "adv", "vq", "disc"]
+    val_metrics = ["psnr", "std"]
+    load = staticmethod(vq.load_autoencoder)
+
+    def build(self, config):
+        if self.args.size % config.stride:
+            raise UserError(f"--size {self.args.size}: expected a multiple of {config.stride}")
+        return vq.build(vq.KLAutoencoder, config)
+
+    def loss(self, batch, step, generator):
+        image = to_input(batch[0], self.device)
+        rec, kl = self.model(image, generator)
+        return self.reconstruction_loss(image, rec.float(), self.args.kl_weight * kl, step)
+
+    def after_step(self, step, lr, generator):
+        return {"disc": self.update_discriminator(lr)} if self.criterion.adversarial(step) else {}
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean PSNR in dB over the validation pictures, and the standard deviation of scaled latents."""
+        def reconstruct(batch, generator):
+            image = to_input(batch[0], self.device)
+            latents = model.encode(image).sample()
+            return psnr(model.decode(latents).clamp(-1, 1), image).cpu(), latents.cpu()
+        scores, latents = zip(*self.map_batches(self.val_batches(), reconstruct))
+        return {"psnr": torch.cat(scores).mean().item(), "std": torch.cat(latents).std().item()}
+
+    @torch.no_grad()
+    def save(self, model, path, dtype):
+        """With the scaling that gives latents a standard deviation of 1, measured on the validation pictures."""
+        latents = []
+        for items in self.val_batches():
+            image = to_input(self.val_set.__getitems__(items)[0], self.device)
+            latents.append(model.encode(image).sample())
+        config = model.config
+        model.config = replace(config, scaling=config.scaling / max(torch.cat(latents).std().item(), 1e-6))
+        super().save(model, path, dtype)
+        model.config = config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformers. Their tokenizers are frozen.
+
+
+class VARTask(Task):
+    """`train.py var`: cross entropy of every token, given the class and all coarser scales."""
+
+    metrics = ["accuracy", "tail_loss", "tail_accuracy"]
+    val_metrics = ["loss", "accuracy", "tail_loss", "tail_accuracy"]
+    check_args = staticmethod(check_crops)
+
+    @staticmethod
+    def score(scores):
+        return -scores["tail_loss"]                                         # the authors use that of the last scale
+
+    def setup(self, generator):
+        args = self.args
+        self.classes = self.train_set.classes
+        config = replace(var.CONFIGS[args.model], num_classes=len(self.classes))
+        if args.depth:
+            width = config.width // config.depth * args.depth
+            config = replace(config, depth=args.depth, width=width, heads=args.depth)
+        self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(self.device)
+        if args.init:
+            of_classes = torch.Generator().manual_seed(args.seed)           # draws new class embeddings
+            self.model = var.load(args.init, num_classes=len(self.classes), generator=of_classes).to(self.device)
+            check_pair(self.tokenizer, args.vae, self.model.config, read_metadata(args.init), args.init)
+        else:
+            t = self.tokenizer.config
+            config = replace(config, vocab_size=t.vocab_size, z_channels=t.z_channels)
+            self.model = vq.build(var.VAR, config).to(self.device)
+            self.model.init_weights(args.init_gamma, generator)
+        self.patch_nums = self.model.config.patch_nums
+        side = self.tokenizer.config.stride * self.patch_nums[-1]
+        if args.size != side:
+            raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
+        self.tokens_per_picture = sum(p * p for p in self.patch_nums)
+        self.cache_tokens(self.patch_nums)
+
+    def loss_of(self, model, batch, **options):
+        indices = self.tokens(batch, self.patch_nums)
+        features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
+        return model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, **options)
+
+    def loss(self, batch, step, generator):
+        return self.loss_of(self.model, batch, generator=generator)
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean loss and accuracy over the validation pictures, without dropped classes."""
+        def scores(batch, generator):
+            loss, metrics = self.loss_of(model, batch, class_drop=0.0)
+            return metrics | {"loss": loss}
+        return self.mean_scores(scores, self.val_batches())
+
+    def picture(self, model):
+        """One sample of each of 32 classes, spread over the list."""
+        labels = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
+
+        def draw(part, generators):
+            return model.sample(self.tokenizer, labels[part], generator=generators, **self.args.sampling)
+        return self.drawn(len(labels), draw)
+
+    def save(self, model, path, dtype):
+        show = [c for c in self.args.show if c in self.classes]
+        var.save(model, path, dtype, classes=self.classes, show=show, sampling=self.args.sampling,
+                 tokenizer=vq.fingerprint(self.tokenizer))
+
+
+class InfinityTask(Task):
+    """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, some of whose bits are
+    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along."""
+
+    metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
+    val_metrics = ["loss", "bit_accuracy", "token_accuracy"]
+
+    @staticmethod
+    def check_args(args):
+        check_pixels(args.pixels)
+
+    def setup(self, generator):
+        args = self.args
+        self.tokenizer = vq.load(args.vae).to(self.device)
+        if args.init:
+            self.model = load_infinity(args.init, device=self.device)
+        else:
+            encoder = None if args.t5 else T5Encoder(BYTE_T5)
+            config = infinity.CONFIGS[args.model]
+            d = self.tokenizer.config.z_channels
+            config = replace(config, bits=4 * d if config.patchify else d,
+                             text_width=encoder.config.width if encoder else 2048)
+            self.model = vq.build(infinity.Infinity, config, encoder).to(self.device)
+            self.model.init_weights(args.init_gamma, generator)
+        try:
+            self.model.check_pair(self.tokenizer)
+        except ValueError as e:
+            raise UserError(f"--vae {args.vae}: {e}; give the one that {args.init or args.model} goes with") from None
+        self.tokens_per_picture = sum(h * w for h, w in self.scales()[:args.scales or None])
+        self.t5 = self.model.text_encoder
+        if self.t5 is None and not args.t5:
+            raise UserError(f"--init {args.init}: has no text encoder of its own: give one as --t5 DIR")
+        if self.t5 is None:
+            self.t5 = load_t5(args.t5, self.model.config.text_width, device=self.device).requires_grad_(False)
+
+    def encode(self, model, captions):
+        """Features and mask of captions, with gradients if the text encoder is trained along."""
+        trained = model.text_encoder is not None
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return (model.text_encoder if trained else self.t5).encode(captions, model.config.text_maxlen)
+
+    def scales(self, aspect=1.0):
+        """The schedule of pictures of an aspect ratio."""
+        if self.args.pixels:
+            return vq.schedule(aspect, self.args.pixels)
+        return vq.as_pairs(self.tokenizer.config.patch_nums)
+
+    def loss_of(self, model, batch, generator, **options):
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():          # half precision changes bits
+            image = to_input(batch[0], self.device)
+            scales = self.scales(image.shape[2] / image.shape[3])
+            f = self.tokenizer.encode(image)
+            inputs, labels = infinity.self_correct(self.tokenizer.quantize, f, scales, self.args.strength,
+                                                   patchify=model.config.patchify, generator=generator)
+        if self.args.scales:
+            inputs = inputs[:, :sum(h * w for h, w in scales[:self.args.scales]) - 1]
+        return model.loss(*self.encode(model, batch[1]), inputs, labels, scales, generator=generator, **options)
+
+    def loss(self, batch, step, generator):
+        return self.loss_of(self.model, batch, generator, reweight=self.args.reweight)
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Means over the validation pictures, with bits flipped as in training and without dropped prompts."""
+        def scores(batch, generator):
+            loss, metrics = self.loss_of(model, batch, generator, text_drop=0.0)
+            return {name: loss if name == "loss" else metrics[name] for name in self.val_metrics}
+        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])
+        size = self.val_batch_size()
+        batches = []
+        for group in groups:                                                # pictures of one size
+            items = [(int(i), None) for i in group[:VAL_PICTURES // len(groups)]]
+            batches += [items[start:start + size] for start in range(0, len(items), size)]
+        return self.mean_scores(scores, batches)
+
+    def picture(self, model):
+        """Samples for captions of training (upper half) and validation pictures."""
+        captions = example_captions(self.train_set) + example_captions(self.val_set)
+
+        def draw(part, generators):
+            return model.sample(self.tokenizer, *self.encode(model, captions[part]), scales=self.scales(),
+                                generator=generators, **self.args.sampling)
+        return self.drawn(len(captions), draw)
+
+    def save(self, model, path, dtype):
+        infinity.save(model, path, dtype, show=self.args.show, sampling=self.args.sampling,
+                      tokenizer=vq.fingerprint(self.tokenizer), pixels=self.args.pixels)
+
+
+def example_captions(data):
+    """Captions of 16 pictures, spread over a data set."""
+    return [data.__getitems__([item])[1][0] for item in spread(len(data), 16)]
+
+
+class LlamaGenTask(Task):
+    """`train.py llamagen`: cross entropy of every token, given the class or text and all tokens before it.
+
+    T5 is frozen and its features are computed once, unless a small T5 on bytes is trained along.
+    """
+
+    metrics = ["accuracy"]
+    val_metrics = ["loss", "accuracy"]
+    check_args = staticmethod(check_crops)
+
+    def setup(self, generator):
+        args = self.args
+        self.tokenizer = vq.load(args.vae).to(self.device)
+        stride = self.tokenizer.config.stride
+        if args.size % stride:
+            raise UserError(f"--size {args.size}: expected a multiple of {stride}, the stride")
+        side = args.size // stride
+        config = llamagen.CONFIGS[args.model]
+        encoder = None
+        t5 = None
+        text_width = 0
+        self.classes = getattr(self.train_set, "classes", [])
+        if config.text_width:
+            self.classes = []
+            if args.t5:
+                t5 = load_t5(args.t5, args.text_width, device=self.device)
+            else:
+                encoder = T5Encoder(BYTE_T5)
+            text_width = (encoder or t5).config.width
+        config = replace(config, side=side, num_classes=len(self.classes), text_width=text_width, dropout=args.dropout,
+                         vocab_size=self.tokenizer.config.vocab_size)
+        self.model = vq.build(llamagen.LlamaGen, config, encoder).to(self.device)
+        self.model.init_weights(generator)
+        if args.init:
+            warm_start(self.model, load_llamagen(args.init, side=side), f"--init {args.init}")
+            check_fingerprint(self.tokenizer, args.vae, read_metadata(args.init), args.init)
+        if args.init_text:
+            self.start_encoder_from(args.init_text)
+        try:
+            self.model.check_pair(self.tokenizer)
+        except ValueError as e:
+            raise UserError(f"--vae {args.vae}: {e}; train one with train.py vq --recipe llamagen_emoji") from None
+        self.shape = ((side, side),)
+        self.tokens_per_picture = side * side
+        self.features = None
+        captions = sorted({caption for data in (self.train_set, self.val_set) for i in range(len(data))
+                           for caption in data.captions(i)}) if t5 is not None else []
+        self.cache_tokens(self.shape)
+        if t5 is not None:
+            self.features = FeatureCache(captions, t5, config.text_slots, args.clean, args.out)
+
+    def start_encoder_from(self, path):
+        """--init-text: take over the text encoder in an Infinity file."""
+        encoder = self.model.text_encoder
+        other = load_infinity(path).text_encoder
+        if encoder is None:
+            raise UserError(f"--init-text {path}: this run trains no text encoder; it takes recipe emoji_text without "
+                            "--t5")
+        if other is None:
+            raise UserError(f"--init-text {path}: has no text encoder")
+        warm_start(encoder, other, f"--init-text {path}")
+
+    def condition(self, model, what):
+        """Labels (B,) or captions -> conditions, and the mask of texts or None."""
+        if not model.config.text_width:
+            return what.to(self.device), None
+        if self.features is not None:
+            rows = [self.features[caption].to(self.device) for caption in what]
+        else:
+            features, mask = model.text_encoder.encode(what, model.config.text_slots)
+            lengths = mask.sum(1).tolist() if mask is not None else [features.shape[1]] * len(what)
+            rows = [f[:n] for f, n in zip(features, lengths)]
+        text, mask = llamagen.left_pad(rows, model.config.text_slots)
+        return text, mask.to(self.device)
+
+    def loss_of(self, model, batch, **options):
+        tokens, = self.tokens(batch, self.shape)
+        cond, text_mask = self.condition(model, batch[1])
+        return model.loss(cond, tokens, text_mask, **options)
+
+    def loss(self, batch, step, generator):
+        return self.loss_of(self.model, batch, generator=generator)
+
+    @torch.no_grad()
+    def validate(self, model):
+        """Mean loss and accuracy over the validation pictures, without dropped conditions."""
+        def scores(batch, generator):
+            loss, metrics = self.loss_of(model, batch, cond_drop=0.0)
+            return metrics | {"loss": loss}
+        return self.mean_scores(scores, self.val_batches())
+
+    @torch.no_grad()
+    def picture(self, model):
+        """One sample of each of 32 classes, or of captions of training (upper half) and validation pictures."""
+        if model.config.text_width:
+            what = example_captions(self.train_set) + example_captions(self.val_set)
+        else:
+            what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
+
+        def draw(part, generators):
+            return model.sample(self.tokenizer, *self.condition(model, what[part]), generator=generators,
+                                **self.args.sampling)
+        return self.drawn(len(what), draw)
+
+    def save(self, model, path, dtype):
+        show = [c for c in self.args.show if c in self.classes or not self.classes]
+        extra = {"text_encoder": asdict(model.text_encoder.config)} if model.text_encoder is not None else {}
+        llamagen.save(model, path, dtype, classes=self.classes, show=show, sampling=self.args.sampling,
+                      tokenizer=vq.fingerprint(self.tokenizer), **extra)
