@@ -274,9 +274,10 @@ class CaptionedPictures:
         for sample in samples:
             w, h = sample.size
             try:
-                line = {"long_caption": sample.texts["txt"]}
                 if "json" in sample.texts:
                     line = json.loads(sample.texts["json"])
+                else:
+                    line = {"long_caption": sample.texts["txt"]}
                 rows.append(self.row(sample.picture, {"h_div_w": h / w} | line, sample.shard))
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken.append(str(sample.picture))

@@ -88,8 +88,9 @@ def shard(model, dtype, loss=None):
 
     The weights of a block are gathered in `dtype`, the precision of the run. Weights outside of blocks stay float32.
     """
-    with_empty_weights = {id(p): torch.nn.Parameter(p.new_empty(0), False) for p in model.parameters()}
-    object.__setattr__(model, "unsharded_copy", copy.deepcopy(model, with_empty_weights))      # not a submodule
+    # deepcopy takes the tensors in this dict as copies that exist already, so the copy needs no memory for weights.
+    weightless = {id(p): torch.nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
+    object.__setattr__(model, "unsharded_copy", copy.deepcopy(model, weightless))               # not as a submodule
     keep = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, **keep)
     for p in model.parameters():

@@ -254,24 +254,20 @@ class LatentSyncTask(Task):
             raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose an even number")
         if args.init and args.stable_diffusion:
             raise UserError("--init and --stable-diffusion exclude each other")
-
-    @staticmethod
-    def check_networks(args):
-        """Raise UserError if a network is missing."""
-        needed = {"vae": "the autoencoder", "whisper": "the audio encoder"}
-        for flag, what in needed.items():
+        if args.prepare:
+            return
+        for flag, what in (("vae", "the autoencoder"), ("whisper", "the audio encoder")):
             if not getattr(args, flag):
                 raise UserError(f"--{flag}: needed: {what}")
-        optional = [("sync", "syncnet", "a StableSyncNet, such as stable_syncnet.pt"),
+        networks = [("sync", "syncnet", "a StableSyncNet, such as stable_syncnet.pt"),
                     ("trepa", "videomae", "TREPA's video encoder, vit_g_hybrid_pt_1200e_ssv2_ft.pth"),
                     ("lpips", "lpips", "VGG16 HEADS, torchvision's vgg16-397923af.pth and LPIPS' vgg.pth")]
-        for loss, flag, what in optional:
+        for loss, flag, what in networks:
             if getattr(args, f"{loss}_weight") and not getattr(args, flag):
                 raise UserError(f"--{flag}: needed: {what}, or go without it: --{loss}-weight 0")
 
     def setup(self, generator):
         args = self.args
-        self.check_networks(args)
         config = replace(latentsync.CONFIGS[args.model], motion=self.MOTION[args.stage], frames=args.frames)
         self.load_frozen(config)
         self.mask = latentsync.face_mask(config.resolution).to(self.device)

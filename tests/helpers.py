@@ -55,6 +55,17 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def generators(*seeds, device="cpu"):
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def steps_of(model, *arguments, **options):
+    """The Steps of model.sample, as a list. A captured model overwrites its logits, so they are copied."""
+    steps = []
+    model.sample(*arguments, on_step=lambda step: steps.append(step._replace(logits=step.logits.clone())), **options)
+    return steps
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tiny models
 

@@ -10,20 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import latentsync
-import sample
 import syncnet
 import train
 import vq
-from helpers import ROOT, complaint, randn, run, same, weights
-from lib import videomae
-from test_latentsync import TINY, TINY_EAR, TINY_KL, files, parts, tiny
-from test_syncnet import CLIP, av, pictures, speech, tiny_syncnet, write_video
-
-TINY_JUDGE = replace(syncnet.CONFIGS["talking_head"], visual=((32, (1, 2), False), (32, (4, 4), True), (64, (2, 2), False)),
-                     audio=((32, (4, 2), False), (32, 4, True), (64, (5, 5), False)), frames=4, picture=(8, 16))
-TINY_EYE = videomae.VideoMAEConfig(16, 8, 4, 2, 32, 2, 4, 64, 0)
+from helpers import (CLIP, JUDGE_CONFIG, KL_CONFIG, ROOT, UNET_CONFIG, VIDEOMAE_CONFIG, WHISPER_CONFIG, complaint,
+                     log_rows, make_tiny_latentsync, randn, run, same, smooth_pictures, speech, tiny, tiny_syncnet,
+                     weights, write_video)
+from lib import prepare, recipes, speech_tasks, studies, videomae
+from lib.clips import FolderDubbing, SyntheticDubbing, VideoFolder
+from lib.face_metrics import compare_faces, mouth_points
+from lib.pictures import ssim
+from lib.talking_head import mouth_of, shift_sound, talking_head, talking_scene
+from lib.talking_head import speech as synthetic_speech
+from lib.video import Video, read_sound
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,8 +49,8 @@ def test_the_video_encoder_has_the_released_shapes():
 
 
 def supervision(**changes):
-    networks = dict(syncnet=tiny_syncnet(config=TINY_JUDGE), videomae=tiny(videomae.VideoMAE, TINY_EYE), frames=4)
-    return latentsync.Supervision(tiny(vq.KLAutoencoder, TINY_KL), **networks | changes)
+    networks = dict(syncnet=tiny_syncnet(config=JUDGE_CONFIG), videomae=tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), frames=4)
+    return latentsync.Supervision(tiny(vq.KLAutoencoder, KL_CONFIG), **networks | changes)
 
 
 def test_losses_on_pixels_reach_the_latents():
@@ -60,7 +62,9 @@ def test_losses_on_pixels_reach_the_latents():
         torch.testing.assert_close(loss, 0.05 * parts["sync"] + 10 * parts["trepa"])
         loss.backward()
         assert z.grad.flatten(1).norm(dim=1).min() > 0
-        expected = z.grad if not checkpointing else torch.testing.assert_close(z.grad, expected) or expected
+        if checkpointing:
+            torch.testing.assert_close(z.grad, expected)
+        expected = z.grad
     with torch.no_grad():
         alone = supervision(videomae=None)
         each = torch.stack([alone(z[i:i + 1], true[i:i + 1], mel[i:i + 1])[1]["sync"] for i in range(2)])
@@ -81,7 +85,7 @@ def test_supervision_wants_clips_of_one_length():
 
 
 def test_checkpointing_changes_no_gradient():
-    model = tiny(latentsync.UNet, TINY).requires_grad_()
+    model = tiny(latentsync.UNet, UNET_CONFIG).requires_grad_()
     grads = []
     for model.checkpointing in (False, True):
         model.zero_grad()
@@ -97,7 +101,7 @@ def test_clean_latents_are_those_that_were_noised():
     """A UNet that predicts the true noise, or velocity, finds the clean latents."""
     z, noise, t = randn(2, 4, 3, 8, 8), randn(2, 4, 3, 8, 8, seed=1), torch.tensor([10, 900])
     for velocity in (False, True):
-        model = tiny(latentsync.UNet, replace(TINY, velocity=velocity))
+        model = tiny(latentsync.UNet, replace(UNET_CONFIG, velocity=velocity))
         model.forward = lambda x, t, audio: latentsync.velocity(z, noise, t) if velocity else noise
         loss, clean = model.loss(z, randn(2, 9, 3, 8, 8), None, t=t, noise=noise)
         assert loss < 1e-10
@@ -110,23 +114,23 @@ def test_clean_latents_are_those_that_were_noised():
 
 def test_structural_similarity():
     a, b = randn(2, 3, 16, 20).clamp(-1, 1), randn(2, 3, 16, 20, seed=1).clamp(-1, 1)
-    torch.testing.assert_close(sample.ssim(a, a), torch.ones(2))
-    assert sample.ssim(a, 0.8 * a).min() > sample.ssim(a, b).max()
+    torch.testing.assert_close(ssim(a, a), torch.ones(2))
+    assert ssim(a, 0.8 * a).min() > ssim(a, b).max()
     grey = lambda v: torch.full((1, 3, 12, 12), v)
     expected = (2 * 0.5 * 0.25 + 0.0004) / (0.5**2 + 0.25**2 + 0.0004)      # the formula, where nothing varies
-    assert sample.ssim(grey(0.5), grey(0.25)).item() == pytest.approx(expected, rel=1e-4)
+    assert ssim(grey(0.5), grey(0.25)).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_mouths_are_followed_and_flicker_is_seen():
-    frames, _ = train.talking_head(4)
-    faces, mouth = frames.float() / 127.5 - 1, train.mouth_of(train.speech(4)[1])
-    points = train.mouth_points(faces)
+    frames, _ = talking_head(4)
+    faces, mouth = frames.float() / 127.5 - 1, mouth_of(synthetic_speech(4).plan)
+    points = mouth_points(faces)
     assert np.corrcoef((points[:, 3, 1] - points[:, 2, 1]).numpy(), mouth[:, 0])[0, 1] > 0.8
     mask = latentsync.face_mask(256)[::4, ::4]
-    perfect = train.compare_faces(faces, faces, mask)
+    perfect = compare_faces(faces, faces, mask)
     assert perfect["ssim"] == pytest.approx(1) and perfect["lmd"] == 0 == perfect["flicker"]
     brightness = 0.1 * torch.randn(len(faces), 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    steady, restless = (train.compare_faces(faces + add, faces, mask)["flicker"] for add in (0.1, brightness))
+    steady, restless = (compare_faces(faces + add, faces, mask)["flicker"] for add in (0.1, brightness))
     assert steady < 1e-3 < 5 < restless
 
 
@@ -138,7 +142,7 @@ class Ear:
     """Stands for Whisper: a row of features is its own number."""
 
     calls = 0
-    config = TINY_EAR
+    config = WHISPER_CONFIG
 
     def pieces(self, sound):
         Ear.calls += 1
@@ -150,13 +154,13 @@ class Ear:
 
 
 def test_references_have_no_frame_in_common_and_the_sound_is_that_of_the_frames():
-    data = train.HeadDubs(0, 3, 16)
-    data.listen(Ear(), None)
+    data = SyntheticDubbing(0, 3, 16)
+    data.encode_audio(Ear(), None)
     data.columns, starts = 52, set()
     for seed in range(20):
         index = seed % 3
         seen, others, heard, sound, start = data.scene(index, (seed,), clips=3)
-        whole, voice = train.talking_head(index)
+        whole, voice = talking_head(index)
         assert torch.equal(seen, whole[start:start + 48]) and np.array_equal(sound, voice)
         rows = np.stack([latentsync.window_rows(start + i, 240) for i in range(48)])
         assert torch.equal(heard[:, ::2, 0], torch.from_numpy(rows).float())
@@ -171,39 +175,23 @@ def test_references_have_no_frame_in_common_and_the_sound_is_that_of_the_frames(
 
 
 @pytest.fixture
-def tiny_networks(files, tmp_path, monkeypatch):
+def tiny_networks(dub_files, tmp_path, monkeypatch):
     """Flags of a run with networks that take milliseconds."""
-    make_tiny(monkeypatch)
+    make_tiny_latentsync(monkeypatch)
     folder = tmp_path / "networks"
     folder.mkdir()
-    return tiny_flags(folder, files, monkeypatch)
+    return tiny_flags(folder, dub_files, monkeypatch)
 
 
-def make_tiny(monkeypatch):
-    monkeypatch.setitem(latentsync.CONFIGS, "talking_head", replace(TINY, resolution=16, motion="none"))
-    monkeypatch.setattr(train, "VAL_HEADS", 4)
-    monkeypatch.setattr(train.LatentSyncTask, "STEPS", 2)
-    recipe = train.RECIPES["latentsync"]["talking_head"]
-    monkeypatch.setitem(train.RECIPES["latentsync"], "talking_head", recipe | dict(val_clips=1))
-    monkeypatch.setattr(train.HeadDubs, "video", small_heads(train.HeadDubs.video))
-
-
-def tiny_flags(folder, files, monkeypatch):
+def tiny_flags(folder, dub_files, monkeypatch):
     """(flags, those of the start) of a run whose networks lie in these two folders."""
-    syncnet.save(tiny_syncnet(config=TINY_JUDGE), folder / "sync.safetensors")
-    videomae.save(tiny(videomae.VideoMAE, TINY_EYE), folder / "eye.safetensors")
-    monkeypatch.setitem(train.DUB_COMPANIONS, "videomae", folder / "eye")
-    latentsync.save(tiny(latentsync.UNet, replace(TINY, resolution=16, motion="none")), folder / "stage1.safetensors")
-    return ("latentsync", "--vae", files / "talking_head_kl.safetensors", "--whisper",
-            files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device",
+    syncnet.save(tiny_syncnet(config=JUDGE_CONFIG), folder / "sync.safetensors")
+    videomae.save(tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), folder / "eye.safetensors")
+    monkeypatch.setitem(recipes.HEAD_COMPANIONS, "videomae", folder / "eye")
+    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")), folder / "stage1.safetensors")
+    return ("latentsync", "--vae", dub_files / "talking_head_kl.safetensors", "--whisper",
+            dub_files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device",
             "cpu", "--workers", 0, "--log-every", 1), ("--init", folder / "stage1.safetensors")
-
-
-def small_heads(video):
-    def smaller(self, index):
-        length, frames_at, features, sound = video(self, index)
-        return length, lambda start, count: frames_at(start, count)[:, :, ::4, ::4], features, sound
-    return smaller
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "2-efficient"])
@@ -222,7 +210,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_networks, tmp_path, stage,
     assert bool(moving) == (stage != "1") and any("attn2" in k for k in changed)
     assert any("resnets" in k for k in changed) == (stage == "1")
     assert any("attn1" in k for k in changed) == (stage != "2-efficient")
-    rows = list(csv.DictReader(open(tmp_path / parts / "log.csv")))
+    rows = log_rows(tmp_path / parts)
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
     assert all(rows[-1][f"val_{k}"] for k in ("loss", "ssim", "lmd", "flicker", "sync_c", "offset"))
     assert stage == "1" or float(rows[0]["sync"]) > 0
@@ -231,7 +219,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_networks, tmp_path, stage,
 
 
 def weights_of(path):
-    return train.load_file(path)
+    return load_file(path)
 
 
 def test_a_run_goes_on_with_the_same_networks_only(tiny_networks, tmp_path, capsys):
@@ -248,25 +236,25 @@ def test_a_run_goes_on_with_the_same_networks_only(tiny_networks, tmp_path, caps
 def test_without_sound_there_is_no_sync_loss(tiny_networks, tmp_path, dtype, monkeypatch):
     """In half precision as well, in which painting to validate would take half a minute on a CPU."""
     flags, init = tiny_networks
-    monkeypatch.setattr(train.LatentSyncTask, "validate", lambda self, model: {"loss": 0.0})
+    monkeypatch.setattr(speech_tasks.LatentSyncTask, "validate", lambda self, model: {"loss": 0.0})
     run(train, *flags, "--stage", 2, *init, "--steps", 1, "--drop-audio", 1, "--dtype", dtype, "--checkpointing", "--out",
         tmp_path / "out", "--sample-every", 0)
-    row = list(csv.DictReader(open(tmp_path / "out" / "log.csv")))[0]
+    row = log_rows(tmp_path / "out")[0]
     assert float(row["sync"]) == 0 < float(row["noise"]) and float(row["trepa"]) > 0
 
 
 def test_the_study_runs_its_parts_from_the_same_start(tiny_networks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "STUDY_VIDEOS", 1)
+    monkeypatch.setattr(studies, "STAGE2_VIDEOS", 1)
     flags, init = tiny_networks
     run(train, *flags, "--study", *init, "--steps", 2, "--val-every", 0, "--out", tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "study.csv")))
-    assert [row[""] for row in rows] == ["true frames", "before: stage 1", *train.DUB_STUDY]
+    assert [row[""] for row in rows] == ["true frames", "before: stage 1", *studies.STAGE2_STUDY]
     assert float(rows[0]["ssim"]) == 1 and float(rows[0]["flicker"]) == 0
     assert (tmp_path / "study.png").exists() and (tmp_path / "study_frames.png").exists()
     assert "--study: give what stage 1 has made" in complaint(capsys, train, *flags, "--study", "--out", tmp_path / "b")
 
 
-def test_mistakes_are_named(tiny_networks, files, tmp_path, capsys):
+def test_mistakes_are_named(tiny_networks, dub_files, tmp_path, capsys):
     flags, init = tiny_networks
     other, original = tmp_path / "other.safetensors", tmp_path / "syncnet_v2.model"
     syncnet.save(tiny_syncnet(), other)                                     # clips of 5 frames
@@ -274,7 +262,7 @@ def test_mistakes_are_named(tiny_networks, files, tmp_path, capsys):
     for extra, said in ((("--stage", 2), "--stage 2: trains attention and motion modules only"),
                         (("--stage", 2, *init, "--syncnet", other), "is made for clips of 5 frames, but clips have 4"),
                         (("--stage", 2, *init, "--syncnet", original), "is the original SyncNet"),
-                        (("--stage", 2, *init, "--syncnet", files / "talking_head_kl.safetensors"), "not a SyncNet"),
+                        (("--stage", 2, *init, "--syncnet", dub_files / "talking_head_kl.safetensors"), "not a SyncNet"),
                         (("--stage", 2, *init, "--lpips-weight", 0.1), "--lpips: needed: VGG16 HEADS"),
                         (("--stage", 2, *init, "--videomae", other), "not a VideoMAE v2"),
                         (("--stage", 3), ""),
@@ -299,12 +287,12 @@ def test_training_on_a_folder(tiny_networks, tmp_path, av, capsys):
     data = tmp_path / "data"
     data.mkdir()
     for i in range(3):
-        write_video(data / f"{i}.mp4", pictures(20, 24, seed=i), speech(0.8, seed=i))
-    write_video(data / "mute.mp4", pictures(20, 24))
-    write_video(data / "short.mp4", pictures(6, 24), speech(1))
-    write_video(data / "wide.mp4", pictures(20, 24)[:, :, :12], speech(0.8))
+        write_video(data / f"{i}.mp4", smooth_pictures(20, 24, seed=i), speech(0.8, seed=i))
+    write_video(data / "mute.mp4", smooth_pictures(20, 24))
+    write_video(data / "short.mp4", smooth_pictures(6, 24), speech(1))
+    write_video(data / "wide.mp4", smooth_pictures(20, 24)[:, :, :12], speech(0.8))
     (data / "corrupt.mp4").write_bytes((data / "0.mp4").read_bytes()[:700])
-    eye = train.DUB_COMPANIONS["videomae"].with_suffix(".safetensors")
+    eye = recipes.HEAD_COMPANIONS["videomae"].with_suffix(".safetensors")
     argv = (*flags, "--stage", 2, *init, "--videomae", eye, "--data", data, "--steps", 6, "--sample-every", 0)
     run(train, *argv, "--out", tmp_path / "out")
     said = capsys.readouterr()
@@ -323,9 +311,9 @@ def test_training_on_a_folder(tiny_networks, tmp_path, av, capsys):
 
 
 def test_features_are_cached_by_content(tmp_path, av):
-    write_video(tmp_path / "a.mp4", pictures(20, 16), speech(0.8))
+    write_video(tmp_path / "a.mp4", smooth_pictures(20, 16), speech(0.8))
     args = train.parse_args(["latentsync"])
-    listen = lambda: train.DubFolder(tmp_path, 4, 16, split=False).listen(Ear(), args)
+    listen = lambda: FolderDubbing(tmp_path, 4, 16, split=False).encode_audio(Ear(), args)
     Ear.calls = 0
     listen()
     listen()
@@ -333,11 +321,11 @@ def test_features_are_cached_by_content(tmp_path, av):
     os.rename(tmp_path / "a.mp4", tmp_path / "b.mp4")
     listen()
     assert Ear.calls == 1                                                   # another name, the same video
-    write_video(tmp_path / "b.mp4", pictures(20, 16), speech(0.8, seed=1))
+    write_video(tmp_path / "b.mp4", smooth_pictures(20, 16), speech(0.8, seed=1))
     listen()
     assert Ear.calls == 2 and len(list((tmp_path / ".whisper").iterdir())) == 2
-    data = train.DubFolder(tmp_path, 4, 16, split=False)
-    data.listen(Ear(), args)
+    data = FolderDubbing(tmp_path, 4, 16, split=False)
+    data.encode_audio(Ear(), args)
     length, frames_at, features, sound = data.video(0)
     assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and len(features) in (40, 41) and len(sound) // 640 in (20, 21)
 
@@ -348,8 +336,8 @@ def test_features_are_cached_by_content(tmp_path, av):
 
 def scene(path, seed, seconds, late=0, size=96):
     """A drawn person's video, its sound so many frames late, with landmarks beside it."""
-    frames, sound, points = train.talking_scene(seed, seconds, size)
-    write_video(path, frames, train.moved(sound, late))
+    frames, sound, points = talking_scene(seed, seconds, size)
+    write_video(path, frames, shift_sound(sound, late))
     np.savez(path.with_suffix(".npz"), landmarks=points)
     return frames, sound, points
 
@@ -372,8 +360,8 @@ def raw(tmp_path_factory):
     points[20:23] = np.nan
     np.savez(folder / "hidden.npz", landmarks=points)
     (folder / "corrupt.mp4").write_bytes((folder / "good.mp4").read_bytes()[:3000])
-    write_video(folder / "mute.mp4", pictures(60, 32))
-    write_video(folder / "short.mp4", pictures(30, 32), speech(2))
+    write_video(folder / "mute.mp4", smooth_pictures(60, 32))
+    write_video(folder / "short.mp4", smooth_pictures(30, 32), speech(2))
     return folder
 
 
@@ -387,15 +375,15 @@ def test_videos_become_clips_of_aligned_faces(raw, tmp_path, capsys):
     assert "has no sound" in verdicts["mute.mp4", ""] and "too short: 30 frames" in verdicts["short.mp4", ""]
     assert verdicts["corrupt.mp4", ""] not in ("done", "kept")
     assert "kept 4 clips, 0.1 min; rejected: " in said and "1 x no face in .. of .. frames" in said
-    assert "sound and picture are taken to be in step" in said
-    first = sample.Video(tmp_path / "out" / "good.mp4_000050.mp4")
+    assert "sound and picture are assumed to be in sync" in said
+    first = Video(tmp_path / "out" / "good.mp4_000050.mp4")
     assert (first.height, first.width, len(first)) == (64, 64, 75)          # the rest goes to the last piece
-    frames, sound, points = train.talking_scene(85, 5.0, 96)
+    frames, sound, points = talking_scene(85, 5.0, 96)
     align = latentsync.Aligner(64)
     expected = latentsync.align_face(frames[60].permute(1, 2, 0), [align(p) for p in points[50:61]][-1], align.canvas, 64)
     found = first.clip(10, 1)[0].float()
     assert (found - expected).abs().mean() < 8                              # twice through the encoder
-    heard = sample.read_sound(first.path)
+    heard = read_sound(first.path)
     assert np.corrcoef(heard[:40000], sound[32000:][:40000])[0, 1] > 0.95
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.mp4")}
     run(train, *PREPARE, "--prepare", raw, "--data", tmp_path / "out")      # all is done: nothing is touched
@@ -412,7 +400,7 @@ def test_sound_is_moved_into_step_and_what_is_not_in_step_left_out(raw, tmp_path
     model = syncnet.load(judge[1])
     for row in rows.values():
         path = tmp_path / "out" / row["file"]
-        score = syncnet.score(model, [torch.from_numpy(f).permute(2, 0, 1) for f in sample.Video(path)], sample.read_sound(path))
+        score = syncnet.score(model, [torch.from_numpy(f).permute(2, 0, 1) for f in Video(path)], read_sound(path))
         assert score.offset == 0
     weak = min(float(row["confidence"]) for row in rows.values())
     run(train, *argv, "--data", tmp_path / "strict", "--max-offset", 3, "--min-confidence", weak + 1e-4)
@@ -435,26 +423,26 @@ def test_quality_is_asked_of_a_function(raw, tmp_path, capsys, monkeypatch):
 
 
 def test_what_goes_wrong_by_surprise_is_tried_again(raw, tmp_path, monkeypatch, capsys):
-    real = train.prepare_piece
-    monkeypatch.setattr(train, "prepare_piece", lambda source, *rest: 1 / 0 if "good" in str(source) else real(source, *rest))
+    real = prepare.make_clip
+    monkeypatch.setattr(prepare, "make_clip", lambda source, *rest: 1 / 0 if "good" in str(source) else real(source, *rest))
     argv = (*PREPARE, "--prepare", raw, "--data", tmp_path)
     run(train, *argv)
     assert "2 x failed: ZeroDivisionError" in capsys.readouterr().out
-    monkeypatch.setattr(train, "prepare_piece", real)
+    monkeypatch.setattr(prepare, "make_clip", real)
     run(train, *argv)
     assert "kept 4 clips" in capsys.readouterr().out
     assert "with other settings" in complaint(capsys, train, *argv, "--piece", 3)
 
 
 def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
-    made, real = [], train.prepare_piece
+    made, real = [], prepare.make_clip
 
     def piece(source, out, *rest):
         if len(made) == 2 and not os.environ.get("GO_ON"):
             raise KeyboardInterrupt
         made.append(out.name)
         return real(source, out, *rest)
-    monkeypatch.setattr(train, "prepare_piece", piece)
+    monkeypatch.setattr(prepare, "make_clip", piece)
     argv = (*PREPARE, "--prepare", raw, "--data", tmp_path)
     with pytest.raises(SystemExit) as e:
         run(train, *argv)
@@ -480,7 +468,7 @@ def test_killed_processes_leave_no_half_clip(raw, tmp_path):
     process.wait()
     for clip in tmp_path.glob("*.mp4"):
         if clip.name[0] != ".":
-            assert sample.Video(clip).clip(0, 999).shape[0] >= 50
+            assert Video(clip).clip(0, 999).shape[0] >= 50
     run(train, *PREPARE, "--prepare", raw, "--data", tmp_path)
     assert sum(row["verdict"] == "kept" for row in rows_of(tmp_path)) == 4 == len(list(tmp_path.glob("*.mp4")))
 
@@ -490,12 +478,12 @@ def test_a_real_clip_is_prepared(tmp_path, av):
     if not CLIP.exists():
         pytest.skip("the real clip is not in the repository")
     (tmp_path / "raw").mkdir()
-    frames = sample.Video(CLIP / "demo1_video.mp4").clip(0, 65)
-    write_video(tmp_path / "raw" / "a.mp4", frames, sample.read_sound(CLIP / "demo1_audio.wav"))
+    frames = Video(CLIP / "demo1_video.mp4").clip(0, 65)
+    write_video(tmp_path / "raw" / "a.mp4", frames, read_sound(CLIP / "demo1_audio.wav"))
     argv = ("latentsync", "--device", "cpu", "--workers", 0, "--prepare", tmp_path / "raw")
     run(train, *argv, "--data", tmp_path / "out", "--min-face", 64)
     assert [row["verdict"] for row in rows_of(tmp_path / "out")] == ["kept", "done"]
-    video = sample.Video(tmp_path / "out" / "a.mp4_000000.mp4")
+    video = Video(tmp_path / "out" / "a.mp4_000000.mp4")
     assert (video.width, len(video)) == (256, 65)                           # the large recipe's
     run(train, *argv, "--data", tmp_path / "large", "--min-face", 2000)
     assert "pixels, --min-face is 2000" in rows_of(tmp_path / "large")[0]["verdict"]
@@ -505,7 +493,7 @@ def test_preparing_wants_folders(tmp_path, capsys, av):
     (tmp_path / "raw").mkdir()
     assert "no videos in it" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o")
     assert "give the folder" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw")
-    write_video(tmp_path / "raw" / "a.mp4", pictures(20, 16), speech(0.8))
+    write_video(tmp_path / "raw" / "a.mp4", smooth_pictures(20, 16), speech(0.8))
     for inside in (tmp_path / "raw", tmp_path / "raw" / "clips"):
         line = complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", inside)
         assert "lies in the folder of the raw videos" in line
@@ -517,21 +505,21 @@ def test_preparing_wants_folders(tmp_path, capsys, av):
 
 
 def test_shots_are_found_without_a_package(tmp_path, av, monkeypatch):
-    two = torch.cat([pictures(1, 64, seed=seed).expand(20, -1, -1, -1) for seed in (0, 5)])
+    two = torch.cat([smooth_pictures(1, 64, seed=seed).expand(20, -1, -1, -1) for seed in (0, 5)])
     write_video(tmp_path / "two.mp4", two)
     monkeypatch.setitem(sys.modules, "scenedetect", None)
-    assert train.shots_of(sample.Video(tmp_path / "two.mp4")) == ([0, 20], 40)
+    assert prepare.shots_of(Video(tmp_path / "two.mp4")) == ([0, 20], 40)
 
 
 def test_clips_of_one_video_are_not_on_both_sides(tmp_path, av):
     for i in range(40):
         for start in (0, 125):
             (tmp_path / f"{i:02d}.mp4_{start:06d}.mp4").write_bytes(b"")
-    train_files, val_files = (train.video_files(tmp_path, side, True)[0] for side in (True, False))
+    train_files, val_files = (VideoFolder(tmp_path, side, True).files for side in (True, False))
     assert len(train_files) == 76 and sorted(os.path.basename(f)[:6] for f in val_files) == ["19.mp4"] * 2 + ["39.mp4"] * 2
 
 
 def test_shots_become_pieces():
-    assert train.pieces_of([0, 100, 130], 400, 125, 48) == [(0, 100), (130, 125), (255, 145)]
-    assert train.pieces_of([0], 40, 125, 48) == []
-    assert train.pieces_of([0], 125, 125, 48) == [(0, 125)] and train.pieces_of([0], 249, 125, 48) == [(0, 249)]
+    assert prepare.pieces_of([0, 100, 130], 400, 125, 48) == [(0, 100), (130, 125), (255, 145)]
+    assert prepare.pieces_of([0], 40, 125, 48) == []
+    assert prepare.pieces_of([0], 125, 125, 48) == [(0, 125)] and prepare.pieces_of([0], 249, 125, 48) == [(0, 249)]

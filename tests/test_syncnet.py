@@ -2,11 +2,8 @@
 import csv
 import math
 import re
-import resource
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,55 +15,16 @@ import sample
 import syncnet
 import train
 import vq
-from helpers import ROOT, complaint, randn, run, same, script, weights
+from helpers import (CLIP, ROOT, SYNCNET_CONFIG, complaint, make_tiny_syncnet, randn, run, same,
+                     smooth_pictures, speech, tiny_syncnet, weights, write_video)
+from lib import studies
+from lib.clips import SyntheticSyncClips
 from lib.console import UserError
+from lib.faces import find_faces
 from lib.syncnet_variants import variant
-from lib.talking_head import talking_head
+from lib.talking_head import shift_sound, talking_head
 from lib.tracks import face_crop, face_tracks, smooth_track
 from lib.video import Video, VideoWriter, read_sound
-
-CLIP = Path(__file__).resolve().parents[2] / "shared" / "data" / "latentsync"       # a real one, not in the repository
-TINY = syncnet.Config(((32, (1, 2), False), (32, (4, 4), True), (64, (2, 2), False)),
-                      ((32, (4, 2), False), (32, 4, True), (64, (5, 2), False)), 5, (8, 16))
-
-
-def tiny_syncnet(seed=0, config=TINY):
-    model = vq.build(syncnet.StableSyncNet, config)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def judge_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("syncnet") / "tiny.safetensors"
-    syncnet.save(tiny_syncnet(), path)
-    return path
-
-
-@pytest.fixture
-def av():
-    return pytest.importorskip("av", reason="PyAV is optional; .ci/run installs it and runs these tests once more")
-
-
-def speech(seconds, seed=0, rate=16000):
-    """Sound that changes all the time."""
-    rng = np.random.default_rng(seed)
-    loud = np.interp(np.arange(round(seconds * rate)), np.arange(0, seconds * rate + rate, rate // 8),
-                     rng.uniform(0, 0.5, math.ceil(seconds * 8) + 9)[:len(np.arange(0, seconds * rate + rate, rate // 8))])
-    return (loud * rng.standard_normal(len(loud)) * 0.3).astype(np.float32)
-
-
-def pictures(count, size=16, seed=0):
-    """uint8 (count, 3, size, size), smooth enough to survive encoding."""
-    small = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(small, (size, size), mode="bilinear").mul(255).byte()
-
-
-def write_video(path, frames, sound=None):
-    with VideoWriter(path, *frames.shape[2:], sound=sound) as video:
-        for frame in frames.permute(0, 2, 3, 1).numpy():
-            video.write(frame)
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,14 +90,14 @@ def test_save_load_and_export(tmp_path):
     model = tiny_syncnet()
     syncnet.save(model, tmp_path / "a.safetensors")
     again = syncnet.load(tmp_path / "a.safetensors")
-    assert again.config == TINY and same(model.state_dict(), again.state_dict())
+    assert again.config == SYNCNET_CONFIG and same(model.state_dict(), again.state_dict())
     keys = set(syncnet.export(model))
     assert {"audio_encoder.down_blocks.0.downsample_conv.weight", "visual_encoder.down_blocks.2.attn.to_q.bias",
             "visual_encoder.down_blocks.2.ff.net.0.proj.weight"} <= keys
     torch.save({"state_dict": syncnet.export(model)}, tmp_path / "b.pt")
     with pytest.raises(vq.CheckpointError, match="of unknown plan: how much its levels shrink the map is in no tensor"):
         syncnet.load(tmp_path / "b.pt")
-    assert same(syncnet.load(tmp_path / "b.pt", TINY).state_dict(), model.state_dict())
+    assert same(syncnet.load(tmp_path / "b.pt", SYNCNET_CONFIG).state_dict(), model.state_dict())
     torch.save({"a": torch.zeros(1)}, tmp_path / "c.pt")
     with pytest.raises(vq.CheckpointError, match="not a SyncNet"):
         syncnet.load(tmp_path / "c.pt")
@@ -185,13 +143,13 @@ def test_loss_of_moments_is_that_of_all_pairs():
 
 
 def test_lower_halves_are_taken_after_resizing():
-    faces = pictures(3, 40)
+    faces = smooth_pictures(3, 40)
     halves = syncnet.lower_halves(faces, syncnet.CONFIGS["talking_head"])
     whole = F.interpolate(faces.float(), (64, 64), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
     assert torch.equal(halves, whole[:, :, 32:])
     assert torch.equal(syncnet.lower_halves(halves, syncnet.CONFIGS["talking_head"]), halves)
-    prepared = tiny_syncnet().prepare(pictures(5, 16)[None])
-    assert torch.equal(prepared[0, 3:6], pictures(5, 16)[1, :, 8:].float() / 127.5 - 1)     # frame by frame, then rgb
+    prepared = tiny_syncnet().prepare(smooth_pictures(5, 16)[None])
+    assert torch.equal(prepared[0, 3:6], smooth_pictures(5, 16)[1, :, 8:].float() / 127.5 - 1)     # frame by frame, then rgb
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +210,7 @@ def test_original_syncnet_reads_bgr_and_leaves_the_last_clip_out():
     model = vq.build(syncnet.OriginalSyncNet).eval()
     for p in model.parameters():
         p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(p.numel()))
-    faces = pictures(12, 224)
+    faces = smooth_pictures(12, 224)
     clips = torch.stack([faces[i:i + 5].flip(1).transpose(0, 1) for i in range(2)])
     with torch.no_grad():
         torch.testing.assert_close(model.embed_clips(faces[:6]), model.embed_frames(clips.float()))
@@ -306,7 +264,7 @@ def test_sounds_that_cannot_be_used(tmp_path, av):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     (tmp_path / "broken.wav").write_bytes(b"RIFF no")
     (tmp_path / "broken.mp3").write_bytes(b"no sound" * 100)
-    for name, reason in (("empty.wav", "not one sample"), ("nan.wav", "samples that are no numbers"), ("no.wav", "no such"),
+    for name, reason in (("empty.wav", "not one sample"), ("nan.wav", "samples that are not numbers"), ("no.wav", "no such"),
                          ("broken.wav", "not a readable sound file"), ("broken.mp3", "not a video or sound file")):
         with pytest.raises(UserError, match=reason):
             read_sound(tmp_path / name)
@@ -315,7 +273,7 @@ def test_sounds_that_cannot_be_used(tmp_path, av):
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
 def test_video_round_trip(tmp_path, av, size):
     """Frames, their number, sound and its moment survive; odd sides grow by a pixel."""
-    frames, sound = F.interpolate(pictures(30, 8).float(), size).byte(), speech(1.5)
+    frames, sound = F.interpolate(smooth_pictures(30, 8).float(), size).byte(), speech(1.5)
     write_video(tmp_path / "a.mp4", frames, sound)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]                # no temporary file stays
     video = Video(tmp_path / "a.mp4")
@@ -395,7 +353,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_fil
     and the allocator some seconds to have all that they use.)"""
     peaks = []
     for seconds in (5, 25):
-        frames = pictures(25, 256).permute(0, 2, 3, 1).numpy()
+        frames = smooth_pictures(25, 256).permute(0, 2, 3, 1).numpy()
         with VideoWriter(tmp_path / "a.mp4", 256, 256, sound=speech(seconds)) as video:
             for i in range(25 * seconds):
                 video.write(frames[i % 25])
@@ -414,7 +372,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_fil
 
 
 def test_judging_a_video_by_the_command(tmp_path, av, judge_file, capsys):
-    video = write_video(tmp_path / "a.mp4", pictures(40), speech(2))
+    video = write_video(tmp_path / "a.mp4", smooth_pictures(40), speech(2))
     run(sample, "syncnet", "--ckpt", judge_file, "--video", video, "--out", tmp_path / "a.png", "--device", "cpu")
     out = capsys.readouterr().out
     assert re.search(r"face 1: 36 clips from frame 0: offset [+-]\d+ frames.*confidence 0\.\d+, distance 0\.\d+", out)
@@ -432,12 +390,12 @@ def test_judging_a_video_by_the_command(tmp_path, av, judge_file, capsys):
 
 def test_what_is_said_about_videos_that_cannot_be_judged(tmp_path, av, judge_file, capsys):
     argv = ("syncnet", "--ckpt", judge_file, "--out", tmp_path / "a.png", "--device", "cpu")
-    mute = write_video(tmp_path / "mute.mp4", pictures(20))
+    mute = write_video(tmp_path / "mute.mp4", smooth_pictures(20))
     assert "mute.mp4: has no sound; give one as --audio FILE" in complaint(capsys, sample, *argv, "--video", mute)
-    short = write_video(tmp_path / "short.mp4", pictures(3), speech(1))
+    short = write_video(tmp_path / "short.mp4", smooth_pictures(3), speech(1))
     said = complaint(capsys, sample, *argv, "--video", short)
     assert "short.mp4: face 1: expected at least 5 frames of video and as much sound; it has 3 frames" in said
-    whole = write_video(tmp_path / "whole.mp4", pictures(40), speech(2)).read_bytes()
+    whole = write_video(tmp_path / "whole.mp4", smooth_pictures(40), speech(2)).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("cut.mp4", "text.mp4"):
@@ -457,7 +415,7 @@ def test_without_pyav_the_way_out_is_named(tmp_path, judge_file, capsys, monkeyp
     assert "needs PyAV: pip install av" in said
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     with pytest.raises(UserError, match="pip install --no-deps facenet-pytorch"):
-        sample.find_faces(None, torch.device("cpu"))
+        find_faces(None, torch.device("cpu"))
 
 
 def test_stereo_in_a_video_is_as_loud_as_in_a_file(tmp_path, av):
@@ -481,7 +439,7 @@ def test_clips_from_the_middle_of_any_container(tmp_path, av, suffix):
         stream = out.add_stream("mpeg4" if suffix == ".avi" else "libx264", rate=25, options={"g": "50"})
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
-        for i, picture in enumerate(pictures(120, 32).permute(0, 2, 3, 1).numpy()):
+        for i, picture in enumerate(smooth_pictures(120, 32).permute(0, 2, 3, 1).numpy()):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
             frame.pts, frame.time_base = i, Fraction(1, 25)
             out.mux(stream.encode(frame))
@@ -509,17 +467,17 @@ def test_a_gap_in_the_sound_stays_a_gap(tmp_path, av):
 
 def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, av):
     with pytest.raises(UserError, match="cannot be written"):
-        write_video(tmp_path / "none" / "a.mp4", pictures(3))
+        write_video(tmp_path / "none" / "a.mp4", smooth_pictures(3))
     with pytest.raises(UserError, match="not one picture"):
-        write_video(tmp_path / "a.mp4", pictures(0))
+        write_video(tmp_path / "a.mp4", smooth_pictures(0))
     with pytest.raises(KeyError), VideoWriter(tmp_path / "b.mp4", 16, 16) as video:
-        video.write(pictures(1)[0].permute(1, 2, 0).numpy())
+        video.write(smooth_pictures(1)[0].permute(1, 2, 0).numpy())
         raise KeyError
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_middle_is_survived(tmp_path, av):
-    path = write_video(tmp_path / "a.mp4", pictures(60, 64), speech(3))
+    path = write_video(tmp_path / "a.mp4", smooth_pictures(60, 64), speech(3))
     data = bytearray(path.read_bytes())
     at = data.index(b"mdat") + 2000
     data[at:at + 300] = bytes(300)
@@ -583,20 +541,14 @@ SYNCNET = ("syncnet", "--videos", 6, "--val-pairs", 8, "--batch-size", 4, "--dev
 
 @pytest.fixture
 def tiny_network(monkeypatch):
-    make_tiny(monkeypatch)
-
-
-def make_tiny(monkeypatch):
-    monkeypatch.setitem(syncnet.CONFIGS, "talking_head", TINY)
-    monkeypatch.setattr(train, "VAL_HEADS", 4)
-    monkeypatch.setattr(train.TalkingHeads, "some", lambda self, n: [(f[:40], s) for f, s in [self.whole(0)]])
+    make_tiny_syncnet(monkeypatch)
 
 
 @pytest.mark.parametrize("extra", [("--contrast-steps", 2), ("--moments", 1)], ids=["moments", "pairs"])
 def test_resumed_syncnet_run_equals_an_uninterrupted_one(tiny_network, tmp_path, capsys, extra):
     argv = (*SYNCNET, "--steps", 5, "--accum", 2, "--ema", 0.5, "--val-every", 2, *extra)
     run(train, *argv, "--out", tmp_path / "whole")
-    assert "6 drawn videos" in capsys.readouterr().out
+    assert "6 synthetic videos" in capsys.readouterr().out
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 3)
     run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -604,11 +556,11 @@ def test_resumed_syncnet_run_equals_an_uninterrupted_one(tiny_network, tmp_path,
     assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5] and 0 <= float(rows[-1]["val_accuracy"]) <= 1
     run(train, *SYNCNET, "--evaluate", tmp_path / "parts" / "model.safetensors")
     out = capsys.readouterr().out
-    assert "of 8 pairs told right" in out and "median error over all 15" in out
+    assert "of 8 pairs classified correctly" in out and "median error over all 15" in out
 
 
 def test_pairs_of_clips_and_sounds():
-    data = train.TalkingHeads(TINY, 3, 1000)
+    data = SyntheticSyncClips(SYNCNET_CONFIG, 3, 1000)
     (frames, mels), labels, broken = data.__getitems__([(i % 3, (i,)) for i in range(40)])
     assert frames.shape == (40, 5, 3, 8, 16) and mels.shape == (40, 80, 16) and not broken
     assert 10 < labels.sum() < 30
@@ -618,17 +570,17 @@ def test_pairs_of_clips_and_sounds():
         start = next(s for s in starts if torch.equal(mel_at(s), mels[i]))
         there = [s for s in starts if torch.equal(frames_at(s), frames[i])]
         assert (start in there) == bool(labels[i])
-    late = train.TalkingHeads(TINY, 3, 1000, audio_offset=10)
+    late = SyntheticSyncClips(SYNCNET_CONFIG, 3, 1000, audio_offset=10)
     assert not torch.equal(late.video(0)[2](5), data.video(0)[2](5))
     sound = np.arange(1, 5001.0)
-    assert train.moved(sound, 2)[1280] == 1 == train.moved(sound, 2)[:1281].sum() and train.moved(sound, -2)[0] == 1281
+    assert shift_sound(sound, 2)[1280] == 1 == shift_sound(sound, 2)[:1281].sum() and shift_sound(sound, -2)[0] == 1281
 
 
 def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
     for i in range(3):
-        write_video(tmp_path / f"{i}.mp4", pictures(20, 24, seed=i), speech(0.8, seed=i))
-    write_video(tmp_path / "mute.mp4", pictures(20, 24))
-    write_video(tmp_path / "short.mp4", pictures(6, 24), speech(1))
+        write_video(tmp_path / f"{i}.mp4", smooth_pictures(20, 24, seed=i), speech(0.8, seed=i))
+    write_video(tmp_path / "mute.mp4", smooth_pictures(20, 24))
+    write_video(tmp_path / "short.mp4", smooth_pictures(6, 24), speech(1))
     argv = (*SYNCNET, "--data", tmp_path, "--steps", 3, "--workers", 0, "--sample-every", 0)
     run(train, *argv, "--out", tmp_path / "out")
     said = capsys.readouterr()
@@ -636,11 +588,11 @@ def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
     (tmp_path / "empty").mkdir()
     assert "no videos in it" in complaint(capsys, train, *SYNCNET, "--data", tmp_path / "empty", "--out", tmp_path / "b")
     said = complaint(capsys, train, *argv, "--unaligned", "--out", tmp_path / "b")
-    assert "--unaligned: is for the drawn videos" in said
+    assert "--unaligned: is for synthetic videos" in said
 
 
 def test_study_runs_every_setting_once(tiny_network, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "STUDY", {"batch": {"2": dict(batch_size=2), "4": {}}, "width": {"64": {}, "96": dict(embedding=96)}})
+    monkeypatch.setattr(studies, "SYNCNET_STUDY", {"batch": {"2": dict(batch_size=2), "4": {}}, "width": {"64": {}, "96": dict(embedding=96)}})
     run(train, "syncnet", "--study", "--steps", 2, "--videos", 4, "--val-pairs", 8, "--device", "cpu", "--out", tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "study.csv")))
     assert {(r["panel"], r["setting"]) for r in rows} == {("batch", "2"), ("batch", "4"), ("width", "64"), ("width", "96")}
@@ -653,8 +605,8 @@ def test_settings_that_do_not_go_together(tmp_path, capsys):
     for flags, said in ((("--model", "var"), "--model var: choose one of 16_pixel_attn"),
                         (("--frames", 50), "clips of 50 frames: expected 1 to 39"),
                         (("--model", "talking_head_plain", "--frames", 5), "is made for 16 frames and 128 numbers"),
-                        (("--model", "16_latent"), "reads latents, which are not made here"),
-                        (("--model", "16_pixel_attn"), "needs a folder of videos; drawn ones have 64 x 64 pixels"),
+                        (("--model", "16_latent"), "reads latents, for which there is no training data here"),
+                        (("--model", "16_pixel_attn"), "needs a folder of videos; synthetic ones have 64 x 64 pixels"),
                         (("--videos", 0), "--videos 0: expected at least 1"),
                         (("--study", "--frames", 5), "--study: varies --frames, --embedding and --attention itself")):
         assert said in complaint(capsys, train, *SYNCNET, *flags, "--out", tmp_path / "a")
