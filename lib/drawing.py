@@ -47,14 +47,6 @@ def check_npz(args, *excluded):
         raise UserError(f"--npz is for whole sets of pictures: leave out {' and '.join(excluded)}")
 
 
-def random_config(args, configs):
-    """(name, Config) of --random-weights."""
-    name = args.random_weights.removesuffix(".pth")
-    if name not in configs:
-        raise UserError(f"--random-weights {name}: choose one of {', '.join(configs)}")
-    return name, configs[name]
-
-
 def given(args, *names):
     """{name: value} of the flags that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

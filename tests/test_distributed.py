@@ -92,6 +92,7 @@ def every_model(nets, pictures):
                        nets / "eye.safetensors", "--frames", 4, "--videos", 2, "--val-videos", 1)}
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
     """One process that takes a batch in two parts, two with DDP, two with FSDP; and a run that changes between them."""
     models = every_model(nets, pictures)
@@ -150,6 +151,7 @@ def test_recomputed_blocks_draw_the_same(tmp_path):
         assert found[0][1] == found[1][1]                                   # and what is drawn next is the same
 
 
+@pytest.mark.slow
 def test_sets_of_pictures_do_not_depend_on_the_processes(files, tmp_path, monkeypatch):
     """What torchrun's processes draw for an evaluator, one of them killed on the way: no gap, nothing twice."""
     argv = ["var", "--ckpt", files[2], "--vae", files[1], "--device", "cpu", "-n", 700, "--batch-size", 50]
@@ -290,6 +292,7 @@ def test_a_reader_that_dies_ends_the_run(pictures, tmp_path, capsys, monkeypatch
     assert "a process that reads --data has died" in said and "try fewer --workers" in said
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(pictures, tmp_path):
     began = time.time()
     said = finished(started(tmp_path, [(*VQ, "--data", pictures, "--steps", 1000, "--out", tmp_path / "a")], TORCHRUN,
@@ -298,6 +301,7 @@ def test_a_process_that_dies_ends_the_others(pictures, tmp_path):
     assert "error: another process of this run has died" in said and "RuntimeError" not in said
 
 
+@pytest.mark.slow
 def test_preempted_processes_stop_after_the_same_step(pictures, tmp_path, capsys):
     """SIGTERM to torchrun: all save after the step in progress, and one process goes on."""
     argv = (*VQ, "--data", pictures, "--steps", 1000, "--val-every", 0, "--sample-every", 0, "--out", tmp_path / "a")
@@ -349,6 +353,7 @@ def test_a_full_disk_ends_nothing(pictures, tmp_path, capsys, monkeypatch):
 KILLS = int(os.environ.get("LEGIBLE_KILLS", 3))                             # 20 by hand; each takes seconds
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves(pictures, tmp_path, capsys):
     """SIGKILL at random moments of a run that saves after every step: what is complete stays so, and the end is that of
     a run that nobody killed."""

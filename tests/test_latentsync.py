@@ -534,6 +534,7 @@ def test_what_cannot_be_dubbed(dub_files, clip, tmp_path, capsys):
     assert "its features are 32 wide" in error("--whisper", other)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_video(dub_files, clip, tmp_path):
     """No file may be larger than 4 kB: what a full disk looks like to a program."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -545,6 +546,7 @@ def test_a_full_disk_leaves_no_video(dub_files, clip, tmp_path):
     assert not list((tmp_path / "full").iterdir())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_dub(dub_files, tmp_path, av):
     """Peak memory of the whole command: 1 s and 12 s of sound for 0.4 s of video of 256 x 256 pixels."""
     write_video(tmp_path / "a.mp4", smooth_pictures(10, 256))
@@ -649,6 +651,7 @@ def test_detecting_a_real_face(dub_files, tmp_path, av, capsys):
     assert np.abs(points[0] - known).max() < 6 and not np.isnan(points).any()
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path, av):
     """No arguments but fewer steps: a video, and what SyncNet says before and after."""
     result = script("sample.py", "latentsync", "--steps", 2, "--out", tmp_path / "out.mp4")

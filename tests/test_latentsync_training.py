@@ -243,6 +243,7 @@ def test_without_sound_there_is_no_sync_loss(tiny_networks, tmp_path, dtype, mon
     assert float(row["sync"]) == 0 < float(row["noise"]) and float(row["trepa"]) > 0
 
 
+@pytest.mark.slow
 def test_the_study_runs_its_parts_from_the_same_start(tiny_networks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(studies, "STAGE2_VIDEOS", 1)
     flags, init = tiny_networks
@@ -459,6 +460,7 @@ def test_an_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     assert made.count("good.mp4_000000.mp4") == 2 and len(made) == len(set(made)) + 1
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_no_half_clip(raw, tmp_path):
     argv = [sys.executable, "train.py", *PREPARE, "--workers", 2, "--prepare", raw, "--data", tmp_path]
     process = subprocess.Popen([str(a) for a in argv], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -473,6 +475,7 @@ def test_killed_processes_leave_no_half_clip(raw, tmp_path):
     assert sum(row["verdict"] == "kept" for row in rows_of(tmp_path)) == 4 == len(list(tmp_path.glob("*.mp4")))
 
 
+@pytest.mark.slow
 def test_a_real_clip_is_prepared(tmp_path, av):
     pytest.importorskip("facenet_pytorch", reason="the detector is optional; .ci/run installs it and runs this once more")
     if not CLIP.exists():

@@ -348,6 +348,7 @@ def test_sound_begins_where_the_picture_does(tmp_path, av):
         assert len(sound) == 16000 * (1 + late) and np.flatnonzero(sound)[0] == 16000 * late
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_file):
     """Peak memory of the whole command: 5 s and 25 s of 256 x 256 pixels. (A second of them is 5 MB; it takes the decoder
     and the allocator some seconds to have all that they use.)"""

@@ -1,0 +1,184 @@
+"""Flags of sample.py. Importing this file needs no package, so that --help answers at once."""
+import argparse
+
+
+def output_flags(add):
+    """Flags of all commands that make pictures."""
+    add("--ckpt", metavar="FILE|NAME", help="weights: a file, or a released name such as var_d16.pth; default: demo/")
+    add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
+    add("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
+    add("--steps-grid", action="store_true", help="a filmstrip: how each picture came to be")
+    machine_flags(add)
+
+
+def machine_flags(add):
+    """Flags of all commands that run a model."""
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="precision of the matrix products and convolutions")
+    add("--no-download", action="store_true", help="never download anything")
+
+
+def bench_flags(add, example):
+    """Flags of all commands that can be timed."""
+    add("--compile", action="store_true", help="warm up longer, then run faster: CUDA graphs; without CUDA "
+        "torch.compile, which gains little")
+    add("--bench", action="store_true", help="time it, and compare it with what this machine can do")
+    add("--json", metavar="FILE", help="with --bench: write the numbers as JSON")
+    add("--random-weights", metavar="NAME", help=f"a model of this size without its file, such as {example}")
+
+
+def generator_flags(add, example):
+    """Flags of the three generators. Defaults of the settings come from the checkpoint, or are those in the help."""
+    output_flags(add)
+    add("--seed", type=int, default=0, help="picture i is drawn with seed + i, whatever its batch (default 0)")
+    add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
+        help="the tokenizer; default: the one beside --ckpt, else the released one")
+    add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
+    bench_flags(add, example)
+
+
+def class_flags(add):
+    """Flags of generators that draw classes."""
+    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
+    add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
+    add("--npz", metavar="FILE", help="all pictures as one uint8 array arr_0; an interrupted run continues; torchrun works")
+
+
+def prompt_flags(add):
+    """Flags of generators that read text."""
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more; default: the checkpoint's choice")
+    add("--prompts", metavar="FILE", help="one prompt per line, or a .jsonl with \"prompt\" (then GenEval's folders are "
+        "written); fills a folder; an interrupted run continues")
+    add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else downloaded")
+    add("--features", metavar="FILE", help="prompts and text features from --save-features; then no T5 is needed")
+    add("--save-features", metavar="FILE", help="write the text features of the prompts, and draw nothing")
+
+
+def var_flags(add):
+    """Flags of `sample.py var`."""
+    generator_flags(add, "var_d16")
+    class_flags(add)
+    add("-n", type=int, help="number of pictures (default: one per class given, else 16)")
+    add("--cfg", type=float, help="guidance at the last scale, 0: none; default 4")
+    add("--top-k", type=int, help="keep so many tokens, 0: all; default 900")
+    add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0: all; default 0.95")
+    add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
+    add("--image", metavar="FILE", help="the picture to edit")
+    add("--edit", choices=["in", "out", "class"],
+        help="redraw inside --box | outside it | inside it, as the class of --classes")
+    add("--box", type=float, nargs=4, default=[0.1, 0.1, 0.8, 0.8], metavar=("Y0", "X0", "Y1", "X1"),
+        help="in shares of the picture")
+
+
+def infinity_flags(add):
+    """Flags of `sample.py infinity`."""
+    generator_flags(add, "infinity_2b")
+    prompt_flags(add)
+    add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
+    add("--negative", metavar="TEXT", help="what the picture should not show")
+    add("--face-suffix", action="store_true", help="the authors' addition to prompts about people")
+    add("--cfg", type=float, nargs="+", help="guidance, 1: none; one for all scales, or one for each; default 3")
+    add("--tau", type=float, nargs="+", help="temperature; one for all scales, or one for each; default 0.5")
+    add("--top-k", type=int, help="1: always the likelier value of a bit, 0: draw; default 0")
+    add("--top-p", type=float, help="draw only bits whose likelier value has at most this probability; default 0.97")
+    add("--guide-features", type=int, metavar="BLOCK", help="guide the features after this block (-1: the last)")
+    add("--aspect", type=float, help="height / width, 0.333 .. 3; the nearest of 15 is taken (default 1)")
+    add("--pixels", metavar="SIZE", help="0.06M, 0.25M, 0.60M or 1M; default: what the checkpoint was trained for")
+    add("--image", metavar="FILE", help="a picture whose first --keep scales are kept")
+    add("--keep", type=int, default=4, metavar="N", help="with --image (default 4): few scales keep its colors and "
+        "layout, all of them reconstruct it")
+    add("--tile", type=int, default=0, metavar="CELLS", help="decode in tiles with this side: less memory and nearly "
+        "the same picture; 0: at once")
+
+
+def llamagen_flags(add):
+    """Flags of `sample.py llamagen`."""
+    generator_flags(add, "llamagen_L")
+    class_flags(add)
+    prompt_flags(add)
+    add("-n", type=int, help="number of pictures (default: one per class given, else 16), or of each prompt (default 1)")
+    add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
+        "captions of the training data, which needs ftfy and beautifulsoup4")
+    add("--cfg", type=float, nargs="+", help="guidance, 1: none; one for all pictures, or one for each; default 4, for "
+        "text 7.5")
+    add("--cfg-interval", type=int, help="guide only the first N + 2 tokens, -1: all; default -1")
+    add("--temperature", type=float, help="0: always the likeliest token; default 1")
+    add("--top-k", type=int, help="keep so many tokens, 0: all; default 2000, for text 1000")
+    add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0 or 1: all; default 1")
+    add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not contain it")
+    add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")
+
+
+def vq_flags(add):
+    """Flags of `sample.py vq`."""
+    output_flags(add)
+    add("--seed", type=int, default=0, help=argparse.SUPPRESS)              # nothing is drawn
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
+    add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
+
+
+def syncnet_flags(add):
+    """Flags of `sample.py syncnet`."""
+    add("--video", metavar="FILE", help="default: the demo's")
+    add("--audio", metavar="FILE", help="another sound than the video's own")
+    add("--ckpt", metavar="FILE|NAME", help="syncnet_v2.model (Sync-C, Sync-D), stable_syncnet.pt, or one of train.py; "
+        "default: demo/")
+    add("--face", nargs="+", default=["auto"], metavar="WHERE", help="whole: the video is a face, aligned or cropped; "
+        "detect: find and follow faces; X0 Y0 X1 Y1: a box in pixels; auto: whole if it is square, else detect")
+    add("--max-shift", type=int, default=15, metavar="FRAMES", help="of the sound, to both sides (default 15)")
+    add("--batch-size", type=int, default=16, help="clips at a time (default 16)")
+    add("--out", metavar="FILE", help="a .png of the curve; default: out/syncnet.png")
+    machine_flags(add)
+
+
+def latentsync_flags(add):
+    """Flags of `sample.py latentsync`."""
+    add("--video", metavar="FILE", help="the video to dub; default: the demo's")
+    add("--audio", metavar="FILE", help="the speech: a sound file, or a video with sound (with the demo's video: the "
+        "demo's); the result has it in mono")
+    add("--ckpt", metavar="FILE|NAME", help="weights: a file, or latentsync_1.0.pt, latentsync_1.5.pt, "
+        "latentsync_1.6.pt; default: demo/")
+    add("--vae", metavar="DIR|NAME", help="the autoencoder; default: sd-vae-ft-mse")
+    add("--whisper", metavar="FILE|NAME", help="the audio encoder; default: beside --ckpt, else whisper_tiny.pt")
+    add("--resolution", type=int, choices=[256, 512], help="of the faces; default: 512 if --ckpt names version 1.6")
+    add("--out", metavar="FILE", help="an .mp4; default: out/latentsync.mp4")
+    add("--steps", type=int, default=20, help="of diffusion (default 20)")
+    add("--cfg", type=float, help="guidance, useful from 1 (none) to 3; default: the demo's own, else 1.5")
+    add("--seed", type=int, default=1247, help="default 1247, the original's")
+    add("--deep-cache", action="store_true", help="run most of the network in every third step only: faster, nearly the "
+        "same result")
+    add("--overlap", type=int, default=0, metavar="FRAMES", help="paint the last frames of each clip again with the next "
+        "one, and cross-fade: no seams (default 0)")
+    add("--face", type=int, default=1, metavar="N", help="if there are several faces, the N-th largest (default 1)")
+    add("--landmarks", metavar="FILE.npz", help="do not look for faces: an array `landmarks` (frames, N, 2) in pixels, "
+        "25 frames a second, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")
+    add("--aligned", action="store_true", help="the video shows nothing but an aligned face")
+    add("--detect-every", type=int, metavar="FRAMES", help="look for faces in every N-th frame; default: 1, on a CPU 3")
+    add("--decode", type=int, default=4, metavar="FRAMES", help="that the autoencoder gets at a time; fewer need less "
+        "memory (default 4)")
+    add("--crf", type=int, default=13, help="quality of the written video, 0 best, 51 worst (default 13)")
+    add("--steps-grid", action="store_true", help="write face, masked face, painted face and result side by side")
+    add("--syncnet", metavar="FILE|NAME", help="score the video before and after with this stable_syncnet.pt")
+    add("--frames", type=int, help="painted at a time (default: as trained, 16)")
+    bench_flags(add, "latentsync_1.5")
+    machine_flags(add)
+
+
+def ops_flags(add):
+    """Flags of `sample.py ops`."""
+    add("--bench", nargs="*", metavar="OP", help="time these ops, or all, against plain and compiled torch")
+    add("--json", metavar="FILE", help="with --bench: write the numbers as JSON")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+
+
+FLAGS = {  # command: what it does, and its flags
+    "var": ("class -> image", var_flags),
+    "infinity": ("text -> image", infinity_flags),
+    "llamagen": ("class or text -> image", llamagen_flags),
+    "vq": ("image -> tokens -> image", vq_flags),
+    "latentsync": ("video and speech -> lip-synced video", latentsync_flags),
+    "syncnet": ("is the sound of a video in sync with the lips?", syncnet_flags),
+    "ops": ("the ops of triton_ops.py: what they have to move, and how fast they are", ops_flags),
+}
