@@ -1,4 +1,4 @@
-"""Draw pictures, reconstruct pictures, dub videos, measure speed. Without --ckpt it uses the small checkpoints in demo/.
+"""Draw pictures, reconstruct pictures, dub videos, measure speed. Without --ckpt it uses the small models of demo/.
 
     python sample.py var                                            a grid of emoji, in seconds on a laptop
     python sample.py var --steps-grid                               how they came to be, scale by scale
@@ -205,8 +205,8 @@ def sample_infinity(args):
         except ValueError as e:
             raise UserError(str(e)) from None
     if args.guide_features is not None and not -config.depth <= args.guide_features < config.depth:
-        raise UserError(f"--guide-features {args.guide_features}: this model has {config.depth} blocks, -{config.depth} "
-                        f".. {config.depth - 1}")
+        raise UserError(f"--guide-features {args.guide_features}: expected -{config.depth} .. "
+                        f"{config.depth - 1}, as this model has {config.depth} blocks")
     cell = tokenizer.config.stride * (config.patchify + 1)                  # pixels per token
     height, width = (n * cell for n in scales[-1])
     settings = {"model": "infinity", "checkpoint": name, "size": f"{height}x{width}"} | options
@@ -568,7 +568,8 @@ def sample_latentsync(args):
     if args.dtype == "auto" and device.type == "cuda":                      # as the original decides
         machine.dtype = torch.float16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float32
         machine.dtype_why = "as the original has it here"
-    name, cfg, unet, autoencoder, whisper = (dubbing.random_models if args.random_weights else dubbing.load_models)(args)
+    load = dubbing.random_models if args.random_weights else dubbing.load_models
+    name, cfg, unet, autoencoder, whisper = load(args)
     unet = unet.to(device, machine.dtype)
     autoencoder = autoencoder.to(device, machine.dtype)
     whisper = whisper.to(device)                                            # small, and exact in float32

@@ -137,7 +137,8 @@ def train(args):
     last_step = min(task.steps, step + args.stop_after) if args.stop_after else task.steps
 
     # Data from the present step on. Readers are processes of their own if there are files to read.
-    order = functools.partial(order_of_batches, task.train_set, args, micro_batches=micro_batches, rank=rank, world=world)
+    order = functools.partial(order_of_batches, task.train_set, args, micro_batches=micro_batches, rank=rank,
+                              world=world)
     workers = args.workers if getattr(task.train_set, "READS_FILES", False) else 0
     batches = iter(DataLoader(task.train_set, batch_sampler=order(step), num_workers=workers, collate_fn=tuple,
                               worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
@@ -272,9 +273,10 @@ def train(args):
 def learning_rate(step, steps, schedule, warmup_steps, warmup_from, final):
     """Learning rate / peak at a step: linear warm-up, a plateau, then a fall to `final`.
 
-    lin, lin0, lin00: a straight line after a plateau of 15, 5 or 0 % of the steps after the warm-up; exp: geometric
-    after 15 %; cos: half a cosine; linT, such as lin0.8: two lines that meet at share T of the steps, half-way between 1
-    and a single line; const: no fall. Raises UserError for other names.
+    lin, lin0, lin00: a straight line after a plateau of 15, 5 or 0 % of the steps after the warm-up
+    exp: geometric after a plateau of 15 %; cos: half a cosine; const: no fall
+    linT, such as lin0.8: two lines that meet at share T of the steps, half-way between 1 and a single line
+    Raises UserError for other names.
     """
     if step < warmup_steps:
         return warmup_from + (1 - warmup_from) * step / warmup_steps
@@ -348,8 +350,8 @@ def micro_batches_per_process(args, micro_batches, world):
     """How many of a batch's micro-batches each process gets. Raises UserError if they cannot be shared evenly."""
     accum, left = divmod(micro_batches, world)
     if left:
-        raise UserError(f"{args.out}: this run cuts a batch into {micro_batches} micro-batches, which {world} processes "
-                        f"cannot share; start a number of them that divides {micro_batches}")
+        raise UserError(f"{args.out}: this run cuts a batch into {micro_batches} micro-batches, which {world} "
+                        f"processes cannot share; start a number of them that divides {micro_batches}")
     if args.batch_size % micro_batches:
         processes = f" times {world} processes" if world > 1 else ""
         raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {accum}{processes}")

@@ -72,7 +72,7 @@ def check_style(path, tree, text):
             violations.append(f"{path}:{i}: {len(line)} columns")
     forbidden = [".cuda()", "weights_only=False", "strict=False"]
     if path.stem in (*MODELS, "vq", "triton_ops"):
-        forbidden += ["print(", "argparse.ArgumentParser", "torch.manual_seed"]
+        forbidden += [" print(", "argparse.ArgumentParser", "torch.manual_seed"]
     if path.parts[0] not in ("tests", ".ci"):
         violations.extend(f"{path}: {word}" for word in forbidden if word in text)
 

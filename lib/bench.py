@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from tqdm import tqdm
 
@@ -117,7 +117,9 @@ class Recorder(TorchDispatchMode):
             key = (str(func), repr(arguments), self.stage)
             if key not in self.calls:
                 flops = formula(*args, **kwargs, out_val=out)
-                self.calls[key] = Call(func, arguments, self.stage, flops, total_bytes((args, kwargs, out)))
+                tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+                moved = sum(x.numel() * x.element_size() for x in tensors)
+                self.calls[key] = Call(func, arguments, self.stage, flops, moved)
             self.calls[key].count += 1
         return out
 
@@ -128,34 +130,20 @@ class Recorder(TorchDispatchMode):
         return Layout(tuple(x.shape), x.stride(), x.dtype, x.device, is_weight)
 
 
-def total_bytes(tree):
-    """Bytes of all tensors in nested containers."""
-    sizes = []
-    tree_map(lambda x: sizes.append(x.numel() * x.element_size()) if isinstance(x, torch.Tensor) else None, tree)
-    return sum(sizes)
-
-
 def replay(call, device):
     """Seconds of all bare calls of a Call on random inputs, after one call to warm up.
 
     Activations stay in the cache from call to call, as they do in the model. Weights do not: each call gets another
     copy, of more than a cache holds, because in the model all other weights are read in between.
     """
-    layouts = []
-    tree_map(lambda x: layouts.append(x) if isinstance(x, Layout) and x.is_weight else None, call.arguments)
-    size = sum(np.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
-    copies = int(min(16, max(1, -(-2**27 // size)))) if layouts else 1      # 128 MB of them
-    tensors = tree_map(lambda x: (x, x.random()) if isinstance(x, Layout) else x, call.arguments)
-
-    def is_pair(x):
-        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], Layout)
-
-    def fresh(x):
-        if not is_pair(x):
-            return x
-        layout, tensor = x
-        return tensor.clone() if layout.is_weight else tensor
-    inputs = [tree_map(fresh, tensors, is_leaf=is_pair) for _ in range(copies)]
+    leaves, structure = tree_flatten(call.arguments)
+    leaves = [x.random() if isinstance(x, Layout) and not x.is_weight else x for x in leaves]
+    weights = [x for x in leaves if isinstance(x, Layout)]
+    size = sum(np.prod(x.shape) * x.dtype.itemsize for x in weights)
+    copies = int(min(16, max(1, -(-2**27 // size)))) if weights else 1      # 128 MB of them
+    inputs = []
+    for _ in range(copies):
+        inputs.append(tree_unflatten([x.random() if isinstance(x, Layout) else x for x in leaves], structure))
     seconds = []
     for i in range(1 + call.count):
         args, kwargs = inputs[i % copies]

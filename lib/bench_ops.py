@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten
 from lib.bench import copy_bandwidth, device_name, op_seconds
 from triton_ops import REGISTRY, backend
 
+
 def sorting_sampler(cond, uncond, cfg, top_k, top_p, noise):
     """sample_logits as it is usually written, with sorts."""
     logits = cfg * cond.float() + (1 - cfg) * uncond.float()
@@ -24,7 +25,7 @@ def whole_distance_matrix(z, codes):
     return torch.addmm(z.square().sum(1, keepdim=True) + codes.square().sum(1), z, codes.T, alpha=-2).argmin(1)
 
 
-TEXTBOOK = {"sample_logits": sorting_sampler, "vq_nearest": whole_distance_matrix}     # for other ops: their torch lines
+TEXTBOOK = {"sample_logits": sorting_sampler, "vq_nearest": whole_distance_matrix}     # others: their lines in torch
 
 
 def peers(name):

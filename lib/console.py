@@ -100,7 +100,7 @@ def choose_device(name):
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if not available[device.type]():
         raise UserError(f"--device {name}: not on this machine; use --device cpu, or leave it out")
-    if device.type == "cuda":                                               # under torchrun each process has its own GPU
+    if device.type == "cuda":                                               # torchrun gives each process its own GPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     use_triton(torch.empty(1, device=device))

@@ -133,15 +133,15 @@ def forth_and_back(video, count, held=2**28):
 
 
 def detected_points(video, device, args, count=None):
-    """Points (frames, 3, 2) of the face that --face asks for, in the first `count` frames; nan where it is not found."""
+    """Points (frames, 3, 2) of the face that --face asks for, in the first `count` frames; nan if it is not found."""
     every = args.detect_every or (1 if device.type == "cuda" else 3)
     faces, cuts = find_faces(video, device, every, count, "--landmarks FILE.npz, or --aligned")
     ranks = points_of_faces(faces, cuts, every)
     if not ranks:
         seen = sum(map(bool, faces))
         smaller = f" (smaller ones in {seen})" if seen else ""
-        raise UserError(f"{video.path}: no face of 50 pixels or more in any of {len(faces)} frames{smaller}; nothing was "
-                        "written; if there is one, give --landmarks FILE.npz")
+        raise UserError(f"{video.path}: no face of 50 pixels or more in any of {len(faces)} frames{smaller}; nothing "
+                        "was written; if there is one, give --landmarks FILE.npz")
     if args.face > len(ranks):
         raise UserError(f"--face {args.face}: there are never more than {len(ranks)} faces at a time in {video.path}")
     return ranks[args.face - 1]

@@ -42,14 +42,14 @@ def class_flags(add):
     """Flags of generators that draw classes."""
     add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
     add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
-    add("--npz", metavar="FILE", help="all pictures as one uint8 array arr_0; an interrupted run continues; torchrun works")
+    add("--npz", metavar="FILE", help="all pictures as one uint8 array arr_0; an interrupted run continues")
 
 
 def prompt_flags(add):
     """Flags of generators that read text."""
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one or more; default: the checkpoint's choice")
-    add("--prompts", metavar="FILE", help="one prompt per line, or a .jsonl with \"prompt\" (then GenEval's folders are "
-        "written); fills a folder; an interrupted run continues")
+    add("--prompts", metavar="FILE", help="one prompt per line, or a .jsonl with \"prompt\" (then GenEval's folders "
+        "are written); fills a folder; an interrupted run continues")
     add("--t5", metavar="DIR", help="folder of google/flan-t5-xl; default: beside --ckpt, else downloaded")
     add("--features", metavar="FILE", help="prompts and text features from --save-features; then no T5 is needed")
     add("--save-features", metavar="FILE", help="write the text features of the prompts, and draw nothing")
@@ -97,7 +97,7 @@ def llamagen_flags(add):
     generator_flags(add, "llamagen_L")
     class_flags(add)
     prompt_flags(add)
-    add("-n", type=int, help="number of pictures (default: one per class given, else 16), or of each prompt (default 1)")
+    add("-n", type=int, help="number of pictures (default: one per class given, else 16), or per prompt (default 1)")
     add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
         "captions of the training data, which needs ftfy and beautifulsoup4")
     add("--cfg", type=float, nargs="+", help="guidance, 1: none; one for all pictures, or one for each; default 4, for "
@@ -105,7 +105,7 @@ def llamagen_flags(add):
     add("--cfg-interval", type=int, help="guide only the first N + 2 tokens, -1: all; default -1")
     add("--temperature", type=float, help="0: always the likeliest token; default 1")
     add("--top-k", type=int, help="keep so many tokens, 0: all; default 2000, for text 1000")
-    add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0 or 1: all; default 1")
+    add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0, 1: all; default 1")
     add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not contain it")
     add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")
 
@@ -146,10 +146,10 @@ def latentsync_flags(add):
     add("--steps", type=int, default=20, help="of diffusion (default 20)")
     add("--cfg", type=float, help="guidance, useful from 1 (none) to 3; default: the demo's own, else 1.5")
     add("--seed", type=int, default=1247, help="default 1247, the original's")
-    add("--deep-cache", action="store_true", help="run most of the network in every third step only: faster, nearly the "
-        "same result")
-    add("--overlap", type=int, default=0, metavar="FRAMES", help="paint the last frames of each clip again with the next "
-        "one, and cross-fade: no seams (default 0)")
+    add("--deep-cache", action="store_true", help="run most of the network in every third step only: faster, nearly "
+        "the same result")
+    add("--overlap", type=int, default=0, metavar="FRAMES", help="paint the last frames of each clip again with the "
+        "next one, and cross-fade: no seams (default 0)")
     add("--face", type=int, default=1, metavar="N", help="if there are several faces, the N-th largest (default 1)")
     add("--landmarks", metavar="FILE.npz", help="do not look for faces: an array `landmarks` (frames, N, 2) in pixels, "
         "25 frames a second, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")

@@ -140,12 +140,18 @@ def find_companion(given, beside, fallback, download, flag):
 
 
 def read_metadata(path):
-    """What train.py wrote into a safetensors header besides the config, as a dict; {} for other files."""
-    if Path(path).suffix != ".safetensors":
+    """What train.py wrote into a safetensors header besides the config, as a dict; {} for other files.
+
+    Raises vq.CheckpointError for a damaged file.
+    """
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return {}
-    from safetensors import safe_open
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata() or {}
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+    except SafetensorError as e:
+        raise vq.CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
     known = ("classes", "show", "sampling", "tokenizer", "pixels", "text_encoder")
     return {key: json.loads(metadata[key]) for key in known if key in metadata}
 

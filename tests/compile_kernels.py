@@ -1,8 +1,8 @@
 """Compiles every kernel to machine code for a GPU that need not be here: python tests/compile_kernels.py 90
 
-Triton is told that a GPU of that compute capability is present; instead of being launched, kernels are compiled with the
-arguments of real calls. Prints a line of JSON: per kernel its shared memory, registers and spilled bytes as ptxas says,
-and per op how many kernels torch.compile(fullgraph=True) found in the one graph it must become.
+Triton is made to believe that a GPU of that compute capability is present. Kernels are compiled with the arguments of
+real calls instead of being launched. Prints a line of JSON: the shared memory, registers and spilled bytes of each
+kernel, as ptxas reports them, and how many kernels torch.compile(fullgraph=True) found in the graph of each op.
 """
 import contextlib
 import functools
@@ -31,7 +31,7 @@ empty = torch.empty
 
 
 class FakeDriver:
-    """What Triton asks a driver for before a launch."""
+    """Answers what Triton asks a driver before a launch."""
 
     get_current_target = staticmethod(lambda: GPUTarget("cuda", CAPABILITY, 32))
     get_current_device = staticmethod(lambda: 0)
@@ -44,7 +44,10 @@ compiled = []
 
 
 def compile_only(kernel, grid):
-    return lambda *args, **kwargs: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+    """What replaces kernel[grid]: a function that compiles the kernel for its arguments, and notes it in `compiled`."""
+    def call(*args, **kwargs):
+        compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+    return call
 
 
 def ptxas(kernel):
@@ -55,11 +58,12 @@ def ptxas(kernel):
         f.flush()
         for tool in sorted(folder.glob("ptxas*"), reverse=True):            # the newest understands the newest PTX
             arch = "sm_90a" if CAPABILITY == 90 else f"sm_{CAPABILITY}"
-            out = subprocess.run([tool, "-v", f"-arch={arch}", f.name, "-o", "/dev/null"], capture_output=True, text=True)
+            argv = [tool, "-v", f"-arch={arch}", f.name, "-o", "/dev/null"]
+            out = subprocess.run(argv, capture_output=True, text=True)
             if found := re.search(r"Used (\d+) registers", out.stderr):
                 spilled = re.search(r"(\d+) bytes spill stores", out.stderr)
                 return int(found[1]), int(spilled[1]) if spilled else 0
-    raise RuntimeError(f"ptxas says nothing: {out.stderr}")
+    raise RuntimeError(f"ptxas reports no registers: {out.stderr}")
 
 
 def leaf(*shape, dtype=BF16):
@@ -73,7 +77,8 @@ def backward(out):
 
 def adaln(C, dtype, stream):
     scale, shift, gate = leaf(2, 1, 3, C, dtype=dtype).unbind(2)
-    backward(adaln_modulate(leaf(2, 20, C, dtype=dtype), scale, shift, residual=leaf(2, 20, C, dtype=stream), gate=gate))
+    residual = leaf(2, 20, C, dtype=stream)
+    backward(adaln_modulate(leaf(2, 20, C, dtype=dtype), scale, shift, residual=residual, gate=gate))
 
 
 def qk(H, D, dtype, rope, norm):
@@ -93,8 +98,9 @@ def gn(shape, dtype, form):
 
 
 def calls():
-    """The models' argument types and widths."""
-    adaln(1920, BF16, F32), adaln(2048, F32, F32)
+    """Calls every op with the argument types and widths of the models."""
+    adaln(1920, BF16, F32)
+    adaln(2048, F32, F32)
     weight, bias, gate = (leaf(n, 1, 2048, dtype=F32) for n in (1, 1, 2))     # infinity's affine norm
     backward(adaln_modulate(leaf(2, 20, 2048), weight, bias, residual=leaf(2, 20, 2048, dtype=F32), gate=gate))
     backward(adaln_modulate(leaf(1, 1, 3200), None, None, kind="rms", weight=leaf(3200)))
@@ -102,41 +108,42 @@ def calls():
     qk(16, 128, BF16, rope=True, norm=True)
     qk(32, 100, F32, rope=True, norm=False)
     with torch.no_grad():
-        place, seen = torch.zeros(1, dtype=torch.int64), empty(2, 577, dtype=torch.bool)
-        for heads, kv_heads, D, dtype, pos, visible in ((16, 16, 64, BF16, 3, None), (32, 32, 100, BF16, place, None),
-                                                        (8, 2, 64, F32, place, seen)):
+        on_device, rows = torch.zeros(1, dtype=torch.int64), empty(2, 577, dtype=torch.bool)
+        for heads, kv_heads, D, dtype, pos, visible in ((16, 16, 64, BF16, 3, None), (8, 2, 64, F32, on_device, rows),
+                                                        (32, 32, 100, BF16, on_device, None)):
             cache = empty(2, 2, kv_heads, 577, D, dtype=dtype)
             decode_attention(empty(2, heads, 1, D, dtype=dtype), *cache, pos, visible=visible)
     for R, V, dtype in ((16, 4096, F32), (1, 16384, BF16), (2, 32768, F32)):
-        sample_logits(empty(R, V, dtype=dtype), empty(R, V, dtype=dtype), cfg=1.5, temperature=0.9, top_k=900, top_p=0.95,
-                      noise=empty(R, V))
+        logits = empty(2, R, V, dtype=dtype)
+        sample_logits(*logits, cfg=1.5, temperature=0.9, top_k=900, top_p=0.95, noise=empty(R, V))
     sample_logits(empty(1, 4096), noise=empty(1, 4096))
     for V, C in ((4096, 32), (16384, 8), (1, 64)):
         vq_nearest(empty(1000, C), empty(V, C))
     for shape, dtype in (((1, 160, 256, 256), BF16), ((2, 640, 16, 16), F32)):
-        gn(shape, dtype, torch.contiguous_format), gn(shape, dtype, torch.channels_last)
+        gn(shape, dtype, torch.contiguous_format)
+        gn(shape, dtype, torch.channels_last)
 
 
-class Enough(Exception):
+class Traced(Exception):
     """Stops torch.compile once it has handed over its graph."""
 
 
 def graphs():
     """{op: number of kernels in its one graph}."""
-    found = {}
-    torch.utils._triton.has_triton = lambda **_: True                       # else torch.compile does not look for kernels
+    counts = {}
+    torch.utils._triton.has_triton = lambda **_: True                       # or torch.compile would look for no kernels
 
     def count(graph, _, name):
         nodes = [node for module in graph.modules() if hasattr(module, "graph") for node in module.graph.nodes]
-        found[name] = sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
-        raise Enough
+        counts[name] = sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
+        raise Traced
     for name, op in REGISTRY.items():
         args, kwargs = op.inputs(lambda *size: torch.randn(size), *op.shapes["odd"])
         args = [t.detach().requires_grad_(op.trains) for t in args]
         torch._dynamo.reset()
         with contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
             torch.compile(op.fn, fullgraph=True, backend=functools.partial(count, name=name))(*args, **kwargs)
-    return found
+    return counts
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import syncnet
 import triton_ops
 import var
 import vq
-from helpers import T5_CONFIG, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_syncnet, tiny_tokenizer, tiny_var
+from helpers import (T5_CONFIG, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_syncnet, tiny_tokenizer,
+                     tiny_var)
 from lib.text import T5Encoder
 
 

@@ -129,7 +129,7 @@ def tiny(cls, config, seed=0):
     model = vq.build(cls, config)
     g = torch.Generator().manual_seed(seed)
     model.init_weights(g)
-    if cls is latentsync.UNet:                                              # layers that start at zero would hide the rest
+    if cls is latentsync.UNet:  # layers that start at zero would hide the rest
         ends = [model.conv_out, *(m.proj_out for m in model.modules() if isinstance(m, latentsync.MotionModule))]
         for layer in ends:
             torch.nn.init.normal_(layer.weight, 0, 0.1, g)
@@ -239,7 +239,8 @@ def speech(seconds, seed=0, rate=16000):
     """Sound that changes all the time."""
     rng = np.random.default_rng(seed)
     times = np.arange(0, seconds * rate + rate, rate // 8)
-    loud = np.interp(np.arange(round(seconds * rate)), times, rng.uniform(0, 0.5, math.ceil(seconds * 8) + 9)[:len(times)])
+    levels = rng.uniform(0, 0.5, math.ceil(seconds * 8) + 9)[:len(times)]
+    loud = np.interp(np.arange(round(seconds * rate)), times, levels)
     return (loud * rng.standard_normal(len(loud)) * 0.3).astype(np.float32)
 
 

@@ -104,7 +104,10 @@ def test_prompts_draw_their_own_pictures_whatever_the_batch(prompts, capsys):
     pixels = lambda folder: np.stack([np.array(Image.open(out / folder / name)).astype(int) for name in names])
     assert abs(pixels("a") - pixels("b")).max() <= 1                        # products of other shapes round otherwise
     size, text = info(out / "a" / "00001_01.png")
-    assert size == (16, 16) and text["prompt"] == "a dog with a long name" and text["seed"] == "3" and text["tau"] == "1.0"
+    assert size == (16, 16)
+    assert text["prompt"] == "a dog with a long name"
+    assert text["seed"] == "3"
+    assert text["tau"] == "1.0"
     (out / "a" / names[0]).unlink()
     (out / "a" / names[1]).write_bytes(b"cut off")
     times = {name: (out / "a" / name).stat().st_mtime_ns for name in names[2:]}
@@ -125,13 +128,15 @@ def test_geneval_folders_features_and_other_ways_to_draw(prompts, capsys):
     run(sample, *arguments, "--features", out / "f.safetensors", "--prompt", "fox", "--out", out / "f.png")
     run(sample, *arguments, "--prompt", "fox", "--out", out / "fox.png")
     assert abs(np.array(Image.open(out / "f.png")).astype(int) - np.array(Image.open(out / "fox.png"))).max() <= 40
-    assert "lacks 'owl'" in complaint(capsys, sample, *arguments, "--features", out / "f.safetensors", "--prompt", "owl")
+    said = complaint(capsys, sample, *arguments, "--features", out / "f.safetensors", "--prompt", "owl")
+    assert "lacks 'owl'" in said
     run(sample, *arguments, "--out", out / "show.png")                      # the checkpoint's own prompts
     assert info(out / "show.png")[1]["prompts"] == "a cat, a red dog"
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(out / "in.png")
-    for name, more in {"steps": ["--steps-grid"], "negative": ["--negative", "a dog"], "tiles": ["--tile", 16],
-                       "given": ["--image", out / "in.png", "--keep", 2], "scales": ["--cfg", 1, 2, 3, "--tau", 2, 1, 1],
-                       "features": ["--guide-features", -1], "original": ["--one-generator"]}.items():
+    ways = {"steps": ["--steps-grid"], "negative": ["--negative", "a dog"], "tiles": ["--tile", 16],
+            "given": ["--image", out / "in.png", "--keep", 2], "scales": ["--cfg", 1, 2, 3, "--tau", 2, 1, 1],
+            "features": ["--guide-features", -1], "original": ["--one-generator"]}
+    for name, more in ways.items():
         run(sample, *arguments, "--prompt", "fox", "--out", out / f"{name}.png", *more)
     strip = {name: np.array(Image.open(out / f"{name}.png")) for name in ("steps", "negative", "tiles", "fox", "given")}
     assert strip["steps"].shape[1] == 3 * 128 + 2 * 2 and np.array_equal(strip["tiles"], strip["fox"])
@@ -184,7 +189,8 @@ def test_bench_of_tokens_races_the_textbook_loop(tokens, capsys):
 
 def test_the_demo_draws_what_it_is_told(tmp_path):
     """From the checkpoints in the repository: hearts of the colors that the prompts name, two each."""
-    run(sample, "infinity", "--prompt", "green heart", "blue heart", "-n", 2, "--device", "cpu", "--out", tmp_path / "h")
+    run(sample, "infinity", "--prompt", "green heart", "blue heart", "-n", 2, "--device", "cpu", "--out",
+        tmp_path / "h")
     heart = lambda i, n: np.array(Image.open(tmp_path / "h" / f"{i:05d}_{n:02d}.png"), float)[8:20, 8:24].mean((0, 1))
     green, blue = (heart(i, 0) + heart(i, 1) for i in (0, 1))
     assert green.argmax() == 1 and blue.argmax() == 2, (green, blue)
@@ -192,7 +198,8 @@ def test_the_demo_draws_what_it_is_told(tmp_path):
 
 def test_the_token_demo_draws_what_it_is_told(tmp_path):
     """Hearts of the colors that the prompts name, and of two classes what looks like them."""
-    run(sample, "llamagen", "--prompt", "red heart", "green heart", "blue heart", "--device", "cpu", "--out", tmp_path / "h")
+    run(sample, "llamagen", "--prompt", "red heart", "green heart", "blue heart", "--device", "cpu", "--out",
+        tmp_path / "h")
     heart = lambda i: np.array(Image.open(tmp_path / "h" / f"{i:05d}.png"), float)[8:20, 8:24].mean((0, 1))
     assert [heart(i).argmax() for i in range(3)] == [0, 1, 2]
     run(sample, "llamagen", "--classes", "face-smiling", "-n", 4, "--device", "cpu", "--out", tmp_path / "f")
@@ -265,7 +272,7 @@ def test_bench_reports_share_flops_and_writes_json(tiny, capsys):
 
 
 def test_compile_draws_the_same_pictures(tiny, monkeypatch):
-    """With torch's quick back end: whether it is one graph and is asked for rightly shows, without 40 s of compiling."""
+    """torch.compile gets the blocks, and each is one graph. A fast back end stands in for 40 s of compiling."""
     argv, out = tiny
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -286,11 +293,12 @@ def test_a_variant_that_draws_something_else_gets_no_time():
 
 
 def test_ops_table_and_bench(tmp_path, capsys, monkeypatch):
-    """The README's table is the registry's; a benchmark's row holds what it promises."""
+    """The table in lib/README.md is the registry's. A benchmark's row holds what it promises."""
     table = script("triton_ops.py").stdout
-    assert table and table in (ROOT / "README.md").read_text()
+    assert table and table in (ROOT / "lib" / "README.md").read_text()
     spec = triton_ops.REGISTRY["adaln_modulate"]
-    monkeypatch.setitem(triton_ops.REGISTRY, "adaln_modulate", replace(spec, shapes={"odd": (1, 1, 8), "small": (1, 3, 8)}))
+    monkeypatch.setitem(triton_ops.REGISTRY, "adaln_modulate",
+                        replace(spec, shapes={"odd": (1, 1, 8), "small": (1, 3, 8)}))
     run(sample, "ops", "--bench", "adaln_modulate", "--dtype", "fp32", "--json", tmp_path / "ops.json")
     out, rows = capsys.readouterr().out, json.loads((tmp_path / "ops.json").read_text())
     assert [row["op"] for row in rows] == ["adaln_modulate: small", "adaln_modulate backward: small"]
@@ -352,8 +360,8 @@ def hub(tmp_path):
             super().end_headers()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "hub"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                                "HF_HUB_DISABLE_XET": "1"}
+    address = f"http://127.0.0.1:{server.server_port}"
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     yield server, folder, environment
     server.shutdown()
 
@@ -421,7 +429,8 @@ def test_bad_files(tiny, files, capsys):
     assert "head.weight is (32, 5), expected (32, 64)" in say("--ckpt", out / "shape.pth")
     var.save(tiny_var(), out / "known.safetensors", tokenizer=vq.fingerprint(tiny_tokenizer()))
     vq.save(tiny_tokenizer(z_channels=8, phi_count=1), out / "stranger.safetensors")
-    assert "is not the tokenizer that" in say("--ckpt", out / "known.safetensors", "--vae", out / "stranger.safetensors")
+    said = say("--ckpt", out / "known.safetensors", "--vae", out / "stranger.safetensors")
+    assert "is not the tokenizer that" in said
     vq.save(tiny_tokenizer(vocab_size=16), out / "other.safetensors")
     assert "has 16 codes of 8 channels, but" in say(*argv, "--vae", out / "other.safetensors")
     (out / "text.png").write_text("no picture")
@@ -474,7 +483,8 @@ def test_bad_arguments_for_prompts(prompts, capsys, argv, message):
 
 @pytest.mark.parametrize("kind, argv, message", [
     (0, ["--prompt", "a"], "classes.safetensors: draws classes and reads no text; give --classes, or as --ckpt a t2i_"),
-    (1, ["--classes", "1"], "text.safetensors: draws what a text says and knows no classes; give --prompt, not --classes"),
+    (1, ["--classes", "1"],
+     "text.safetensors: draws what a text says and knows no classes; give --prompt, not --classes"),
     (1, ["--npz", "a.npz"], "--npz is for classes"),
     (0, ["--save-features", "a.safetensors"], "reads no text, so there are no features to save"),
     (0, ["--classes", "9"], "--classes 9: expected an id 0 .. 4"),
@@ -497,7 +507,8 @@ def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, 
     classes, text, out = tokens
     say = lambda *argv: complaint(capsys, sample, *argv)
     vq.save(tiny_single(vocab_size=64), out / "v64.safetensors")
-    assert "v64.safetensors: has 64 codes, but the model draws maps of 32" in say(*classes, "--vq", out / "v64.safetensors")
+    said = say(*classes, "--vq", out / "v64.safetensors")
+    assert "v64.safetensors: has 64 codes, but the model draws maps of 32" in said
     assert "has tokens of several scales" in say(*classes, "--vq", files[1])
     assert "not a LlamaGen transformer" in say("llamagen", "--ckpt", token_files[1])
     other = tiny_single()
@@ -529,7 +540,8 @@ def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
     assert "is not the tokenizer that" in complaint(capsys, sample, *arguments, "--vae", out / "other.safetensors")
     assert "tokens of codes" in complaint(capsys, sample, *arguments, "--vae", files[1])
     infinity.save(tiny_infinity(t5=None, bits=32), out / "infinity_2b_mine.safetensors")
-    two = ("infinity", "--ckpt", out / "infinity_2b_mine.safetensors", "--no-download", "--prompt", "a", "--device", "cpu")
+    two = ("infinity", "--ckpt", out / "infinity_2b_mine.safetensors", "--no-download", "--prompt", "a", "--device",
+           "cpu")
     assert "infinity_vae_d32reg.pth: not here" in complaint(capsys, sample, *two)
     vq.save(tiny_bits(z_channels=32), out / "d32.safetensors")
     assert "flan-t5-xl: not here" in complaint(capsys, sample, *two, "--vae", out / "d32.safetensors")
@@ -546,7 +558,8 @@ def test_model_files_can_be_lifted(tmp_path):
 import sys
 class Blocker:
     def find_spec(self, name, *_):
-        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "tokenizers", "lib"}:
+        if name.split(".")[0] in {"torchvision", "scipy", "soundfile", "triton", "PIL", "tqdm", "av", "tokenizers",
+                                  "lib"}:
             raise ImportError(name + " is not installed")
 import torch                                # which looks for triton itself
 for name in [m for m in sys.modules if m.split(".")[0] in ("triton", "tqdm")]:
@@ -567,7 +580,8 @@ images = random(var.VAR, var.CONFIGS["emoji_var"]).sample(
 """,
         "infinity": """
 import infinity
-tokenizer, model = random(vq.VQVAE, vq.CONFIGS["emoji_bsq"]), random(infinity.Infinity, infinity.CONFIGS["emoji_infinity"])
+tokenizer = random(vq.VQVAE, vq.CONFIGS["emoji_bsq"])
+model = random(infinity.Infinity, infinity.CONFIGS["emoji_infinity"])
 scales = vq.as_pairs(tokenizer.config.patch_nums)
 images = model.sample(tokenizer, torch.randn(1, 5, 128, generator=g), scales=scales, generator=g)
 """,

@@ -40,7 +40,8 @@ def started(tmp_path, runs, launcher=(), fault="", **kwargs):
     jobs.write_text(json.dumps([[str(a) for a in argv] for argv in runs]))
     command = [sys.executable, *launcher, str(ROOT / "tests" / "tiny_runs.py"), str(jobs)]
     environment = os.environ | {"LEGIBLE_FAULT": fault, "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                            **kwargs)
 
 
 def finished(process, code=0):
@@ -67,7 +68,8 @@ def nets(tmp_path):
     vq.save(tiny_single(), folder / "single.safetensors")
     syncnet.save(tiny_syncnet(config=JUDGE_CONFIG), folder / "sync.safetensors")
     videomae.save(tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), folder / "eye.safetensors")
-    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")), folder / "stage1.safetensors")
+    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")),
+                    folder / "stage1.safetensors")
     latentsync.save(tiny(latentsync.Whisper, WHISPER_CONFIG), folder / "ear.safetensors")
     vq.save(tiny(vq.KLAutoencoder, KL_CONFIG), folder / "kl.safetensors")
     return folder
@@ -81,15 +83,16 @@ def every_model(nets, pictures):
     """Command lines by name: with random draws, a codebook that is restarted, a discriminator, dropout, averages."""
     size, of_pictures = ("--size", 16), ("--data", pictures)
     return {
-        "vq": ("vq", *size, *of_pictures, "--warm-steps", 1, "--restart-after", 1, "--disc-weight", 0.5, "--disc-start", 1,
-               "--lr", 1e-3),
+        "vq": ("vq", *size, *of_pictures, "--warm-steps", 1, "--restart-after", 1, "--disc-weight", 0.5, "--disc-start",
+               1, "--lr", 1e-3),
         "var": ("var", *size, *of_pictures, "--vae", nets / "emoji_vq.safetensors"),
         "llamagen": ("llamagen", *size, *of_pictures, "--vq", nets / "single.safetensors", "--dropout", 0.1),
         "infinity": ("infinity", *size, "--vae", nets / "emoji_bsq.safetensors"),
         "syncnet": ("syncnet", "--videos", 2, "--val-pairs", 2, "--contrast-steps", 1),
-        "latentsync": ("latentsync", "--stage", 2, "--init", nets / "stage1.safetensors", "--vae", nets / "kl.safetensors",
-                       "--whisper", nets / "ear.safetensors", "--syncnet", nets / "sync.safetensors", "--videomae",
-                       nets / "eye.safetensors", "--frames", 4, "--videos", 2, "--val-videos", 1)}
+        "latentsync": ("latentsync", "--stage", 2, "--init", nets / "stage1.safetensors",
+                       "--vae", nets / "kl.safetensors", "--whisper", nets / "ear.safetensors",
+                       "--syncnet", nets / "sync.safetensors", "--videomae", nets / "eye.safetensors",
+                       "--frames", 4, "--videos", 2, "--val-videos", 1)}
 
 
 @pytest.mark.slow
@@ -107,14 +110,15 @@ def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
     finished(started(tmp_path, part(2, "--fsdp") + runs("fsdp", "--fsdp"), TORCHRUN))
     for model in models:
         one, ddp, fsdp = (weights(tmp_path / name / model) for name in ("one", "ddp", "fsdp"))
-        # Weights lie in memory as FSDP wants them in "one" and "fsdp" alone, so convolutions sum in another order than in
-        # "ddp". What is left is rounding: Adam makes steps of full size, 1e-3, from gradients that are nothing but that,
-        # of biases before a normalisation.
+        # Weights lie in memory as FSDP wants them in "one" and "fsdp" alone, so convolutions sum in another order than
+        # in "ddp". What is left is rounding: Adam makes steps of full size, 1e-3, from gradients that are nothing but
+        # that, of biases before a normalisation.
         convolutions = model in ("vq", "syncnet", "latentsync")
         for other, exact in ((ddp, not convolutions), (fsdp, model != "latentsync")):
             assert set(one) == set(other)
             for k in one:
-                torch.testing.assert_close(one[k], other[k], atol=0 if exact else 3e-3, rtol=0, msg=lambda m: f"{model} {k} {m}")
+                torch.testing.assert_close(one[k], other[k], atol=0 if exact else 3e-3, rtol=0,
+                                           msg=lambda m: f"{model} {k} {m}")
         np.testing.assert_allclose(losses(tmp_path / "one" / model), losses(tmp_path / "ddp" / model), rtol=1e-5)
         np.testing.assert_allclose(losses(tmp_path / "one" / model), losses(tmp_path / "fsdp" / model), rtol=1e-5)
     assert [step for step, _ in losses(tmp_path / "changing")] == [1, 2, 3, 4, 5]
@@ -138,8 +142,10 @@ def test_a_batch_must_be_shared_evenly(pictures, tmp_path, capsys, monkeypatch):
 
 def test_recomputed_blocks_draw_the_same(tmp_path):
     """Stochastic depth and dropout come from a generator, which checkpointing must turn back."""
-    for model, inputs in ((tiny_var(drop_path=0.5), (torch.tensor([1, 2, 3]), torch.randint(32, (3, 30)), torch.randn(3, 29, 8))),
-                          (tiny_llamagen(dropout=0.3), (torch.tensor([1, 2, 3]), torch.randint(32, (3, 16))))):
+    labels = torch.tensor([1, 2, 3])
+    of_var = (labels, torch.randint(32, (3, 30)), torch.randn(3, 29, 8))
+    of_llamagen = (labels, torch.randint(32, (3, 16)))
+    for model, inputs in ((tiny_var(drop_path=0.5), of_var), (tiny_llamagen(dropout=0.3), of_llamagen)):
         found = []
         for model.checkpointing in (False, True):
             model.train().zero_grad()
@@ -160,11 +166,13 @@ def test_sets_of_pictures_do_not_depend_on_the_processes(files, tmp_path, monkey
             "import numpy as np, sample; save = np.save;"
             "np.save = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))"
             " if os.environ['DIE'] == os.environ['RANK'] else save(*a);"
-            "from lib.console import run_command; run_command(sample.MODELS['var'], sample.parse_args(sys.argv[1:]))").format(str(ROOT))
+            "from lib.console import run_command; run_command(sample.MODELS['var'], sample.parse_args(sys.argv[1:]))"
+            ).format(str(ROOT))
     (tmp_path / "go.py").write_text(code)
     for die, ends in (("1", False), ("no", True)):
         command = [sys.executable, *TORCHRUN, tmp_path / "go.py", *argv, "--npz", tmp_path / "two.npz"]
-        result = subprocess.run([str(a) for a in command], capture_output=True, text=True, env=os.environ | {"DIE": die})
+        command = [str(a) for a in command]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DIE": die})
         assert (result.returncode == 0) == ends, result.stderr
     one, two = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("one", "two"))
     assert len(two) == 700 and np.array_equal(one, two)
@@ -219,14 +227,16 @@ def test_tar_files_with_captions(tmp_path, capsys):
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         for i, line in enumerate((folder / "a.tsv").read_text().splitlines()[:24]):
-            (tmp_path / "text").write_text(line.split("\t")[1] if i else json.dumps({"long_caption": "long", "text": "s"}))
+            text = line.split("\t")[1] if i else json.dumps({"long_caption": "long", "text": "s"})
+            (tmp_path / "text").write_text(text)
             tar.add(folder / f"{i}.png", f"{i}.png")
             tar.add(tmp_path / "text", f"{i}.{'txt' if i else 'json'}")
         tar.add(folder / "0.png", "mute.png")
     packed = CaptionedPictures(tmp_path / "tars", "0.06M", split=False, notes=tmp_path)
     plain = CaptionedPictures(folder, "0.06M", split=False)
     assert "skipped 1 broken of 25 lines" in capsys.readouterr().out and packed.captions(0) == ["long", "s"]
-    assert packed.aspects == plain.aspects == [1.0, 1.5] and packed.name(3) == str(tmp_path / "tars" / "0.tar" / "3.png")
+    assert packed.aspects == plain.aspects == [1.0, 1.5]
+    assert packed.name(3) == str(tmp_path / "tars" / "0.tar" / "3.png")
     for i in (1, 2, 23):
         (a, one, _), (b, two, _) = packed.__getitems__([(i, None)]), plain.__getitems__([(i, None)])
         assert torch.equal(a, b) and one == two
@@ -386,7 +396,9 @@ def test_checkpoints_of_other_runs(pictures, tmp_path, capsys):
     old = notes | {"settings": notes["settings"] | {"config.z_channels": 4, "lr": 0.1} | {"forgotten": 1}}
     (newest / "notes.json").write_text(json.dumps(old))
     said = again()
-    assert "config.z_channels was 4, now 8" in said and "lr was 0.1, now 0.001" in said and "forgotten was 1, now None" in said
+    assert "config.z_channels was 4, now 8" in said
+    assert "lr was 0.1, now 0.001" in said
+    assert "forgotten was 1, now None" in said
     (newest / "notes.json").write_text("{")
     assert "cannot continue from it" in again()
     (newest / "notes.json").write_text(json.dumps(notes))
@@ -407,12 +419,15 @@ def test_what_a_run_leaves_behind(pictures, tmp_path, capsys, monkeypatch):
     assert all(0 <= float(row["data_wait"]) < 1 for row in rows) and rows[0]["tokens_per_s"] == ""
     assert (tmp_path / "a" / "unreadable.txt").read_text().endswith("circle/07.png\n")
     assert sorted(p.name for p in (tmp_path / "a").iterdir() if p.name != "tensorboard") == [
-        "best.json", "best.safetensors", "curves.png", "log.csv", "model.safetensors", "samples", "state", "unreadable.txt"]
+        "best.json", "best.safetensors", "curves.png", "log.csv", "model.safetensors", "samples", "state",
+        "unreadable.txt"
+    ]
 
 
 def test_scaling_laws(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(studies, "LADDER", (1, 2, 3))
-    run(train, "var", "--scaling-laws", "--size", 16, "--steps", 2, "--vae", files[1], "--device", "cpu", "--out", tmp_path)
+    run(train, "var", "--scaling-laws", "--size", 16, "--steps", 2, "--vae", files[1], "--device", "cpu", "--out",
+        tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "scaling.csv")))
     assert [row["depth"] for row in rows] == ["1", "2", "3"] and (tmp_path / "scaling.png").exists()
     assert "loss, last scale: " in capsys.readouterr().out

@@ -1,24 +1,17 @@
-"""Infinity: what must hold whatever the weights, the bits, the text encoder, and loading."""
+"""Infinity: what this model alone promises, beyond the contract of test_transformers.py; bits, T5, and loading."""
 import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import infinity
 import vq
-from conftest import SCALES, T5_CONFIG, randn, tiny_bits, tiny_infinity
-from lib.graphs import captured
+from helpers import SCALES, T5_CONFIG, generators, randn, steps_of, tiny_bits, tiny_infinity
 from lib.text import T5Encoder, byte_ids, load_infinity, load_t5, load_tokenizer
-from test_var import CAPTURES, check_nothing_waits, steps_of
-from triton_ops import backend, filter_logits
-
-PATCHES = ((1, 1), (2, 2))                      # with patchify, the tokenizer's being 2x2 and 4x4
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+from triton_ops import filter_logits
 
 
 def texts(B=2, T=5):
@@ -30,64 +23,44 @@ def images(model, *arguments, **options):
 
 
 @pytest.mark.parametrize("patchify", [False, True])
-def test_cached_sampling_equals_teacher_forcing(patchify):
+def test_drawn_bits_add_up_to_f_hat_and_the_first_scales_alone_have_the_same_logits(patchify):
     model, tokenizer = tiny_infinity(bits=24 if patchify else 6, patchify=patchify), tiny_bits()
-    scales = PATCHES if patchify else SCALES
-    steps = steps_of(model, tokenizer, texts(), scales=scales, cfg=1.0, tau=1.0, generator=generators(0, 1))
+    scales = SCALES[:2] if patchify else SCALES
+    steps = steps_of(model, tokenizer, texts(), scales=scales, generator=generators(0, 1))
     sizes = infinity.tokenizer_scales(scales, patchify)
-    sums = tokenizer.quantize.partial_sums([s.bits for s in steps], sizes)
+    sums = tokenizer.quantize.partial_sums([step.bits for step in steps], sizes)
+    torch.testing.assert_close(sums[-1], steps[-1].f_hat)
     inputs = [tokenizer.quantize.next_input(f_hat, k + 1, sizes) for k, f_hat in enumerate(sums[:-1])]
     if patchify:
         inputs = [infinity.fold(x, size) for x, size in zip(inputs, scales[1:])]
-    forced = model(texts(), None, torch.cat(inputs, 1), scales)
-    torch.testing.assert_close(torch.cat([s.logits for s in steps], 1), forced, atol=1e-5, rtol=0)
-    torch.testing.assert_close(sums[-1], steps[-1].f_hat)
-    first = model(texts(), None, torch.cat(inputs, 1)[:, :scales[1][0] * scales[1][1]], scales)     # two scales alone
-    torch.testing.assert_close(first, forced[:, :first.shape[1]], atol=1e-5, rtol=0)
+    first = model(texts(), None, inputs[0], scales)
+    everything = model(texts(), None, torch.cat(inputs, 1), scales)
+    torch.testing.assert_close(first, everything[:, :first.shape[1]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(top_k=1), dict(cfg=[1.0, 3.0, 2.0], tau=[1.0, 0.5, 2.0]),
-                                     dict(guide_after=-1), dict(cfg=1.0)])
-def test_a_batch_of_two_prompts_is_two_batches_of_one(options):
-    """Prompts of other lengths, padded in the batch."""
-    model, tokenizer, text = tiny_infinity(), tiny_bits(), texts()
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    both = images(model, tokenizer, text, mask, generator=generators(5, 6), **options)
-    alone = [images(model, tokenizer, text[:1], generator=generators(5), **options),
-             images(model, tokenizer, text[1:, :3], generator=generators(6), **options)]
-    torch.testing.assert_close(both, torch.cat(alone), atol=1e-5, rtol=0)
-    given = tokenizer.tokenize(randn(2, 3, 16, 16), SCALES)
-    kept = images(model, tokenizer, text, mask, generator=generators(5, 6), given_bits=given, keep_scales=3, **options)
-    torch.testing.assert_close(kept, (tokenizer.detokenize(given) + 1) / 2, atol=1e-5, rtol=0)
-
-
-def test_text_seed_guidance_and_negative_prompt_matter():
+def test_given_bits_replace_those_drawn():
     model, tokenizer = tiny_infinity(), tiny_bits()
-    draw = lambda text=texts(1), seed=0, **options: images(model, tokenizer, text, generator=generators(seed), **options)
-    plain = draw()
-    assert torch.equal(plain, draw()) and plain.shape == (1, 3, 16, 16) and 0 <= plain.min() and plain.max() <= 1
-    others = [draw(-texts(1)), draw(seed=1), draw(cfg=4.0), draw(tau=0.3), draw(negative=(texts(1, 7), None))]
-    assert all(not torch.equal(plain, other) for other in others)
-    pictures = draw(all_scales=True)
-    assert len(pictures) == 3 and torch.equal(pictures[-1], plain)
-    null = model.null_text[:5][None]                                        # guidance towards the null text: nothing to do
-    torch.testing.assert_close(draw(null, cfg=1.0), draw(null, cfg=5.0), atol=1e-4, rtol=0)
-
-
-@CAPTURES
-def test_captured_steps_draw_the_same_pictures(device, call):
-    model, tokenizer = tiny_infinity().to(device), tiny_bits().to(device)
-    fast, fast_tokenizer = captured(model, call), captured(tokenizer, call)
+    given = tokenizer.tokenize(randn(2, 3, 16, 16), SCALES)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    for text, mask, seed in ((texts(), mask, 0), (-texts(), mask, 3), (texts(), None, 1), (texts(), ~mask, 2)):
-        for options in (dict(), dict(guide_after=0)):
-            found, expected = (images(
-                m, t, text, mask, all_scales=True, **options,
-                generator=[torch.Generator(device).manual_seed(s) for s in (seed, 9)])
-                for m, t in ((fast, fast_tokenizer), (model, tokenizer)))
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(fast.forward_scale.graphs) == 3 * 2 * 2 and len(fast_tokenizer.decode.graphs) == 1
-    check_nothing_waits(model, lambda model: images(model, tokenizer, texts(), mask))
+    for options in (dict(), dict(top_k=1), dict(cfg=[1.0, 3.0, 2.0], tau=[1.0, 0.5, 2.0]), dict(guide_after=-1),
+                    dict(cfg=1.0)):
+        kept = images(model, tokenizer, texts(), mask, given_bits=given, keep_scales=3, **options)
+        torch.testing.assert_close(kept, (tokenizer.detokenize(given) + 1) / 2, atol=1e-5, rtol=0)
+    steps = steps_of(model, tokenizer, texts(), scales=SCALES, given_bits=given, keep_scales=2)
+    assert [torch.equal(step.bits, bits) for step, bits in zip(steps, given)] == [True, True, False]
+
+
+def test_temperature_and_negative_prompt_matter():
+    model, tokenizer = tiny_infinity(), tiny_bits()
+    options = [dict(), dict(tau=0.3), dict(negative=(texts(1, 7), None))]
+    plain, *others = [images(model, tokenizer, texts(1), generator=generators(0), **each) for each in options]
+    assert all(not torch.equal(plain, other) for other in others)
+
+
+def test_guidance_from_the_null_text_towards_itself_does_nothing():
+    model, tokenizer = tiny_infinity(), tiny_bits()
+    pictures = [images(model, tokenizer, model.null_text[:5][None], generator=generators(0), cfg=cfg) for cfg in (1, 5)]
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pixels", vq.PIXELS)
@@ -139,9 +112,10 @@ def test_self_correction_repairs_and_without_flips_is_plain_quantization():
 
 def test_fold_is_pixel_unshuffle():
     x = randn(2, 6, 4, 8)
-    expected = torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-    folded = infinity.fold(x.flatten(2).transpose(1, 2), (2, 4))
-    assert torch.equal(folded, expected) and torch.equal(infinity.unfold(folded, (2, 4)), x.flatten(2).transpose(1, 2))
+    tokens = x.flatten(2).transpose(1, 2)                                   # (2, 4 * 8, 6)
+    folded = infinity.fold(tokens, (2, 4))
+    assert torch.equal(folded, F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2))
+    assert torch.equal(infinity.unfold(folded, (2, 4)), tokens)
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (1, 0.0), (0, 0.97), (2, 0.8), (0, 0.3)])
@@ -154,55 +128,35 @@ def test_bits_are_what_multinomial_draws(top_k, top_p):
 
 
 def test_two_class_entropies_are_those_of_the_full_softmax():
-    """With 2^d corners written out, d = 6: the closed form is no approximation."""
+    """With all 2^d codes written out for d = 6: the closed form is no approximation."""
     quantizer, z = tiny_bits().quantize, randn(2, 6, 3, 3)
-    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6) / math.sqrt(6)
-    u = torch.nn.functional.normalize(z, dim=1).flatten(2).transpose(1, 2)  # (B, l, d)
-    p = (-100 * (u[..., None, :] - corners).square().sum(-1)).softmax(-1)   # (B, l, 64)
-    entropy = torch.special.entr(p).sum(-1).mean()
-    _, sure, varied = quantizer.losses(z)
-    torch.testing.assert_close(sure, entropy, atol=1e-4, rtol=1e-4)
-    bits = ((p[..., None] * (corners > 0)).sum(-2)).mean((0, 1))            # marginals of the mean distribution
-    torch.testing.assert_close(varied, (torch.special.entr(bits) + torch.special.entr(1 - bits)).sum(), atol=1e-4, rtol=0)
+    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6) / math.sqrt(6)       # (64, d)
+    u = F.normalize(z, dim=1).flatten(2).transpose(1, 2)                    # (B, l, d)
+    p = (-100 * (u[..., None, :] - codes).square().sum(-1)).softmax(-1)     # (B, l, 64)
+    _, each, overall = quantizer.losses(z)
+    torch.testing.assert_close(each, torch.special.entr(p).sum(-1).mean(), atol=1e-4, rtol=1e-4)
+    bits = ((p[..., None] * (codes > 0)).sum(-2)).mean((0, 1))              # marginals of the mean distribution
+    entropy = (torch.special.entr(bits) + torch.special.entr(1 - bits)).sum()
+    torch.testing.assert_close(overall, entropy, atol=1e-4, rtol=0)
 
 
-def test_training_draws_from_the_generator_only_and_checkpointing_changes_nothing():
-    model, tokenizer = tiny_infinity().train(), tiny_bits()
-    inputs, labels = infinity.self_correct(tokenizer.quantize, randn(2, 6, 4, 4), SCALES, 0.0)
-    state = torch.get_rng_state()
-
-    def gradients(seed):
-        model.zero_grad()
-        loss, metrics = model.loss(texts(), None, inputs, labels, SCALES, text_drop=0.5, generator=generators(seed)[0])
-        loss.backward()
-        assert 0 <= metrics["token_accuracy"] <= metrics["bit_accuracy"] <= 1 and len(metrics["scale_accuracy"]) == 3
-        return [p.grad for p in model.parameters() if p.grad is not None]
-    plain, other = gradients(0), gradients(1)
-    model.checkpointing = True
-    for mine, expected in zip(gradients(0), plain):
-        torch.testing.assert_close(mine, expected)
-    assert any(not torch.equal(a, b) for a, b in zip(plain, other)) and torch.equal(state, torch.get_rng_state())
-    model.eval()
-    part, _ = model.loss(texts(), None, inputs[:, :4], labels, SCALES, text_drop=0.0)       # the first two scales alone
-    logits = model(texts(), None, inputs, SCALES)[:, :5]
-    torch.testing.assert_close(part, torch.nn.functional.cross_entropy(logits.flatten(0, 2), labels[:, :5].flatten().long()))
-
-
-def test_initial_loss_is_that_of_a_coin():
-    model = infinity.Infinity(tiny_infinity().config)
-    model.init_weights(generator=torch.Generator().manual_seed(0))
+def test_the_loss_of_the_first_scales_is_their_cross_entropy():
+    model = tiny_infinity()
     inputs, labels = infinity.self_correct(tiny_bits().quantize, randn(2, 6, 4, 4), SCALES, 0.0)
-    assert model.loss(texts(), None, inputs, labels, SCALES)[0].item() == pytest.approx(math.log(2), rel=0.02)
+    loss, metrics = model.loss(texts(), None, inputs[:, :4], labels, SCALES, text_drop=0.0)
+    logits = model(texts(), None, inputs, SCALES)[:, :5]
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 2), labels[:, :5].flatten().long()))
+    assert 0 <= metrics["token_accuracy"] <= metrics["bit_accuracy"] <= 1 and len(metrics["scale_accuracy"]) == 2
 
 
-@pytest.mark.parametrize("name, parameters", [("infinity_125M", 125.15e6), ("infinity_2b", 2204.6e6), ("infinity_8b", 8375.8e6)])
-def test_released_sizes(name, parameters):
-    with torch.device("meta"):
-        model = infinity.Infinity(infinity.CONFIGS[name])
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-4)
-    official = infinity.export(model, buffers=True)
+@pytest.mark.parametrize("name", ["infinity_125M", "infinity_2b", "infinity_8b"])
+def test_keys_of_the_released_files(name):
     config = infinity.CONFIGS[name]
-    assert f"block_chunks.{config.chunks - 1}.module.{config.depth // config.chunks - 1}.ca.mat_kv.weight" in official
+    with torch.device("meta"):
+        model = infinity.Infinity(config)
+    official = infinity.export(model, buffers=True)
+    last = f"block_chunks.{config.chunks - 1}.module.{config.depth // config.chunks - 1}"
+    assert f"{last}.ca.mat_kv.weight" in official
     if name == "infinity_125M":
         assert len(official) == 274
 
@@ -215,34 +169,33 @@ def test_released_tokenizer_sizes(d, millions):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=1e-4)
     exported = vq.export(model.to_empty(device="cpu"))
     assert len(exported) == (226 if "d56" in d else 270)
-    assert exported["quantize.lfq.mask"].tolist()[-2:] == [2, 1] and (d != "d64" or exported["quantize.lfq.mask"][0] < 0)
+    mask = exported["quantize.lfq.mask"]                                    # powers of two; the largest of 64 overflows
+    assert mask.tolist()[-2:] == [2, 1] and (d != "d64" or mask[0] < 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_save_load_export(tmp_path, chunks):
-    model = tiny_infinity(chunks=chunks)
-    infinity.save(model, tmp_path / "m.safetensors")
+def test_averaged_weights_are_loaded_on_demand(tmp_path):
+    model = tiny_infinity()
     official = infinity.export(model)
-    torch.save(official, tmp_path / "flat.pth")
-    torch.save({"args": {}, "trainer": {"gpt_fsdp": official, "gpt_ema_fsdp": {k: v + 1 for k, v in official.items()}}},
-               tmp_path / "training.pth")
-    for name in ("m.safetensors", "flat.pth", "training.pth"):
-        again = load_infinity(tmp_path / name)
-        assert again.config == model.config or name != "m.safetensors"
-        for key, value in infinity.export(again).items():
-            assert torch.equal(value, official[key]), key
-    averaged = load_infinity(tmp_path / "training.pth", ema=True)
-    assert torch.equal(averaged.head.bias, model.head.bias + 1)
-    assert torch.equal(averaged.text_encoder.norm.weight, model.text_encoder.norm.weight + 1)
-    assert infinity.load(tmp_path / "m.safetensors").text_encoder is None   # features come from elsewhere then
+    averaged = {k: v + 1 for k, v in official.items()}
+    torch.save({"trainer": {"gpt_fsdp": official, "gpt_ema_fsdp": averaged}}, tmp_path / "training.pth")
+    ema = load_infinity(tmp_path / "training.pth", ema=True)
+    assert torch.equal(ema.head.bias, model.head.bias + 1)
+    assert torch.equal(ema.text_encoder.norm.weight, model.text_encoder.norm.weight + 1)
+
+
+def test_a_file_is_loaded_in_half_precision(tmp_path):
+    model = tiny_infinity()
+    infinity.save(model, tmp_path / "m.safetensors")
     half = infinity.load(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert half.blocks[0].ffn.fc1.weight.dtype == torch.bfloat16 and half.head.weight.dtype == torch.float32
-    draw = lambda model: steps_of(model, tiny_bits(), texts(), scales=SCALES, generator=generators(0, 1))[0].logits
-    torch.testing.assert_close(draw(half), draw(model), atol=0.05, rtol=0.05)
+    assert half.text_encoder is None                                        # features come from elsewhere then
+    exact, close = (steps_of(m, tiny_bits(), texts(), scales=SCALES, generator=generators(0, 1))[0].logits
+                    for m in (model, half))
+    torch.testing.assert_close(close, exact, atol=0.05, rtol=0.05)
 
 
 def shards(folder, state, count=2):
@@ -365,38 +318,3 @@ def test_tokenizer_json_is_read_by_its_package(tmp_path):
     ids, mask = tokenize(["a cat", "a dog cat", ""], 512)
     assert ids.tolist() == [[3, 4, 1, 0], [3, 2, 4, 1], [1, 0, 0, 0]] and mask.sum(1).tolist() == [3, 4, 1]
     assert tokenize(["a cat a cat"], 3)[0].tolist() == [[3, 4, 1]]
-
-
-@pytest.mark.kernel
-def test_kernels_draw_and_learn_what_torch_does():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = tiny_infinity().to(device), tiny_bits().to(device)
-    given = [bits.to(device) for bits in tiny_bits().tokenize(randn(1, 3, 16, 16), SCALES)]
-    f, text = tokenizer.encode(randn(1, 3, 16, 16).to(device)).detach(), texts(B=1).to(device)
-
-    def numbers():
-        steps = steps_of(model, tokenizer, text, scales=SCALES, given_bits=given, keep_scales=3, top_k=1)
-        logits = torch.cat([step.logits for step in steps], 1)
-        inputs, labels = infinity.self_correct(tokenizer.quantize, f, SCALES, 0.0)
-        model.zero_grad()
-        model.loss(text, None, inputs, labels, SCALES)[0].backward()
-        return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
-    with backend("torch"):
-        expected = numbers()
-    with backend("triton"):
-        for mine, theirs in zip(numbers(), expected):
-            torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.gpu
-def test_cuda_with_kernels_gives_the_numbers_of_the_cpu():
-    model, tokenizer = tiny_infinity(), tiny_bits()
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    given = tokenizer.tokenize(randn(2, 3, 16, 16), SCALES)
-    draw = lambda text, mask: [step.logits.cpu() for step in steps_of(
-        model, tokenizer, text, mask, scales=SCALES, top_k=1, given_bits=given, keep_scales=3)]
-    expected = draw(texts(), mask)
-    given = [bits.cuda() for bits in given]
-    model, tokenizer = model.cuda(), tokenizer.cuda()
-    for mine, theirs in zip(draw(texts(), mask), expected):
-        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)

@@ -117,7 +117,6 @@ def test_smoothing_is_a_running_average():
     align, alone = latentsync.Aligner(256), latentsync.Aligner(256)
     first, second = align(points), align(wide)
     only = alone(wide)
-    bias = lambda matrix, before: (matrix - before)[:, 2]
     assert torch.equal(first[:, :2], latentsync.Aligner(256)(points)[:, :2]) and torch.equal(second[:, :2], only[:, :2])
     plain = only[:, 2] - alone.bias
     first_bias = latentsync.Aligner(256)
@@ -209,7 +208,7 @@ def test_guidance_mixes_two_branches(dub_parts):
     step = lambda **kwargs: next(latentsync.denoise(unet, z, condition, audio, steps=2, **kwargs))
     silent = next(latentsync.denoise(unet, z, condition, torch.zeros_like(audio), steps=2, cfg=1.0))
     torch.testing.assert_close(step(cfg=2.0), silent + 2 * (step(cfg=1.0) - silent), atol=1e-4, rtol=0)
-    assert torch.equal(step(cfg=0.5), step(cfg=1.0))                        # guidance below 1 is none, as in the original
+    assert torch.equal(step(cfg=0.5), step(cfg=1.0))  # guidance below 1 is none, as in the original
 
 
 def test_noise_of_a_clip():
@@ -272,8 +271,9 @@ def test_released_sizes():
         assert keys in (None, len(exported))
         config = latentsync.infer_config(exported, "a.pt")
         assert config == replace(latentsync.CONFIGS[name], resolution=256)
-    shapes = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 384), "conv_in.weight": (320, 13, 3, 3),
-              "up_blocks.3.motion_modules.2.temporal_transformer.transformer_blocks.0.attention_blocks.1.to_out.0.bias": (320,),
+    temporal = "up_blocks.3.motion_modules.2.temporal_transformer.transformer_blocks.0"
+    shapes = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 384),
+              "conv_in.weight": (320, 13, 3, 3), f"{temporal}.attention_blocks.1.to_out.0.bias": (320,),
               "up_blocks.0.resnets.0.conv1.weight": (1280, 2560, 3, 3), "up_blocks.2.resnets.2.norm1.weight": (960,),
               "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight": (10240, 1280),
               "down_blocks.2.downsamplers.0.conv.bias": (1280,), "up_blocks.2.upsamplers.0.conv.bias": (640,)}
@@ -296,7 +296,8 @@ def test_keys_of_version_1_0(tmp_path):
 
 def test_starting_from_stable_diffusion(tmp_path):
     """4 channels in, text of another width, no motion modules; in diffusers' folder."""
-    theirs = latentsync.export(tiny(latentsync.UNet, replace(UNET_CONFIG, motion="none", in_channels=4, audio_width=24), seed=1))
+    config = replace(UNET_CONFIG, motion="none", in_channels=4, audio_width=24)
+    theirs = latentsync.export(tiny(latentsync.UNet, config, seed=1))
     vq.save_checkpoint(tmp_path / "diffusion_pytorch_model.safetensors", theirs, UNET_CONFIG)
     model = vq.build(latentsync.UNet, UNET_CONFIG)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -338,7 +339,8 @@ def scene(count, size=(60, 50), seed=0):
     align = latentsync.Aligner(32)
     move = torch.linspace(0, 6, count)
     points = [align.template + torch.tensor([8.0, 6.0]) + m for m in move]
-    frames = F.interpolate(smooth_pictures(count, 16, seed).float(), size, mode="bilinear").byte().permute(0, 2, 3, 1).numpy()
+    frames = F.interpolate(smooth_pictures(count, 16, seed).float(), size, mode="bilinear").byte()
+    frames = frames.permute(0, 2, 3, 1).numpy()
     return [(frame, align(p)) for frame, p in zip(frames, points)]
 
 
@@ -357,7 +359,9 @@ def test_a_dub_is_as_long_as_the_shorter_input(dub_parts):
 def test_what_is_kept_and_what_is_painted(dub_parts):
     mask = latentsync.face_mask(32)
     for found, (picture, _) in zip(dub(dub_parts, scene(5)), scene(5)):
-        assert np.array_equal(found.source, picture) and found.picture.shape == picture.shape and found.picture.dtype == np.uint8
+        assert np.array_equal(found.source, picture)
+        assert found.picture.shape == picture.shape
+        assert found.picture.dtype == np.uint8
         assert torch.equal(found.generated * (mask == 1), found.face * (mask == 1))
         assert torch.equal(found.masked, found.face * mask)                 # mid-grey where it is masked
         assert (found.generated - found.face)[:, mask == 0].abs().mean() > 0.01
@@ -463,7 +467,11 @@ def test_same_seed_same_video(dub_files, clip, tmp_path, monkeypatch):
     """The frames before they are encoded: on a busy machine x264 writes other bytes for the same frames."""
     write = VideoWriter.write
     frames = {}
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frame: (frames[self.path.stem].append(frame), write(self, frame)))
+
+    def noted(self, frame):
+        frames[self.path.stem].append(frame)
+        write(self, frame)
+    monkeypatch.setattr(VideoWriter, "write", noted)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         frames[name] = []
         run(sample, *command(dub_files, clip, tmp_path / f"{name}.mp4", "--seed", seed, "--overlap", 1, "--deep-cache"))
@@ -553,7 +561,8 @@ def test_memory_does_not_grow_with_the_length_of_a_dub(dub_files, tmp_path, av):
     peaks = []
     for seconds in (1, 12):
         soundfile.write(tmp_path / "a.wav", speech(seconds), 16000)
-        argv = command(dub_files, (tmp_path / "a.mp4", tmp_path / "a.wav"), tmp_path / "b.mp4", "--aligned", "--steps", 1)
+        argv = command(dub_files, (tmp_path / "a.mp4", tmp_path / "a.wav"), tmp_path / "b.mp4", "--aligned", "--steps",
+                       1)
         code = (f"import resource, runpy, sys; sys.argv[1:] = {[str(a) for a in argv]}; "
                 "runpy.run_path('sample.py', run_name='__main__'); "
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -629,7 +638,9 @@ def test_faces_are_followed(monkeypatch, every):
     monkeypatch.setattr(dubbing, "find_faces", Detector(jumped))
     args.face = 1
     points = find()
-    assert points[4, 2, 0] == pytest.approx(60) and points[15, 2, 0] == pytest.approx(360) and not np.isnan(points[:20]).any()
+    assert points[4, 2, 0] == pytest.approx(60)
+    assert points[15, 2, 0] == pytest.approx(360)
+    assert not np.isnan(points[:20]).any()
     monkeypatch.setattr(dubbing, "find_faces", Detector({}))
     with pytest.raises(UserError, match="no face of 50 pixels or more in any of 40 frames"):
         find()
@@ -665,8 +676,8 @@ def test_random_weights_and_bench(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(latentsync.WHISPERS, "talking_head", WHISPER_CONFIG)
     monkeypatch.setitem(latentsync.CONFIGS, "talking_head", UNET_CONFIG)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    run(sample, "latentsync", "--bench", "--random-weights", "talking_head", "--frames", 2, "--steps", 1, "--device", "cpu",
-        "--json", tmp_path / "a.json")
+    run(sample, "latentsync", "--bench", "--random-weights", "talking_head", "--frames", 2, "--steps", 1, "--device",
+        "cpu", "--json", tmp_path / "a.json")
     out = capsys.readouterr().out
     assert re.search(r"unet +[\d.]+", out) and "share of the limit" in out and "32 pixels, 2 frames in a clip" in out
     assert "choose one of latentsync_1.5" in complaint(
@@ -686,8 +697,8 @@ def test_resumed_runs_equal_uninterrupted_ones(dub_files, tmp_path, monkeypatch,
     monkeypatch.setattr(clips.HeadPictures, "__init__", lambda self, first, people: vars(self).update(
         pixels=smooth_pictures(12, 64), fingerprint="none"))
     more = ("--recipe", "talking_head") if name == "vq" else ("--videos", 4)
-    argv = (name, *more, "--steps", 2, "--batch-size", 2, "--device", "cpu", "--log-every", 1, "--val-every", 2, "--sample-every",
-            0, "--save-every", 0)
+    argv = (name, *more, "--steps", 2, "--batch-size", 2, "--device", "cpu", "--log-every", 1, "--val-every", 2,
+            "--sample-every", 0, "--save-every", 0)
     run(train, *argv, "--out", tmp_path / "a")
     run(train, *argv, "--out", tmp_path / "b", "--stop-after", 1)
     run(train, *argv, "--out", tmp_path / "b", "--resume", "auto")
@@ -720,5 +731,6 @@ def test_scenes_have_their_landmarks():
     align, heads = latentsync.Aligner(64), talking_head(85, 1.0)[0]
     faces = [latentsync.align_face(f.permute(1, 2, 0), align(p), align.canvas, 64) for f, p in zip(frames, points)]
     error = torch.stack([(face - head.float()).abs().mean() for face, head in zip(faces[::6], heads[::6])]).mean()
-    shifted = torch.stack([(face.roll(8, 2) - head.float()).abs().mean() for face, head in zip(faces[::6], heads[::6])]).mean()
+    pairs = zip(faces[::6], heads[::6])
+    shifted = torch.stack([(face.roll(8, 2) - head.float()).abs().mean() for face, head in pairs]).mean()
     assert error < 0.7 * shifted

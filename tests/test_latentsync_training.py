@@ -32,7 +32,8 @@ from lib.video import Video, read_sound
 # Losses
 
 
-@pytest.mark.parametrize("stage, motion, millions", [("1", "none", 850.0), ("2", "all", 674.8), ("2-efficient", "up", 284.7)])
+@pytest.mark.parametrize("stage, motion, millions", [("1", "none", 850.0), ("2", "all", 674.8),
+                                                     ("2-efficient", "up", 284.7)])
 def test_what_a_stage_trains(stage, motion, millions):
     with torch.device("meta"):
         model = latentsync.UNet(replace(latentsync.CONFIGS["latentsync_1.5"], motion=motion))
@@ -49,12 +50,14 @@ def test_the_video_encoder_has_the_released_shapes():
 
 
 def supervision(**changes):
-    networks = dict(syncnet=tiny_syncnet(config=JUDGE_CONFIG), videomae=tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), frames=4)
+    encoder = tiny(videomae.VideoMAE, VIDEOMAE_CONFIG)
+    networks = dict(syncnet=tiny_syncnet(config=JUDGE_CONFIG), videomae=encoder, frames=4)
     return latentsync.Supervision(tiny(vq.KLAutoencoder, KL_CONFIG), **networks | changes)
 
 
 def test_losses_on_pixels_reach_the_latents():
     z, true, mel = randn(2, 4, 4, 8, 8), randn(2, 4, 3, 16, 16, seed=1).clamp(-1, 1), randn(2, 1, 80, 13)
+    expected = None                                                         # gradient without checkpointing
     for checkpointing in (False, True):
         judge, z = supervision(checkpointing=checkpointing), z.detach().requires_grad_()
         loss, parts = judge(z, true, mel)
@@ -188,10 +191,12 @@ def tiny_flags(folder, dub_files, monkeypatch):
     syncnet.save(tiny_syncnet(config=JUDGE_CONFIG), folder / "sync.safetensors")
     videomae.save(tiny(videomae.VideoMAE, VIDEOMAE_CONFIG), folder / "eye.safetensors")
     monkeypatch.setitem(recipes.HEAD_COMPANIONS, "videomae", folder / "eye")
-    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")), folder / "stage1.safetensors")
+    latentsync.save(tiny(latentsync.UNet, replace(UNET_CONFIG, resolution=16, motion="none")),
+                    folder / "stage1.safetensors")
     return ("latentsync", "--vae", dub_files / "talking_head_kl.safetensors", "--whisper",
-            dub_files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--frames", 4, "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device",
-            "cpu", "--workers", 0, "--log-every", 1), ("--init", folder / "stage1.safetensors")
+            dub_files / "talking_head_whisper.safetensors", "--syncnet", folder / "sync.safetensors", "--frames", 4,
+            "--videos", 4, "--val-videos", 1, "--batch-size", 2, "--device", "cpu", "--workers", 0,
+            "--log-every", 1), ("--init", folder / "stage1.safetensors")
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "2-efficient"])
@@ -237,8 +242,8 @@ def test_without_sound_there_is_no_sync_loss(tiny_networks, tmp_path, dtype, mon
     """In half precision as well, in which painting to validate would take half a minute on a CPU."""
     flags, init = tiny_networks
     monkeypatch.setattr(speech_tasks.LatentSyncTask, "validate", lambda self, model: {"loss": 0.0})
-    run(train, *flags, "--stage", 2, *init, "--steps", 1, "--drop-audio", 1, "--dtype", dtype, "--checkpointing", "--out",
-        tmp_path / "out", "--sample-every", 0)
+    run(train, *flags, "--stage", 2, *init, "--steps", 1, "--drop-audio", 1, "--dtype", dtype, "--checkpointing",
+        "--out", tmp_path / "out", "--sample-every", 0)
     row = log_rows(tmp_path / "out")[0]
     assert float(row["sync"]) == 0 < float(row["noise"]) and float(row["trepa"]) > 0
 
@@ -263,14 +268,16 @@ def test_mistakes_are_named(tiny_networks, dub_files, tmp_path, capsys):
     for extra, said in ((("--stage", 2), "--stage 2: trains attention and motion modules only"),
                         (("--stage", 2, *init, "--syncnet", other), "is made for clips of 5 frames, but clips have 4"),
                         (("--stage", 2, *init, "--syncnet", original), "is the original SyncNet"),
-                        (("--stage", 2, *init, "--syncnet", dub_files / "talking_head_kl.safetensors"), "not a SyncNet"),
+                        (("--stage", 2, *init, "--syncnet", dub_files / "talking_head_kl.safetensors"),
+                         "not a SyncNet"),
                         (("--stage", 2, *init, "--lpips-weight", 0.1), "--lpips: needed: VGG16 HEADS"),
                         (("--stage", 2, *init, "--videomae", other), "not a VideoMAE v2"),
                         (("--stage", 3), ""),
                         (("--videomae", other), "--videomae: belongs to --stage 2"),
                         (("--sync-weight", 1), "--sync-weight: belongs to --stage 2"),
                         (("--stage", 2, *init, "--frames", 25), "--frames 25: expected at most 8"),
-                        (("--stage", 2, *init, "--frames", 5), "--frames 5: TREPA's video encoder takes frames in pairs"),
+                        (("--stage", 2, *init, "--frames", 5),
+                         "--frames 5: TREPA's video encoder takes frames in pairs"),
                         (("--drop-audio", 2), "--drop-audio 2.0: expected"),
                         ((*init, "--stable-diffusion", tmp_path), "exclude each other")):
         if extra == ("--stage", 3):
@@ -280,7 +287,8 @@ def test_mistakes_are_named(tiny_networks, dub_files, tmp_path, capsys):
         line = complaint(capsys, train, *flags, *extra, "--out", tmp_path / "out")
         assert said in line, line
     data = ("--data", tmp_path, "--stage", 2, *init)
-    assert "--videomae: needed: TREPA's video encoder" in complaint(capsys, train, *flags, *data, "--out", tmp_path / "out")
+    assert "--videomae: needed: TREPA's video encoder" in complaint(capsys, train, *flags, *data, "--out",
+                                                                    tmp_path / "out")
 
 
 def test_training_on_a_folder(tiny_networks, tmp_path, av, capsys):
@@ -328,7 +336,10 @@ def test_features_are_cached_by_content(tmp_path, av):
     data = FolderDubbing(tmp_path, 4, 16, split=False)
     data.encode_audio(Ear(), args)
     length, frames_at, features, sound = data.video(0)
-    assert length == 20 and frames_at(3, 4).shape == (4, 3, 16, 16) and len(features) in (40, 41) and len(sound) // 640 in (20, 21)
+    assert length == 20
+    assert frames_at(3, 4).shape == (4, 3, 16, 16)
+    assert len(features) in (40, 41)
+    assert len(sound) // 640 in (20, 21)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,7 +392,8 @@ def test_videos_become_clips_of_aligned_faces(raw, tmp_path, capsys):
     assert (first.height, first.width, len(first)) == (64, 64, 75)          # the rest goes to the last piece
     frames, sound, points = talking_scene(85, 5.0, 96)
     align = latentsync.Aligner(64)
-    expected = latentsync.align_face(frames[60].permute(1, 2, 0), [align(p) for p in points[50:61]][-1], align.canvas, 64)
+    face_map = [align(p) for p in points[50:61]][-1]
+    expected = latentsync.align_face(frames[60].permute(1, 2, 0), face_map, align.canvas, 64)
     found = first.clip(10, 1)[0].float()
     assert (found - expected).abs().mean() < 8                              # twice through the encoder
     heard = read_sound(first.path)
@@ -412,7 +424,8 @@ def test_sound_is_moved_into_step_and_what_is_not_in_step_left_out(raw, tmp_path
 
 
 def test_quality_is_asked_of_a_function(raw, tmp_path, capsys, monkeypatch):
-    (tmp_path / "taste.py").write_text("def sharp(frames):\n    assert len(frames) == 3\n    return float(frames[0].std())\n")
+    taste = "def sharp(frames):\n    assert len(frames) == 3\n    return float(frames[0].std())\n"
+    (tmp_path / "taste.py").write_text(taste)
     monkeypatch.chdir(tmp_path)
     argv = (*PREPARE, "--prepare", raw, "--quality", "taste:sharp")
     run(train, *argv, "--data", tmp_path / "out", "--min-quality", 1)
@@ -425,7 +438,10 @@ def test_quality_is_asked_of_a_function(raw, tmp_path, capsys, monkeypatch):
 
 def test_what_goes_wrong_by_surprise_is_tried_again(raw, tmp_path, monkeypatch, capsys):
     real = prepare.make_clip
-    monkeypatch.setattr(prepare, "make_clip", lambda source, *rest: 1 / 0 if "good" in str(source) else real(source, *rest))
+
+    def flaky(source, *rest):
+        return 1 / 0 if "good" in str(source) else real(source, *rest)
+    monkeypatch.setattr(prepare, "make_clip", flaky)
     argv = (*PREPARE, "--prepare", raw, "--data", tmp_path)
     run(train, *argv)
     assert "2 x failed: ZeroDivisionError" in capsys.readouterr().out
@@ -477,7 +493,8 @@ def test_killed_processes_leave_no_half_clip(raw, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_clip_is_prepared(tmp_path, av):
-    pytest.importorskip("facenet_pytorch", reason="the detector is optional; .ci/run installs it and runs this once more")
+    pytest.importorskip("facenet_pytorch",
+                        reason="the detector is optional; .ci/run installs it and runs this once more")
     if not CLIP.exists():
         pytest.skip("the real clip is not in the repository")
     (tmp_path / "raw").mkdir()
@@ -494,7 +511,8 @@ def test_a_real_clip_is_prepared(tmp_path, av):
 
 def test_preparing_wants_folders(tmp_path, capsys, av):
     (tmp_path / "raw").mkdir()
-    assert "no videos in it" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o")
+    assert "no videos in it" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data",
+                                          tmp_path / "o")
     assert "give the folder" in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw")
     write_video(tmp_path / "raw" / "a.mp4", smooth_pictures(20, 16), speech(0.8))
     for inside in (tmp_path / "raw", tmp_path / "raw" / "clips"):
@@ -504,7 +522,8 @@ def test_preparing_wants_folders(tmp_path, capsys, av):
                         (("--min-quality", 3), "--min-quality: goes with --quality"),
                         (("--piece", 1), "--piece 1: expected at least 2"),
                         (("--study",), "--prepare and --study exclude each other")):
-        assert said in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o", *flags)
+        assert said in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o",
+                                 *flags)
 
 
 def test_shots_are_found_without_a_package(tmp_path, av, monkeypatch):
@@ -519,7 +538,8 @@ def test_clips_of_one_video_are_not_on_both_sides(tmp_path, av):
         for start in (0, 125):
             (tmp_path / f"{i:02d}.mp4_{start:06d}.mp4").write_bytes(b"")
     train_files, val_files = (VideoFolder(tmp_path, side, True).files for side in (True, False))
-    assert len(train_files) == 76 and sorted(os.path.basename(f)[:6] for f in val_files) == ["19.mp4"] * 2 + ["39.mp4"] * 2
+    assert len(train_files) == 76
+    assert sorted(os.path.basename(f)[:6] for f in val_files) == ["19.mp4"] * 2 + ["39.mp4"] * 2
 
 
 def test_shots_become_pieces():

@@ -1,7 +1,7 @@
-"""Numbers of the original implementations, on stand-in weights in the official layout, through the public loaders.
+"""The numbers of the original implementations, on stand-in weights in the official layout, through the public loaders.
 
-Runs every case in tests/parity, or in the folder named by PARITY_DIR, whose kind is known here; a case brings its own
-config, weights manifest, inputs and expected outputs, so new cases of a known kind need no code (tests/parity/fill.py).
+Runs every case of a known kind in tests/parity, or in the folder named by PARITY_DIR. A case brings its own config,
+weights manifest, inputs and expected outputs, so new cases of a known kind need no code. See tests/parity/fill.py.
 """
 import itertools
 import os
@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))
 import infinity
 import latentsync
 import llamagen
-import sample
 import syncnet
 import triton_ops
 import train
 import var
 import vq
 from lib import losses, videomae
+from lib.pictures import to_pixels
 from lib.text import clean_caption
 from fill import fill_state_dict, load_case, noise
 
@@ -48,12 +48,13 @@ def cases():
 
 
 def close(out, expected, atol=1e-4, what=""):
-    """Within atol on values of order one: what separates a right implementation from a wrong one in float32."""
+    """Within atol on values of order one, which separates a right implementation from a wrong one in float32."""
     torch.testing.assert_close(out.detach().float(), expected.float(), atol=atol, rtol=0, msg=lambda m: f"{what}: {m}")
 
 
 def equal(out, expected, what=""):
-    assert torch.equal(out.long(), expected.long()), f"{what}: {(out.long() != expected.long()).sum()} of {out.numel()} differ"
+    differ = (out.long() != expected.long()).sum()
+    assert out.shape == expected.shape and not differ, f"{what}: {differ} of {out.numel()} differ"
 
 
 def check_image(image, t, prefix):
@@ -63,7 +64,7 @@ def check_image(image, t, prefix):
 
 
 def check_norms(found, t, prefix, atol=1e-6):
-    """found: official key -> tensor. Norms 1e-3 relative; below 1e-6 only rounding noise is left, stored as 0."""
+    """found: official key -> tensor. Norms agree to 1e-3. Norms below 1e-6 are rounding noise, and stored as 0."""
     expected = {k.removeprefix(prefix): v.item() for k, v in t.items() if k.startswith(prefix)}
     norms = {k: v.norm().item() for k, v in found.items()}
     assert set(expected) <= set(norms), f"no such parameter: {sorted(set(expected) - set(norms))[:5]}"
@@ -87,7 +88,7 @@ def module_rename(name, table):
 
 
 def load_var(meta, t, tmp_path, schedule_in_file=True):
-    """(tokenizer, transformer or None): written as the release would be, read by the public loaders, exported back."""
+    """(tokenizer, transformer or None), written as the release would be, read by the public loaders, exported back."""
     kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
     state = fill_state_dict(meta["manifest"], kept)
     prefixes = tuple(meta["config"]["vae_key_prefixes"])
@@ -114,7 +115,7 @@ def load_var(meta, t, tmp_path, schedule_in_file=True):
 
 
 def check_export(exported, official):
-    """Key for key and bit for bit."""
+    """An export equals the official state dict, key for key and bit for bit."""
     assert set(exported) == set(official), f"{set(exported) ^ set(official)}"
     for k, v in official.items():
         assert exported[k].dtype == v.dtype and torch.equal(exported[k], v), k
@@ -144,7 +145,7 @@ def var_vqvae_decode(meta, t, tmp_path):
     close(torch.stack([F.avg_pool2d(image, 8) for image in images]), t["out.ladder_mean8"], what="images of all scales")
     close(images[-1][:1, :, ::2, ::2], t["out.img"], what="image")
     check_image(images[-1], t, "img")
-    # an experimental path of the original: the running sum has the size of its own scale, and grows from one to the next
+    # An experimental path of the original: the running sum has the size of its scale and is resized to the next one.
     quantizer, sizes, f_hat = tokenizer.quantize, vq.as_pairs(tokenizer.config.patch_nums), 0
     for k, (index, size) in enumerate(zip(indices, sizes)):
         h = quantizer.contribution(quantizer.embed(index, size), k, len(sizes), size)
@@ -190,7 +191,7 @@ def var_logits(meta, t, tmp_path):
 def var_train(meta, t, tmp_path):
     tokenizer, model = load_var(meta, t, tmp_path)
     model.train()
-    assert meta["config"]["drop_path_rate"] == 0                            # of all blocks; ours grows with the depth
+    assert meta["config"]["drop_path_rate"] == 0                            # theirs holds for all blocks, ours grows
     model.config = replace(model.config, drop_path=0.0)
     names = official_names(model, var)
     indices = tokenizer.tokenize(noise(meta["image_name"], tuple(meta["image_shape"])))
@@ -236,7 +237,7 @@ def var_schedule(meta, t, tmp_path):
 
 
 def check_draw(model, tokenizer, t, call, **edit):
-    """The original's call through ours."""
+    """A call of the original, made through `VAR.sample`, gives its numbers."""
     labels = call["B"] if call["label_B"] is None else torch.tensor(call["label_B"])
     options = {k: call[k] for k in ("cfg", "top_k", "top_p", "more_smooth") if k in call}
     # Gumbel mixtures divide by temperatures down to 0.014 and so enlarge rounding differences.
@@ -276,14 +277,14 @@ def var_edit(meta, t, tmp_path):
 
 
 def filled(meta, t):
-    """The case's official state dict."""
+    """The official state dict of a case."""
     kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
     kept |= {k: torch.zeros(shape) for k, shape in meta.get("zeros", {}).items()}
     return fill_state_dict(meta["manifest"], {k: v for k, v in kept.items() if k in meta["manifest"]}) | kept
 
 
 def load_single_scale(meta, state, tmp_path):
-    """The tokenizer, through the public loader and back."""
+    """The tokenizer of a case, through the public loader and back."""
     torch.save({"model": state}, tmp_path / "vq.pt")
     c = meta["config"]
     tokenizer = vq.load(tmp_path / "vq.pt", patch_nums=(meta["image_shape"][-1] // c["downsample"],))
@@ -304,13 +305,15 @@ def official_gradients(model, module, **options):
 
 
 def load_llamagen(meta, t, tmp_path):
-    """The transformer, through the public loader and back."""
+    """The transformer of a case, through the public loader and back."""
     state, c = filled(meta, t), meta["config"]
-    torch.save({"model": state | {"freqs_cis": torch.zeros(c["cls_token_num"] + c["block_size"], 2, 2)}}, tmp_path / "c2i.pt")
-    model = llamagen.load(tmp_path / "c2i.pt", heads=c["n_head"])           # the side it tells from the stray table
+    stray = {"freqs_cis": torch.zeros(c["cls_token_num"] + c["block_size"], 2, 2)}
+    torch.save({"model": state | stray}, tmp_path / "c2i.pt")
+    model = llamagen.load(tmp_path / "c2i.pt", heads=c["n_head"])           # the side follows from the stray table
     found = model.config
-    for name, value in dict(depth=c["n_layer"], width=c["dim"], heads=c["n_head"], hidden=c["ffn_hidden"], side=c["grid"],
-                            vocab_size=c["vocab_size"], rope_base=c["rope_base"], norm_eps=c["norm_eps"], slots=c["cls_token_num"],
+    for name, value in dict(depth=c["n_layer"], width=c["dim"], heads=c["n_head"], hidden=c["ffn_hidden"],
+                            side=c["grid"], vocab_size=c["vocab_size"], rope_base=c["rope_base"],
+                            norm_eps=c["norm_eps"], slots=c["cls_token_num"],
                             text_width=c["caption_dim"] or 0).items():
         assert getattr(found, name) == value, f"inferred {name}"
     assert (found.kv_heads or found.heads) == c["n_kv_head"]
@@ -320,7 +323,7 @@ def load_llamagen(meta, t, tmp_path):
 
 
 def condition(meta, t):
-    """Classes, or features and mask of texts."""
+    """The condition of a case: classes, or features and mask of texts."""
     if "lengths" not in meta:
         return t["in.labels"].long(), None
     width, name = meta["config"]["caption_dim"], meta["caption_noise"]
@@ -395,7 +398,8 @@ def llamagen_vq_train(meta, t, tmp_path):
     tokenizer, image = load_single_scale(meta, filled(meta, t), tmp_path)
     rec, vq_loss, usage = tokenizer.train()(image)
     z = F.normalize(tokenizer.encode(image), dim=1)
-    parts = dict(zip(("vq_loss", "commit_loss", "entropy_loss"), tokenizer.quantize.losses(z, tokenizer.quantize.quantize(z)[1])))
+    quantizer = tokenizer.quantize
+    parts = dict(zip(("vq_loss", "commit_loss", "entropy_loss"), quantizer.losses(z, quantizer.quantize(z)[1])))
     for key, found in (parts | {"recon_mse": F.mse_loss(rec, image), "usage": usage[0] / 100}).items():
         torch.testing.assert_close(found, t[f"out.{key}"], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(vq_loss, sum(parts.values()))
@@ -411,7 +415,8 @@ def llamagen_vq_gan(meta, t, tmp_path):
     lpips, disc = part("perceptual_loss."), part("discriminator.")
     state = {k: v for k, v in state.items() if not k.startswith(("perceptual_loss.", "discriminator."))}
     tokenizer, image = load_single_scale(meta, state, tmp_path)
-    torch.save({f"features.{k.split('.', 2)[2]}": v for k, v in lpips.items() if k.startswith("net.")}, tmp_path / "vgg16.pth")
+    vgg = {f"features.{k.split('.', 2)[2]}": v for k, v in lpips.items() if k.startswith("net.")}
+    torch.save(vgg, tmp_path / "vgg16.pth")
     torch.save({k: v for k, v in lpips.items() if k.startswith("lin")}, tmp_path / "vgg.pth")
     side = image.shape[-1]
     discriminator = (losses.PatchDiscriminator(c["loss.disc_dim"], c["loss.disc_num_layers"])
@@ -421,8 +426,9 @@ def llamagen_vq_gan(meta, t, tmp_path):
     gan = {"hinge": "hinge", "vanilla": "vanilla", "non-saturating": "non-saturating-swapped"}[c["loss.disc_loss"]]
     pixels = {"l1": 0.0, "l2": 0.0, c["loss.reconstruction_loss"]: c["loss.reconstruction_weight"]}
     criterion = losses.TokenizerLoss(
-        losses.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth"), discriminator, **pixels, adaptive=False, gan=gan,
-        lpips_weight=c["loss.perceptual_weight"], disc_weight=c["loss.disc_weight"], disc_start=c["loss.disc_start"])
+        losses.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth"), discriminator, **pixels, adaptive=False,
+        gan=gan, lpips_weight=c["loss.perceptual_weight"], disc_weight=c["loss.disc_weight"],
+        disc_start=c["loss.disc_start"])
     last = tokenizer.train().decoder.conv_out.weight
     for name, step in (("before", c["loss.disc_start"] - 1), ("after", c["loss.disc_start"])):
         rec, vq_loss, _ = tokenizer(image)
@@ -436,8 +442,8 @@ def llamagen_vq_gan(meta, t, tmp_path):
     loss.backward()
     discriminator.zero_grad()
     disc_loss.backward()
-    found = official_gradients(tokenizer, vq) | {f"discriminator.{n}": p.grad for n, p in discriminator.named_parameters()}
-    check_norms(found, t, "out.grad_norm.")
+    gradients = {f"discriminator.{n}": p.grad for n, p in discriminator.named_parameters()}
+    check_norms(official_gradients(tokenizer, vq) | gradients, t, "out.grad_norm.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,7 +473,7 @@ def pairs(schedule):
 
 
 def check_schedule(c):
-    """The case's schedule, after making sure that our table has it."""
+    """The schedule of a case, after making sure that our table has it."""
     assert vq.schedule(c["h_div_w"], c["pn"])[:len(c["scale_schedule"])] == pairs(c["scale_schedule"])
     return pairs(c["scale_schedule"])
 
@@ -491,9 +497,10 @@ def load_infinity(meta, t, tmp_path):
         torch.save(state, tmp_path / "model.pth")
         model = infinity.load(tmp_path / "model.pth", patchify=bool(c.get("spatial_patchify")))
         found, v = model.config, c["transformer"]
-        assert (found.depth, found.width, found.heads, found.chunks, found.text_width, found.text_maxlen, found.hidden) == (
-            v["depth"], v["embed_dim"], v["num_heads"], v["block_chunks"], v["text_channels"], v["text_maxlen"],
-            v["mlp_hidden"])
+        for name, value in dict(depth=v["depth"], width=v["embed_dim"], heads=v["num_heads"], chunks=v["block_chunks"],
+                                text_width=v["text_channels"], text_maxlen=v["text_maxlen"],
+                                hidden=v["mlp_hidden"]).items():
+            assert getattr(found, name) == value, f"inferred {name}"
         check_export(infinity.export(model), state)
     return tokenizer, model
 
@@ -542,7 +549,7 @@ def infinity_quantizer(meta, t, tmp_path):
 
 
 def correct(quantizer, f, scales, c):
-    """self_correct with the original's draws: chances from numpy's global generator, masks from torch's."""
+    """self_correct with the draws of the original: chances from numpy's global generator, masks from torch's."""
     chances = np.random.RandomState(c["seed"])
     chances = [0.01 * chances.randint(0, 100 * c["noise_apply_strength"] + 1) for _ in scales]
     torch.manual_seed(c["seed"])
@@ -577,7 +584,7 @@ def infinity_logits(meta, t, tmp_path):
     x = noise("in.x", (len(lengths), L - 1, model.config.bits))
     close(model(text, mask, x, scales).flatten(2)[:, ::2], t["out.logits"], what="logits")
     null = torch.where(torch.tensor([True] + [False] * (len(lengths) - 1))[:, None, None],
-                       model.null_rows(text.shape[1]), text)                # the case's draws drop the first prompt
+                       model.null_rows(text.shape[1]), text)                # the case drops the first prompt
     close(model(null, mask, x, scales).flatten(2)[:, ::8], t["out.logits_cond_drop"], what="logits, a prompt dropped")
 
 
@@ -596,7 +603,7 @@ def infinity_train(meta, t, tmp_path):
     n = sum(h * w for h, w in scales[:c["always_training_scales"]]) - 1
     drop = c["cond_drop_rate"]
     random.seed(c["seed"])
-    if drop:                                                                # python's draws, one per prompt
+    if drop:                                                                # Python draws one number per prompt
         dropped = torch.tensor([random.random() < drop for _ in lengths])
         text = torch.where(dropped[:, None, None], model.null_rows(text.shape[1]), text)
     arguments = (text, mask, inputs[:, :n], labels, scales)
@@ -637,7 +644,7 @@ def infinity_sample(meta, t, tmp_path):
     equal(torch.cat([s.bits for s in steps], 1), t["out.bits"], "bits")
     close(torch.cat([s.logits for s in steps], 1).flatten(2)[:, ::8], t["out.logits"], what="logits")
     close(steps[-1].f_hat, t["out.quantized"], what="quantized")
-    image = sample.to_pixels((tokenizer.decode(steps[-1].f_hat) + 1) / 2)
+    image = to_pixels((tokenizer.decode(steps[-1].f_hat) + 1) / 2)
     off = np.abs(image.astype(int) - t["out.image_bgr"].flip(-1).numpy().astype(int))
     assert off.max() <= 1 and (off > 0).any(-1).mean() <= 0.002, (off.max(), (off > 0).any(-1).mean())
 
@@ -653,7 +660,7 @@ def syncnet_mel(meta, t, tmp_path):
     close(mel, t["out.mel"], what="mel")
     starts = [syncnet.mel_start(frame) for frame in c["start_frames"]]
     equal(torch.tensor(starts), t["out.window_starts"], "window starts")
-    for frame, start in zip(c["start_frames"], starts):                     # a window alone has the numbers of the whole
+    for frame, start in zip(c["start_frames"], starts):                     # a window has the numbers of the whole
         window = syncnet.mel_window(audio, frame, c["window"])
         if start + c["window"] > mel.shape[1]:
             assert window is None
@@ -663,9 +670,10 @@ def syncnet_mel(meta, t, tmp_path):
 
 
 def stable_config(c, picture):
-    """A Config from the original's description; plain networks are known by their weights."""
-    levels = lambda e: tuple((width, tuple(f) if isinstance(f, list) else f, bool(attends)) for width, f, attends in zip(
-        e["block_out_channels"], e["downsample_factors"], e.get("attn_blocks") or [0] * 99))
+    """The Config that the original describes. Plain networks are recognised by their weights."""
+    def levels(e):
+        rows = zip(e["block_out_channels"], e["downsample_factors"], e.get("attn_blocks") or [0] * 99)
+        return tuple((width, tuple(f) if isinstance(f, list) else f, bool(attends)) for width, f, attends in rows)
     channels = c["visual_encoder"]["in_channels"]
     latent = picture[0] == picture[1]
     return syncnet.Config(levels(c["visual_encoder"]), levels(c["audio_encoder"]), channels // (4 if latent else 3),
@@ -681,7 +689,7 @@ def noted(meta, name):
 @runner("syncnet.stable")
 @runner("syncnet.wav2lip")
 def syncnet_stable(meta, t, tmp_path):
-    """Of the ablation net no case is known; its kind is taken to be like the other's."""
+    """No case is known for the ablation net. Its kind is taken to be like the other one."""
     kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
     state = fill_state_dict(meta["manifest"], kept)
     torch.save({"state_dict": state}, tmp_path / "syncnet.pt")
@@ -720,7 +728,7 @@ def syncnet_original(meta, t, tmp_path):
     with torch.no_grad():
         vision = model.embed_frames(clips)
         audio = model.embed_audio(mfcc[0].unfold(2, 20, 4)[:, :, :len(clips)].permute(2, 0, 1, 3))
-    every = vision.shape[1] // t["out.vision"].shape[1]                     # so many columns were stored
+    every = vision.shape[1] // t["out.vision"].shape[1]                     # only every n-th column was stored
     close(vision[:, ::every], t["out.vision"], what="vision")
     close(audio[:, ::every], t["out.audio"], what="audio")
     most = meta["config"]["vshift"]
@@ -736,7 +744,7 @@ def syncnet_original(meta, t, tmp_path):
 
 
 def load_kl(state, c, path):
-    """The autoencoder, written as the release would be, in both spellings of its attention."""
+    """The autoencoder, written as the release would be, with both names of its attention weights."""
     torch.save(state, path)
     model = vq.load_autoencoder(path)
     assert [w // model.config.ch for w in c["width"]] == list(model.config.ch_mult), "inferred widths"
@@ -762,14 +770,14 @@ def latentsync_vae(meta, t, tmp_path):
 
 
 def part_of(meta, t, prefix=""):
-    """The official state dict of a model of a case; tables that the original computes are in `buffers_as_built`."""
+    """The official state dict of a model of a case. Tables that the original computes are in `buffers_as_built`."""
     kept = {k.removeprefix("keep."): v for k, v in t.items() if k.startswith("keep.")}
     state = fill_state_dict(meta["manifest"], kept)
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def load_unet(state, c, path, resolution=256):
-    """A video UNet, written as the release would be; its export has the same keys and bits, and tables besides."""
+    """A video UNet, written as the release would be. Its export has the same keys and bits, and also tables."""
     config = latentsync.Config(
         tuple(c["width"]), c["layers_per_block"], c["heads"], c["audio_dim"],
         "none" if not c["motion"] else "up" if c["motion_decoder_only"] else "all", c["motion_heads"],
@@ -780,7 +788,7 @@ def load_unet(state, c, path, resolution=256):
     tables = {k for k in exported if k.endswith("pos_encoder.pe")}
     check_export({k: v for k, v in exported.items() if k in state or k not in tables}, state)
     known = {config.widths: latentsync.Config(heads=c["heads"], motion_heads=c["motion_heads"], resolution=resolution)}
-    with pytest.MonkeyPatch.context() as patch:                             # what shapes tell is read from them
+    with pytest.MonkeyPatch.context() as patch:                             # what shapes contain is read from them
         entries = {"case": replace(known[config.widths], widths=config.widths)}
         patch.setattr(latentsync, "CONFIGS", entries)
         inferred = latentsync.infer_config(state, path)
@@ -830,7 +838,7 @@ def latentsync_unet_blocks(meta, t, tmp_path):
         close(out, t[f"out.{key or name}"], what=key or name)
     check("resnet", latentsync.ResBlock(r["cin"], r["cout"], r["temb"]), flat, time)
     check("resnet_inflated", latentsync.ResBlock(r["cin"], r["cin"], r["temb"]), flat,
-          time.repeat_interleave(frames, 0))                                # each frame a clip of its own
+          time.repeat_interleave(frames, 0))                                # each frame is a clip of its own
     check("transformer", latentsync.SpatialTransformer(s["channels"], s["heads"], s["audio_dim"]), flat,
           audio.flatten(0, 1))
     check("motion", latentsync.MotionModule(m["channels"], m["heads"], m["max_len"]), flat, B)
@@ -886,8 +894,8 @@ def load_ear(state, c, path):
     config = latentsync.WhisperConfig(c["n_mels"], c["n_audio_ctx"], c["n_audio_state"], c["n_audio_head"],
                                       c["n_audio_layer"])
     model = latentsync.load_whisper(path, config)
-    assert replace(latentsync.load_whisper(path, None).config, heads=config.heads) == config \
-        if "encoder.positional_embedding" in state and c["n_audio_state"] >= 64 else True
+    if "encoder.positional_embedding" in state and c["n_audio_state"] >= 64:
+        assert replace(latentsync.load_whisper(path, None).config, heads=config.heads) == config
     exported = latentsync.export(model)
     check_export({k: v for k, v in exported.items() if k in state},
                  {k: v for k, v in state.items() if k.startswith("encoder.")})
@@ -935,9 +943,9 @@ def latentsync_whisper_windows(meta, t, tmp_path):
     assert len(found) == count
     close(found[0], t["out.chunk_first"], what="first")
     close(found[-1], t["out.chunk_last"], what="last")
-    train = [features[latentsync.window_rows(c["start_index"] + i, rows)].flatten(0, 1) for i in (0, c["num_frames"] - 1)]
-    close(train[0], t["out.train_window_first"], what="first of a training clip")
-    close(train[1], t["out.train_window_last"], what="last of a training clip")
+    for i, which in ((0, "first"), (c["num_frames"] - 1, "last")):
+        window = features[latentsync.window_rows(c["start_index"] + i, rows)].flatten(0, 1)
+        close(window, t[f"out.train_window_{which}"], what=f"{which} of a training clip")
 
 
 def noted_pictures(name, n, h, w):
@@ -969,7 +977,8 @@ def latentsync_affine(meta, t, tmp_path):
         close_pictures(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
         res = c["resolution"]
         painted = 0.3 * noise(f"in.face.{i}", (3, res, res)) + t["out.face_resized"][i].permute(2, 0, 1) / 127.5 - 1
-        close_pictures(latentsync.paste_back(picture, painted, matrix, align.canvas), t["out.restored"][i], f"paste {i}")
+        restored = latentsync.paste_back(picture, painted, matrix, align.canvas)
+        close_pictures(restored, t["out.restored"][i], f"paste {i}")
 
 
 @runner("latentsync.pipeline")
@@ -993,13 +1002,14 @@ def latentsync_pipeline(meta, t, tmp_path):
 
     def run(scale=1.0):
         latents.clear()
-        found = list(latentsync.lipsync(unet, autoencoder, [(frames[i][0], frames[i][1] * scale) for i in order], windows,
-                                        torch.Generator().manual_seed(c["seed"]), steps=c["steps"], cfg=c["guidance"]))
+        clip = [(frames[i][0], frames[i][1] * scale) for i in order]
+        g = torch.Generator().manual_seed(c["seed"])
+        found = list(latentsync.lipsync(unet, autoencoder, clip, windows, g, steps=c["steps"], cfg=c["guidance"]))
         return torch.cat(latents), torch.stack([dubbed.generated for dubbed in found]), found
     z, faces, found = run()
-    # The aligned face is truncated to bytes, and its map comes from a singular value decomposition, whose last bit is
-    # another in every linear algebra library. A byte that falls to the other side moves latents by 1e-3: no fixed
-    # tolerance is both sharp and fair. So what a change of the maps' last bit does is measured here, and is the bound.
+    # The aligned face is truncated to bytes. Its map comes from a singular value decomposition, whose last bit differs
+    # between linear algebra libraries. A byte that falls to the other side moves latents by 1e-3, so no fixed tolerance
+    # is both sharp and fair. The bound is therefore measured here, as the effect of changing the last bit of the maps.
     mean8 = lambda faces: F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1])
     others = [run(1 + k * 2.0**-23) for k in (-2, 2)]
     for what, ours, theirs, moved in (("latents", z, t["out.latents"], [z for z, _, _ in others]),
@@ -1037,7 +1047,7 @@ def latentsync_trepa(meta, t, tmp_path):
     loss = latentsync.trepa(model, fake, real)
     torch.testing.assert_close(loss[None], t["out.loss"], rtol=1e-5, atol=0)
     loss.backward()
-    cells = 1000 * F.avg_pool3d(fake.grad, (1, 8, 8))       # stored so, as the numbers tell; the note does not say
+    cells = 1000 * F.avg_pool3d(fake.grad, (1, 8, 8))       # how it is stored follows from the numbers, not the note
     close(cells, t["out.grad_fake"], atol=1e-3 * t["out.grad_fake"].abs().max().item(), what="gradient")
 
 
@@ -1068,7 +1078,7 @@ def latentsync_losses(meta, t, tmp_path):
     with torch.no_grad():
         noisy = latentsync.add_noise(z, eps, steps)
         close(unet(torch.cat([noisy, condition], 1), steps, audio), t["out.pred_noise"], what="noise")
-        # an error of the noise is one of x0 up to 2.6 times as large, at step 640: so much is allowed there
+        # An error in the noise is up to 2.6 times as large in x0, at step 640. The tolerance grows by the same factor.
         room = (1 / latentsync.ALPHAS[steps] - 1).sqrt().clamp(min=1).view(-1, 1, 1, 1, 1)
         close(x0 / room, t["out.x0"] / room, what="x0")
     if weights["sync"] or weights["trepa"]:
@@ -1078,7 +1088,7 @@ def latentsync_losses(meta, t, tmp_path):
         eye = load_videomae(part_of(meta, t, "videomae."), c.get("videomae", {}), tmp_path / "videomae.pth")
         eye.requires_grad_(False)
         totals, norms = [], []
-        for checkpointing in (False, True):                                 # the second must change nothing
+        for checkpointing in (False, True):                                 # recomputation must change nothing
             unet.checkpointing = checkpointing
             recon, x0 = unet.loss(z, condition, audio, t=steps, noise=eps)
             judge = latentsync.Supervision(
@@ -1108,7 +1118,7 @@ def latentsync_losses(meta, t, tmp_path):
 
 
 def mixed(own, common, share):
-    """latentsync.mixed_noise of given draws."""
+    """latentsync.mixed_noise for given draws."""
     draws = iter([own, common])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", lambda *_, **__: next(draws))

@@ -57,7 +57,8 @@ def test_settings_have_flags_with_help_and_a_type(model, capsys):
             assert (setting.flags or (f"--{name.replace('_', '-')}",))[0] in text
             takes_value = "action" not in setting.options and "choices" not in setting.options
             assert not takes_value or setting.type or setting.default is not None, f"{name} needs a type"
-    assert recipes.MAY_DIFFER <= {name for recipes_ in recipes.RECIPES.values() for r in recipes_.values() for name in r}
+    known = {name for of_model in recipes.RECIPES.values() for recipe in of_model.values() for name in recipe}
+    assert recipes.MAY_DIFFER <= known
 
 
 def test_a_continued_run_refuses_a_setting_without_a_flag(tiny_configs, pictures, tmp_path, capsys, monkeypatch):

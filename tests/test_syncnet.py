@@ -40,7 +40,7 @@ def test_a_part_of_a_spectrogram_has_the_numbers_of_the_whole(front_end, hop):
 
 
 def test_mfcc_against_its_definition():
-    """A window of a pure tone, by hand: energy in the first coefficient, cosine transform of logarithms in the others."""
+    """A window of a pure tone, by hand: energy in the first coefficient, cosines of logarithms in the others."""
     n = np.arange(400)
     tone = 1000 * np.sin(2 * np.pi * 1000 * n / 16000)
     x = np.append(tone[0], tone[1:] - 0.97 * tone[:-1])
@@ -149,7 +149,8 @@ def test_lower_halves_are_taken_after_resizing():
     assert torch.equal(halves, whole[:, :, 32:])
     assert torch.equal(syncnet.lower_halves(halves, syncnet.CONFIGS["talking_head"]), halves)
     prepared = tiny_syncnet().prepare(smooth_pictures(5, 16)[None])
-    assert torch.equal(prepared[0, 3:6], smooth_pictures(5, 16)[1, :, 8:].float() / 127.5 - 1)     # frame by frame, then rgb
+    assert torch.equal(prepared[0, 3:6],
+                       smooth_pictures(5, 16)[1, :, 8:].float() / 127.5 - 1)     # frame by frame, then rgb
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,8 +247,8 @@ def test_combine_scores():
 
 
 @pytest.mark.parametrize("rate, channels, subtype, suffix", [
-    (16000, 1, "PCM_16", ".wav"), (48000, 2, "FLOAT", ".wav"), (44100, 1, "PCM_24", ".wav"), (8000, 2, "PCM_U8", ".wav"),
-    (22050, 2, "PCM_16", ".flac"), (16000, 1, "DOUBLE", ".wav")])
+    (16000, 1, "PCM_16", ".wav"), (48000, 2, "FLOAT", ".wav"), (44100, 1, "PCM_24", ".wav"),
+    (8000, 2, "PCM_U8", ".wav"), (22050, 2, "PCM_16", ".flac"), (16000, 1, "DOUBLE", ".wav")])
 def test_sound_of_any_rate_and_kind(tmp_path, rate, channels, subtype, suffix):
     t = np.arange(rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * t)
@@ -264,8 +265,9 @@ def test_sounds_that_cannot_be_used(tmp_path, av):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     (tmp_path / "broken.wav").write_bytes(b"RIFF no")
     (tmp_path / "broken.mp3").write_bytes(b"no sound" * 100)
-    for name, reason in (("empty.wav", "not one sample"), ("nan.wav", "samples that are not numbers"), ("no.wav", "no such"),
-                         ("broken.wav", "not a readable sound file"), ("broken.mp3", "not a video or sound file")):
+    for name, reason in (("empty.wav", "not one sample"), ("nan.wav", "samples that are not numbers"),
+                         ("no.wav", "no such"), ("broken.wav", "not a readable sound file"),
+                         ("broken.mp3", "not a video or sound file")):
         with pytest.raises(UserError, match=reason):
             read_sound(tmp_path / name)
 
@@ -350,8 +352,10 @@ def test_sound_begins_where_the_picture_does(tmp_path, av):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_file):
-    """Peak memory of the whole command: 5 s and 25 s of 256 x 256 pixels. (A second of them is 5 MB; it takes the decoder
-    and the allocator some seconds to have all that they use.)"""
+    """Peak memory of the whole command, for 5 s and 25 s of 256 x 256 pixels.
+
+    A second of them takes 5 MB. Decoder and allocator need some seconds until they hold all that they use.
+    """
     peaks = []
     for seconds in (5, 25):
         frames = smooth_pictures(25, 256).permute(0, 2, 3, 1).numpy()
@@ -360,8 +364,9 @@ def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, av, judge_fil
                 video.write(frames[i % 25])
         argv = ["syncnet", "--ckpt", str(judge_file), "--device", "cpu", "--video", str(tmp_path / "a.mp4"), "--out",
                 str(tmp_path / "a.png")]
-        code = (f"import resource, runpy, sys; sys.argv[1:] = {argv}; runpy.run_path('sample.py', run_name='__main__'); "
-                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        code = (
+            f"import resource, runpy, sys; sys.argv[1:] = {argv}; runpy.run_path('sample.py', run_name='__main__'); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1000)                 # MB
@@ -377,13 +382,13 @@ def test_judging_a_video_by_the_command(tmp_path, av, judge_file, capsys):
     run(sample, "syncnet", "--ckpt", judge_file, "--video", video, "--out", tmp_path / "a.png", "--device", "cpu")
     out = capsys.readouterr().out
     assert re.search(r"face 1: 36 clips from frame 0: offset [+-]\d+ frames.*confidence 0\.\d+, distance 0\.\d+", out)
-    assert f"s per frame, peak memory" in out and "a.png" in out
+    assert "s per frame, peak memory" in out and "a.png" in out
     from PIL import Image
     picture = Image.open(tmp_path / "a.png")
     assert picture.size == (560, 360) and picture.text["checkpoint"] == "tiny.safetensors"
     soundfile.write(tmp_path / "b.wav", np.zeros(32000), 16000)
-    run(sample, "syncnet", "--ckpt", judge_file, "--video", video, "--audio", tmp_path / "b.wav", "--face", 2, 2, 14, 14,
-        "--out", tmp_path / "b.png", "--device", "cpu")
+    run(sample, "syncnet", "--ckpt", judge_file, "--video", video, "--audio", tmp_path / "b.wav", "--face", 2, 2, 14,
+        14, "--out", tmp_path / "b.png", "--device", "cpu")
     said = capsys.readouterr()
     assert "note: the sound is silent" in said.err
     assert float(re.search(r"confidence ([\d.]+)", said.out)[1]) < 0.1      # not 0: other clips count at other shifts
@@ -400,7 +405,8 @@ def test_what_is_said_about_videos_that_cannot_be_judged(tmp_path, av, judge_fil
     (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("cut.mp4", "text.mp4"):
-        assert "not a video or sound file that can be read" in complaint(capsys, sample, *argv, "--video", tmp_path / name)
+        assert "not a video or sound file that can be read" in complaint(capsys, sample, *argv, "--video",
+                                                                         tmp_path / name)
     assert "no such file" in complaint(capsys, sample, *argv, "--video", tmp_path / "none.mp4")
     soundfile.write(tmp_path / "a.wav", np.zeros(32000), 16000)
     said = complaint(capsys, sample, *argv, "--video", tmp_path / "a.wav")
@@ -463,7 +469,9 @@ def test_a_gap_in_the_sound_stays_a_gap(tmp_path, av):
             out.mux(track.encode(frame))
         out.mux(track.encode(None))
     sound = read_sound(tmp_path / "a.mkv")
-    assert len(sound) == 9 * 1600 and not sound[3 * 1600:7 * 1600].any() and round(float(sound[7 * 1600] * 32768)) == 3007
+    assert len(sound) == 9 * 1600
+    assert not sound[3 * 1600:7 * 1600].any()
+    assert round(float(sound[7 * 1600] * 32768)) == 3007
 
 
 def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, av):
@@ -489,7 +497,7 @@ def test_a_damaged_middle_is_survived(tmp_path, av):
 
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not part of the repository")
 def test_a_real_clip_from_file_to_score(tmp_path, av, judge_file, capsys):
-    """Decoding, resampling, cropping, scoring; the weights are random, so only that the numbers are sound is checked."""
+    """Decoding, resampling, cropping, scoring. The weights are random, so the scores only have to be finite."""
     video = Video(CLIP / "demo1_video.mp4")
     frames = list(video)
     assert len(frames) == len(video) == 65 and frames[0].shape == (960, 540, 3)
@@ -498,8 +506,8 @@ def test_a_real_clip_from_file_to_score(tmp_path, av, judge_file, capsys):
     run(sample, "syncnet", *argv, "--ckpt", judge_file, "--out", tmp_path / "a.png", "--device", "cpu")
     assert "61 clips from frame 0" in capsys.readouterr().out
     torch.save(syncnet.export(random_judge()), tmp_path / "syncnet_v2.model")
-    run(sample, "syncnet", *argv, "--ckpt", tmp_path / "syncnet_v2.model", "--out", tmp_path / "b.png", "--device", "cpu",
-        "--max-shift", 3)
+    run(sample, "syncnet", *argv, "--ckpt", tmp_path / "syncnet_v2.model", "--out", tmp_path / "b.png", "--device",
+        "cpu", "--max-shift", 3)
     out = capsys.readouterr().out
     assert "60 clips from frame 0" in out and math.isfinite(float(re.search(r"distance ([\d.]+)", out)[1]))
 
@@ -526,7 +534,7 @@ def test_talking_heads_are_functions_of_their_seed():
 
 
 def test_mouths_move_with_the_sound_they_make():
-    """The dark of the mouth follows loudness, and best without a shift: on average over people, as one may hiss much."""
+    """The dark area of the mouth follows loudness, and fits best without a shift, on average over people."""
     curves = []
     for seed in range(12):
         frames, sound = talking_head(seed, seconds=4.0, size=48)
@@ -587,16 +595,20 @@ def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
     said = capsys.readouterr()
     assert "5 videos" in said.out and "unreadable of 5" in said.out + said.err and "mute.mp4" in said.out + said.err
     (tmp_path / "empty").mkdir()
-    assert "no videos in it" in complaint(capsys, train, *SYNCNET, "--data", tmp_path / "empty", "--out", tmp_path / "b")
+    assert "no videos in it" in complaint(capsys, train, *SYNCNET, "--data", tmp_path / "empty", "--out",
+                                          tmp_path / "b")
     said = complaint(capsys, train, *argv, "--unaligned", "--out", tmp_path / "b")
     assert "--unaligned: is for synthetic videos" in said
 
 
 def test_study_runs_every_setting_once(tiny_network, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(studies, "SYNCNET_STUDY", {"batch": {"2": dict(batch_size=2), "4": {}}, "width": {"64": {}, "96": dict(embedding=96)}})
-    run(train, "syncnet", "--study", "--steps", 2, "--videos", 4, "--val-pairs", 8, "--device", "cpu", "--out", tmp_path)
+    monkeypatch.setattr(studies, "SYNCNET_STUDY",
+                        {"batch": {"2": dict(batch_size=2), "4": {}}, "width": {"64": {}, "96": dict(embedding=96)}})
+    run(train, "syncnet", "--study", "--steps", 2, "--videos", 4, "--val-pairs", 8, "--device", "cpu", "--out",
+        tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "study.csv")))
-    assert {(r["panel"], r["setting"]) for r in rows} == {("batch", "2"), ("batch", "4"), ("width", "64"), ("width", "96")}
+    cells = {(r["panel"], r["setting"]) for r in rows}
+    assert cells == {("batch", "2"), ("batch", "4"), ("width", "64"), ("width", "96")}
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["base", "batch_size_2", "embedding_96"]
     from PIL import Image
     assert Image.open(tmp_path / "study.png").size == (1200, 300)

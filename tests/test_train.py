@@ -17,8 +17,8 @@ import sample
 import train
 import var
 import vq
-from helpers import (BITS_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, captioned, complaint, log_rows, run, same, tiny_infinity, tiny_single,
-                     tiny_tokenizer, weights)
+from helpers import (BITS_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, captioned, complaint, log_rows, run, same, tiny_infinity,
+                     tiny_single, tiny_tokenizer, weights)
 from lib import recipes
 from lib.caches import FeatureCache, TokenCache
 from lib.data import Batches, CaptionedPictures, EmojiCaptions, EmojiSheet, view
@@ -119,7 +119,8 @@ def test_two_processes_compute_what_one_does(pictures, files, tmp_path, monkeypa
     monkeypatch.setitem(var.CONFIGS, "emoji_var", replace(VAR_CONFIG, class_drop=0.0, drop_path=0.0))
     run(train, *argv, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*torchrun, tmp_path / "go.py", *argv, "--out", tmp_path / "two"], capture_output=True, text=True)
+    command = [*torchrun, tmp_path / "go.py", *argv, "--out", tmp_path / "two"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for k in one:
@@ -131,7 +132,7 @@ INFINITY = ("infinity", "--size", 16, "--batch-size", 4, "--device", "cpu", "--l
 
 
 def test_bitwise_runs_resume_and_their_files_draw(text_files, tmp_path, capsys):
-    """Tokenizer, then a transformer with its text encoder on it: uninterrupted equals resumed, and sample.py takes both."""
+    """Tokenizer, then a transformer with its text encoder: uninterrupted equals resumed, and sample.py takes both."""
     run(train, *BITS, "--steps", 3, "--out", tmp_path / "vq")
     vae = tmp_path / "vq" / "model.safetensors"
     arguments = (*INFINITY, "--vae", vae, "--steps", 4)
@@ -141,8 +142,8 @@ def test_bitwise_runs_resume_and_their_files_draw(text_files, tmp_path, capsys):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     start = load_infinity(tmp_path / "parts" / "model.safetensors").text_encoder
     assert start is not None and start.config == T5_CONFIG
-    run(sample, "infinity", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vae", vae, "--out", tmp_path / "a.png",
-        "--prompt", "a cat")
+    run(sample, "infinity", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vae", vae, "--out",
+        tmp_path / "a.png", "--prompt", "a cat")
     row = log_rows(tmp_path / "whole")[-1]
     assert 0.4 < float(row["bit_accuracy"]) < 1 and len(row["scale_accuracy"].split()) == 3 and row["val_loss"]
 
@@ -162,7 +163,8 @@ def test_captioned_pictures_come_in_buckets(tmp_path, capsys):
         assert all(path.endswith("9.png") for path in broken)
     assert seen == set(range(24)) and shapes == {(4, 3, 256, 256), (4, 3, 336, 224)}
     assert data.caption(3, None) == "picture 3. It is noise." and len({data.caption(3, (s,)) for s in range(20)}) > 1
-    (tmp_path / "1.0_2.jsonl").write_text('{"image_path": "data/1.png", "h_div_w": 1, "long_caption": "long", "text": "s"}')
+    line = '{"image_path": "data/1.png", "h_div_w": 1, "long_caption": "long", "text": "s"}'
+    (tmp_path / "1.0_2.jsonl").write_text(line)
     both = CaptionedPictures(tmp_path / "1.0_2.jsonl", "0.06M")
     assert {both.caption(0, (s,)) for s in range(20)} == {"long", "s"}
     (tmp_path / "llamagen.jsonl").write_text('{"image_path": "data/1.png", "text": ["A cat. It sleeps.", "other"]}')
@@ -224,7 +226,8 @@ def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     run(sample, "llamagen", "--ckpt", tmp_path / "parts" / "model.safetensors", "--vq", token_files[1], "--classes",
         "square", "--out", tmp_path / "a.png", "--device", "cpu")
-    run(train, *TOKENS, "--vq", token_files[1], "--init", token_files[2], "--steps", 1, "--lr", 0, "--out", tmp_path / "b")
+    run(train, *TOKENS, "--vq", token_files[1], "--init", token_files[2], "--steps", 1, "--lr", 0, "--out",
+        tmp_path / "b")
     tuned, start = weights(tmp_path / "b"), load_file(token_files[2])
     assert torch.equal(tuned["output.weight"], start["output.weight"])
     assert len(tuned["cls_embedding.embedding_table.weight"]) == 99
@@ -233,8 +236,8 @@ def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
 
 def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
     assert "red heart" in EmojiCaptions(16).names                     # which Unicode calls heavy black heart
-    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--data", captioned(tmp_path / "data"), "--steps", 4,
-            "--init", token_files[2])
+    argv = (*TOKENS, "--recipe", "emoji_text", "--vq", token_files[1], "--data", captioned(tmp_path / "data"),
+            "--steps", 4, "--init", token_files[2])
     run(train, *argv, "--out", tmp_path / "whole")
     assert "weights start from scratch" in capsys.readouterr().out                  # what concerns the text
     run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
@@ -243,11 +246,12 @@ def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
     once, more = (load_llamagen(tmp_path / name).text_encoder for name in ("whole/model.safetensors",) * 2)
     assert once.config == T5_CONFIG and torch.equal(once.embed.weight, more.embed.weight)
     infinity.save(tiny_infinity(), tmp_path / "i.safetensors")
-    run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "i.safetensors", "--out", tmp_path / "c")
+    run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "i.safetensors", "--out",
+        tmp_path / "c")
     taken = load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict()
     assert same(taken, tiny_infinity().text_encoder.state_dict())
-    run(sample, "llamagen", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vq", token_files[1], "--prompt", "red heart",
-        "--out", tmp_path / "a.png", "--device", "cpu")
+    run(sample, "llamagen", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vq", token_files[1], "--prompt",
+        "red heart", "--out", tmp_path / "a.png", "--device", "cpu")
 
 
 def tiny_t5(folder):
@@ -323,7 +327,8 @@ def test_mistakes(pictures, files, tmp_path, capsys):
     assert "--log-every -1: expected at least 0" in say(*VQ, "--log-every", -1)
     assert "--accum 0: expected at least 1" in say(*VQ, "--accum", 0)
     assert "not an image tokenizer" in say(*VAR, "--vae", files[2])
-    assert "no finite gradient in 3 steps in a row" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30, "--max-skipped", 3)
+    assert "no finite gradient in 3 steps in a row" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30,
+                                                           "--max-skipped", 3)
     assert "--out /proc/nowhere: cannot be written" in complaint(capsys, train, *VQ, "--out", "/proc/nowhere")
 
 

@@ -25,9 +25,9 @@ from lib.console import run_command
 def break_something(fault):
     """Make something go wrong.
 
-    nan:N[:M]: the loss is not a number in steps N ... M. die:N: process 1 is killed in step N. sleep:S: every step takes
-    S seconds longer. reader:N: the process that reads item N is killed. contiguous: weights lie in memory as FSDP wants
-    them, so that convolutions sum in the same order.
+    nan:N[:M]: the loss is not a number in steps N ... M. die:N: process 1 is killed in step N. sleep:S: every step
+    takes S seconds longer. reader:N: the process that reads item N is killed. contiguous: weights lie in memory as FSDP
+    wants them, so that convolutions sum in the same order.
     """
     kind, *numbers = fault.split(":")
     numbers = [float(n) for n in numbers]
