@@ -68,7 +68,7 @@ class Config:
     chunks: int = 8                             # number of groups in which official keys store the blocks
     norm_eps: float = 1e-6
     text_drop: float = 0.1                      # share of prompts replaced by the null text in training
-    drop_path: float = 0.1                      # rate of the last block; grows linearly from 0 at the first
+    drop_path: float = 0.1                      # rate of the last block, grows linearly from 0 at the first
 
     @property
     def hidden(self):
@@ -92,7 +92,7 @@ CONFIGS = {
 def rope_angles(scales, head_dim, device=None):
     """2D RoPE: (h, w) of every scale -> angles (L, D / 2), the first half of them for rows, the second for columns.
 
-    Positions are counted on the grid of the 1M schedule of that aspect ratio, whatever the size of the picture, and
+    Positions are counted on the grid of the 1M schedule of that aspect ratio, no matter how large the picture is, and
     rounded, halves to the even number. Frequencies fall from 1 to nearly 1 / 10000, as in text.
     """
     H, W = vq.ASPECTS[vq.nearest_aspect(scales[-1][0] / scales[-1][1])][-1]
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         super().__init__()
         C, H = config.width, config.heads
         self.heads = H
-        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; head-major inside each
+        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v, each head-major
         self.q_bias = nn.Parameter(torch.zeros(C))
         self.v_bias = nn.Parameter(torch.zeros(C))
         self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # log of the sharpness
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         q, k, v = qk_norm_rope(q, k, v, q_scale=q_scale, cos=rope[0], sin=rope[1], k_cache=k_cache, v_cache=v_cache,
                                pos=pos)
         if bounds is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)        # (B, H, l, D); q_scale replaces the scale
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)        # (B, H, l, D). q_scale replaces the scale
         else:
             parts = zip(q.split([end - start for start, end in bounds], 2), bounds)
             out = torch.cat([F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], scale=1.0)
@@ -209,7 +209,7 @@ class Block(nn.Module):
         if branch_scale is not None:
             gate1 = gate1 * branch_scale[0]
             gate2 = gate2 * branch_scale[1]
-        dtype = self.ffn.fc1.weight.dtype                                   # for matrix products; x may be wider
+        dtype = self.ffn.fc1.weight.dtype                                   # x may have more bits
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self.attn(h, rope, bounds, kv_cache, pos)
         # adaln_modulate multiplies by 1 + scale, so the weight of cross_norm is given as weight - 1.
@@ -362,7 +362,8 @@ class Infinity(nn.Module):
 
     def __init__(self, config, text_encoder=None):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
+        self.checkpointing = False
         C, Ct = config.width, config.text_width
         self.text_norm = nn.RMSNorm(Ct, 1e-6)
         self.text_pool = TextPool(config)
@@ -503,10 +504,13 @@ class Infinity(nn.Module):
         self.check_pair(tokenizer)
         if (given_bits is None) != (keep_scales == 0):
             raise ValueError("given_bits and keep_scales go together: the bits, and for how many scales to keep them")
-        config, device, quantizer = self.config, self.pos_start.device, tokenizer.quantize
+        config = self.config
+        device = self.pos_start.device
+        quantizer = tokenizer.quantize
         scales = tuple(map(tuple, scales))
         sizes = tokenizer_scales(scales, config.patchify)
-        B, K = len(text), len(scales)
+        B = len(text)
+        K = len(scales)
         cfg, tau = per_scale(cfg, K, "cfg"), per_scale(tau, K, "tau")
         if min(tau) <= 0:
             raise ValueError(f"tau must be above 0, not {min(tau)}: top_k=1 takes the likelier value of every bit")
@@ -524,7 +528,8 @@ class Infinity(nn.Module):
 
         x = cond[:, None] + self.pos_start                                  # (R, 1, C), the input of the first scale
         f_hat = cond.new_zeros(B, tokenizer.config.z_channels, *sizes[-1])
-        f_hats, pos = [], 0
+        f_hats = []
+        pos = 0
         for k, (h, w) in enumerate(scales):                                 # coarse to fine
             guide_logits = cfg[k] != 1 and guide_after is None
             guide_features = (guide_after, cfg[k]) if cfg[k] != 1 and guide_after is not None else None
@@ -576,7 +581,8 @@ class Infinity(nn.Module):
             block_condition = condition.modulation[i], condition.text_k[i], condition.text_v[i]
             x = block(x, block_condition, rope, condition.text_mask, kv_cache=kv_cache[i], pos=pos)
             if guide_features is not None and i == guide_features[0] % len(self.blocks):
-                cfg, (cond_x, uncond_x) = guide_features[1], x.chunk(2)
+                cfg = guide_features[1]
+                cond_x, uncond_x = x.chunk(2)
                 x = (cfg * cond_x + (1 - cfg) * uncond_x).repeat(2, 1, 1)
         return self.logits(x[:rows], condition.head[:, :rows])              # each half with its own modulation
 
@@ -599,7 +605,8 @@ class Infinity(nn.Module):
 
     def check_pair(self, tokenizer):
         """Raises ValueError unless the tokenizer is of the kind that this model was trained with."""
-        d, wanted = tokenizer.config.z_channels, self.config.bits // (4 if self.config.patchify else 1)
+        d = tokenizer.config.z_channels
+        wanted = self.config.bits // (4 if self.config.patchify else 1)
         if tokenizer.config.vocab_size or d != wanted:
             kind = "codes" if tokenizer.config.vocab_size else f"{d} bits"
             raise ValueError(f"the tokenizer has tokens of {kind}, but this model needs {wanted} bits")
@@ -712,7 +719,8 @@ def export(model, buffers=True):
     state = {k: v.float().contiguous() for k, v in model.state_dict().items()}
     encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
     state = {k: v for k, v in state.items() if k not in encoder_state}
-    c, official = model.config, {}
+    c = model.config
+    official = {}
     for k, v in vq.rename_keys(state, RENAMES, inverse=True).items():
         if (m := re.match(r"blocks\.(\d+)\.(.*)", k)) and c.chunks > 1:
             chunk, i = divmod(int(m[1]), max(c.depth // c.chunks, 1))

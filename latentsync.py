@@ -70,14 +70,14 @@ SAMPLE_RATE = 16000
 class Config:
     """Sizes of a video UNet. Files determine all but heads, resolution, frames, velocity and motion_levels."""
 
-    widths: tuple = (320, 640, 1280, 1280)      # of the levels, fine to coarse; each but the last halves the map
-    layers: int = 2                             # per level on the way down; one more on the way up
-    heads: int = 8                              # of every attention, whatever its width
-    audio_width: int = 384                      # of Whisper's layers
+    widths: tuple = (320, 640, 1280, 1280)      # channels per level. All levels but the last halve the map
+    layers: int = 2                             # per level on the way down, one more on the way up
+    heads: int = 8                              # heads of every attention, at every width
+    audio_width: int = 384                      # width of Whisper's layers
     motion: str = "all"                         # levels with motion modules: "all", those on the way "up", or "none"
     motion_heads: int = 8
     motion_length: int = 24                     # frames that the table of positions has
-    resolution: int = 256                       # of the aligned faces, in pixels
+    resolution: int = 256                       # side of the aligned faces, in pixels
     frames: int = 16                            # F, painted together
     velocity: bool = False                      # predict velocity instead of noise; no released model does
     in_channels: int = 13
@@ -206,9 +206,12 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(32, C, eps=1e-6)
         self.proj_in = nn.Conv2d(C, C, 1)
-        self.norm1, self.attn1 = nn.LayerNorm(C), SelfAttention(C, heads)
-        self.norm2, self.attn2 = nn.LayerNorm(C), CrossAttention(C, heads, c_audio)
-        self.norm3, self.ff = nn.LayerNorm(C), GEGLU(C)
+        self.norm1 = nn.LayerNorm(C)
+        self.attn1 = SelfAttention(C, heads)
+        self.norm2 = nn.LayerNorm(C)
+        self.attn2 = CrossAttention(C, heads, c_audio)
+        self.norm3 = nn.LayerNorm(C)
+        self.ff = GEGLU(C)
         self.proj_out = nn.Conv2d(C, C, 1)
 
     def forward(self, x, audio=None):
@@ -261,7 +264,8 @@ class MotionModule(nn.Module):
         self.proj_in = nn.Linear(C, C)
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(2))
         self.attention = nn.ModuleList(TemporalAttention(C, heads, length) for _ in range(2))
-        self.ff_norm, self.ff = nn.LayerNorm(C), GEGLU(C)
+        self.ff_norm = nn.LayerNorm(C)
+        self.ff = GEGLU(C)
         self.proj_out = nn.Linear(C, C)
 
     def forward(self, x, B):
@@ -290,7 +294,8 @@ class Level(nn.Module):
 
     def __init__(self, config, c_ins, C, attends, moves):
         super().__init__()
-        c, n = config, len(c_ins)
+        c = config
+        n = len(c_ins)
         self.resnets = nn.ModuleList(ResBlock(c_in, C, 4 * c.widths[0]) for c_in in c_ins)
         self.attentions = nn.ModuleList(SpatialTransformer(C, c.heads, c.audio_width) for _ in range(n * attends))
         self.motion_modules = nn.ModuleList(MotionModule(C, c.motion_heads, c.motion_length) for _ in range(n * moves))
@@ -308,7 +313,8 @@ class Middle(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, c_time = config.widths[-1], 4 * config.widths[0]
+        C = config.widths[-1]
+        c_time = 4 * config.widths[0]
         self.resnets = nn.ModuleList(ResBlock(C, C, c_time) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(C, config.heads, config.audio_width)])
 
@@ -341,8 +347,9 @@ class UNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.checkpointing = False                                          # of activations, see vq.recompute
-        widths, last = c.widths, len(c.widths) - 1
+        self.checkpointing = False                                          # recompute activations, see vq.recompute
+        widths = c.widths
+        last = len(c.widths) - 1
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
         self.down_blocks = nn.ModuleList()
@@ -553,7 +560,7 @@ def trepa(videomae, generated, target):
     features of two clips (B, 3, F, H, W) in [-1, 1], normalised to length 1.
 
     videomae: see lib/videomae.py. The encoder sees the frames together, so a clip that jitters or flickers is far
-    from one that does not, though each frame may be fine. The loss is at most 4 / width, hence its large weight.
+    from one that does not, though each frame may be fine. The loss is at most 4 / width, so its weight is large.
     """
     with torch.no_grad():
         target_features = F.normalize(videomae.features(target).float(), dim=1)
@@ -583,10 +590,15 @@ class Supervision:
             videomae.checkpointing = checkpointing
         for network in filter(None, (autoencoder, syncnet, videomae, lpips)):
             network.requires_grad_(False).eval()
-        self.autoencoder, self.syncnet, self.videomae, self.lpips = autoencoder, syncnet, videomae, lpips
+        self.autoencoder = autoencoder
+        self.syncnet = syncnet
+        self.videomae = videomae
+        self.lpips = lpips
         weights = ("sync", syncnet, sync_weight), ("lpips", lpips, lpips_weight), ("trepa", videomae, trepa_weight)
         self.weights = {name: weight for name, network, weight in weights if network is not None}
-        self.frames, self.checkpointing, self.decode_batch = frames, checkpointing, decode_batch
+        self.frames = frames
+        self.checkpointing = checkpointing
+        self.decode_batch = decode_batch
 
     def decode(self, z):
         """Latents (B, 4, F, h, w) -> frames (B, F, 3, H, W) in about [-1, 1], through which gradients flow."""
@@ -622,7 +634,7 @@ class Supervision:
 
     def _sync(self, decoded, mel, has_audio):
         """-log of the probability that the lips of the decoded frames say this audio (section 3.3)."""
-        height, width = self.syncnet.config.picture                         # of the lower half of a square face
+        height, width = self.syncnet.config.picture                         # size of the lower half of a square face
         frames = decoded.flatten(0, 1)
         if frames.shape[3] != width:
             frames = F.interpolate(frames, (width, width), mode="bicubic", align_corners=False)
@@ -638,7 +650,7 @@ class Supervision:
 
 MEL_WINDOW = 400                                                            # samples, 25 ms
 MEL_HOP = 160                                                               # samples: 100 columns a second
-ROWS_PER_SECOND = 50                                                        # of features: a convolution has stride 2
+ROWS_PER_SECOND = 50                                # rows of Whisper features: one per two columns
 
 
 def log_mel(sound, bands=80):
@@ -655,7 +667,8 @@ def log_mel(sound, bands=80):
     sound = F.pad(sound, (0, max(0, margin + 1 - len(sound))))              # long enough to be reflected
     sound = F.pad(sound[None, None], (margin, margin), mode="reflect")[0, 0]
     filters = torch.from_numpy(vq.slaney_mels(bands, 0.0, 8000.0, MEL_WINDOW, SAMPLE_RATE)).float()
-    hann, mel = torch.hann_window(MEL_WINDOW), torch.empty(bands, columns)
+    hann = torch.hann_window(MEL_WINDOW)
+    mel = torch.empty(bands, columns)
     for start in range(0, columns, 3000):
         count = min(3000, columns - start)
         block = sound[start * MEL_HOP:(start + count - 1) * MEL_HOP + MEL_WINDOW].unfold(0, MEL_WINDOW, MEL_HOP)
@@ -684,8 +697,10 @@ class WhisperBlock(nn.Module):
 
     def __init__(self, C, heads):
         super().__init__()
-        self.attn_ln, self.attn = nn.LayerNorm(C), WhisperAttention(C, heads)
-        self.mlp_ln, self.mlp = nn.LayerNorm(C), nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+        self.attn_ln = nn.LayerNorm(C)
+        self.attn = WhisperAttention(C, heads)
+        self.mlp_ln = nn.LayerNorm(C)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
     def forward(self, x):
         x = x + self.attn(self.attn_ln(x))
@@ -723,7 +738,8 @@ class Whisper(nn.Module):
         The last piece is filled up with zeros in the mel spectrogram, as in the original. (Whisper itself would add
         silence, which is about -1.5 there.)
         """
-        mel, size = log_mel(sound, self.config.mels), 2 * self.config.positions
+        mel = log_mel(sound, self.config.mels)
+        size = 2 * self.config.positions
         for part in mel.split(size, 1):
             part = part.to(self.conv1.weight.device)
             yield self(F.pad(part, (0, size - part.shape[1]))[None])[0, :part.shape[1] // 2]
@@ -763,12 +779,14 @@ def windows(whisper, sound, fps=FPS):
     if not rows:
         raise ValueError("the sound is shorter than a fiftieth of a second")
     pieces = whisper.pieces(sound)
-    kept, first = next(pieces), 0                       # features of the rows from number `first` on
+    kept = next(pieces)                                                     # features of rows first, first + 1 ...
+    first = 0
     for frame in range(count_frames(rows, fps)):
         index = window_rows(frame, rows, fps)
         while first + len(kept) <= index[-1]:
             kept = torch.cat([kept, next(pieces)])
-        kept, first = kept[index[0] - first:], index[0]
+        kept = kept[index[0] - first:]
+        first = index[0]
         yield kept[index - first].flatten(0, 1)
 
 
@@ -922,7 +940,7 @@ def paste_back(picture, face, matrix, canvas):
     Only the part of the frame around the face is computed, and changed.
     """
     corners = torch.tensor([(x, y, 1.0) for x in (0, canvas[1] - 1) for y in (0, canvas[0] - 1)])
-    corners = corners @ inverse(matrix).T                                   # of the canvas, in the frame
+    corners = corners @ inverse(matrix).T                                   # corners of the canvas, in the frame
     low, high = corners.amin(0), corners.amax(0)
     margin = (high - low).max() / 10 + 4                                    # more than the erosion and the blur reach
     (x0, y0), (x1, y1) = (low - margin).floor().int().tolist(), (high + margin).ceil().int().tolist()
@@ -1004,7 +1022,8 @@ def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options
     With overlap 0 and a face in every frame, random numbers are drawn as in the original: the noise, then for each
     clip the latents of the masked faces and those of the faces. Raises ValueError for an overlap out of range.
     """
-    c, device = unet.config, unet.conv_in.weight.device
+    c = unet.config
+    device = unet.conv_in.weight.device
     if not 0 <= overlap < c.frames:
         raise ValueError(f"overlap {overlap}: expected 0 .. {c.frames - 1}")
     canvas = Aligner(c.resolution).canvas

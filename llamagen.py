@@ -63,18 +63,18 @@ class Config:
     depth: int = 12
     width: int = 768                            # C
     heads: int = 12                             # H
-    kv_heads: int = 0                           # heads of k and v, each shared by H / kv_heads heads of q; 0: H heads
+    kv_heads: int = 0                           # heads of k and v, each shared by H / kv_heads heads of q. 0: H heads
     hidden: int = 2048                          # width inside the feed-forward
     side: int = 16                              # G
     vocab_size: int = 16384                     # V
-    num_classes: int = 1000                     # class `num_classes` is the null class; 0: text instead of classes
-    text_width: int = 0                         # Ct; 0: classes instead of text
+    num_classes: int = 1000                     # class `num_classes` is the null class. 0: text instead of classes
+    text_width: int = 0                         # Ct. 0: classes instead of text
     text_slots: int = 120
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     cond_drop: float = 0.1                      # share of conditions replaced by the null one in training
     dropout: float = 0.1                        # in training, of the embeddings and of both branches
-    drop_path: float = 0.0                      # rate of the last block; if it is not 0, branches have no dropout
+    drop_path: float = 0.0                      # rate of the last block. If it is not 0, branches have no dropout
 
     @property
     def slots(self):
@@ -125,7 +125,8 @@ def rope_table(config, device=None):
 
     The token at row r, column c has the angles r * f_j, then c * f_j; D / 4 frequencies fall from 1 to about 1 / base.
     """
-    D, G = config.width // config.heads, config.side
+    D = config.width // config.heads
+    G = config.side
     frequency = config.rope_base ** (-torch.arange(0, D // 2, 2, device=device, dtype=torch.float32) / (D // 2))
     index = torch.arange(G, device=device, dtype=torch.float32)
     grid = torch.cartesian_prod(index, index)                               # (N, 2): row and column, in raster order
@@ -151,8 +152,10 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.heads, self.kv_heads = config.width, config.heads, config.kv_heads or config.heads
-        self.qkv = Linear(C, (self.heads + 2 * self.kv_heads) * (C // self.heads))      # rows: q, k, v; head-major
+        C = config.width
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads or config.heads
+        self.qkv = Linear(C, (self.heads + 2 * self.kv_heads) * (C // self.heads))      # rows: q, k, v, each head-major
         self.proj = Linear(C, C)
 
     def forward(self, x, rope, mask=None, kv_cache=None, pos=None):
@@ -202,7 +205,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.norm1 = nn.RMSNorm(config.width, config.norm_eps)
         self.norm2 = nn.RMSNorm(config.width, config.norm_eps)
-        self.drop_path, self.dropout = drop_path, 0.0 if config.drop_path else config.dropout
+        self.drop_path = drop_path
+        self.dropout = 0.0 if config.drop_path else config.dropout
 
     def forward(self, x, branch, rope, mask=None, kv_cache=None, pos=None, generator=None):
         """Residual stream x and branch, both (B, l, C) -> the same. The branch is None for the first block."""
@@ -243,7 +247,7 @@ class Step(NamedTuple):
 
     i: int
     tokens: torch.Tensor        # (B,)
-    logits: torch.Tensor        # (R, V) before guidance and filters; rows with the condition come first
+    logits: torch.Tensor        # (R, V) before guidance and filters. Rows with the condition come first
 
 
 class LlamaGen(nn.Module):
@@ -254,7 +258,9 @@ class LlamaGen(nn.Module):
 
     def __init__(self, config, text_encoder=None):
         super().__init__()
-        self.config, self.text_encoder, self.checkpointing = config, text_encoder, False
+        self.config = config
+        self.text_encoder = text_encoder
+        self.checkpointing = False
         C = config.width
         if config.text_width:
             self.text_fc1 = nn.Linear(config.text_width, C, bias=False)
@@ -370,7 +376,8 @@ class LlamaGen(nn.Module):
 
     def check_pair(self, tokenizer):
         """Raises ValueError if the tokenizer cannot be the one of this model."""
-        t, V = tokenizer.config, self.config.vocab_size
+        t = tokenizer.config
+        V = self.config.vocab_size
         if not t.single_scale or t.vocab_size != V:
             kind = f"{t.vocab_size} codes" if t.single_scale else "tokens of several scales"
             raise ValueError(f"has {kind}, but the model draws maps of {V} codes")
@@ -396,8 +403,11 @@ class LlamaGen(nn.Module):
         on_step:      called with a Step after every token
         """
         self.check_condition(cond, text_mask)
-        config, device = self.config, self.token_embed.weight.device
-        B, T, N = len(cond), config.slots, config.side ** 2
+        config = self.config
+        device = self.token_embed.weight.device
+        B = len(cond)
+        T = config.slots
+        N = config.side ** 2
         cond = cond.to(device)
         text_mask = None if text_mask is None or bool(text_mask.all()) else text_mask.to(device)
         cfg = torch.as_tensor(cfg, dtype=torch.float32).clamp(min=1).expand(B)
@@ -421,7 +431,8 @@ class LlamaGen(nn.Module):
                 on_step(Step(i, tokens[-1], logits))
             if i + 1 < N:
                 if guided and -1 < cfg_interval < i:                        # B rows are enough from here on
-                    guided, kv_cache = False, kv_cache[:, :, :B]
+                    guided = False
+                    kv_cache = kv_cache[:, :, :B]
                     visible = None if visible is None else visible[:B]
                 pos = T + i                                                 # position of the token just drawn
                 logits = self.decode_one(tokens[-1], pos, rope[:, pos:pos + 1], kv_cache, visible)
@@ -436,7 +447,8 @@ class LlamaGen(nn.Module):
 
     def prefill(self, cond, text_mask, rope, kv_cache):
         """Conditions (R,) or (R, T, Ct) -> logits (R, V) of token 0. Adds the T slots to the cache."""
-        x, branch = self.embed_condition(cond), None                        # (R, T, C)
+        x = self.embed_condition(cond)                                      # (R, T, C)
+        branch = None
         mask = self.attention_mask(text_mask, x.shape[1])
         for block, block_cache in zip(self.blocks, kv_cache):
             x, branch = block(x, branch, rope, mask, block_cache)
@@ -448,7 +460,8 @@ class LlamaGen(nn.Module):
         pos: an int, or an int tensor of one element on the device, with which one CUDA graph (lib/graphs.py) serves all
         positions. rope: (2, 1, D / 2) of that position. visible: (R, L) bool, False for padding.
         """
-        x, branch = self.token_embed(tokens)[:, None], None                 # (B, 1, C)
+        x = self.token_embed(tokens)[:, None]                               # (B, 1, C)
+        branch = None
         x = x.repeat(kv_cache.shape[2] // len(tokens), 1, 1)                # both halves have drawn the same tokens
         for block, block_cache in zip(self.blocks, kv_cache):
             x, branch = block(x, branch, rope, visible, block_cache, pos)

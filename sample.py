@@ -193,7 +193,7 @@ def sample_infinity(args):
     pixels = args.pixels or metadata.get("pixels")
     if pixels is None and args.aspect not in (None, 1.0):
         raise UserError(f"--aspect {args.aspect}: {name} draws squares of one size only")
-    scales = tuple(vq.as_pairs(tokenizer.config.patch_nums))                # of a tokenizer that knows no other sizes
+    scales = tuple(vq.as_pairs(tokenizer.config.patch_nums))                # the tokenizer's own
     if pixels:
         scales = vq.schedule(args.aspect or 1.0, pixels)
     options = INFINITY_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "tau", "top_k", "top_p")

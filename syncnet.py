@@ -40,7 +40,7 @@ shifts, n samples. Pictures come at 25 a second, sound at 16 kHz. Released weigh
 parameters, repository ByteDance/LatentSync-1.6), syncnet_v2.model (13.6 M).
 
     model, original = syncnet.load("stable_syncnet.pt"), syncnet.load("syncnet_v2.model")
-    mel = syncnet.mel_window(audio, frame, model.config.columns)            # of the clip that begins with that frame
+    mel = syncnet.mel_window(audio, frame, model.config.columns)    # sound of the clip that begins with that frame
     similarity = model(model.prepare(frames), mel[None, None])              # (1,) in [0, 1]
     offset, confidence, distance, curve, clips = syncnet.score(original, faces, audio)
 """
@@ -119,7 +119,7 @@ CONFIGS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sound, as the networks receive it. Computed in float64, as by the authors; no gradient flows through it.
+# Sound, as the networks receive it. It is computed in float64, as the authors do, and without gradient.
 
 
 def windows(audio, size, hop, first, count, before=0):
@@ -129,7 +129,8 @@ def windows(audio, size, hop, first, count, before=0):
     The sound is pre-emphasised, y[n] = x[n] - 0.97 x[n - 1], because the high frequencies of speech have little energy
     but carry much of its meaning. Beyond both ends the windows contain zeros. Only the samples they cover are read.
     """
-    start, length = first * hop - before, (count - 1) * hop + size
+    start = first * hop - before
+    length = (count - 1) * hop + size
     low, high = max(start, 0), min(start + length, len(audio))
     piece = np.zeros(length)
     if high > low:
@@ -184,7 +185,7 @@ def mfcc(audio, first=0, columns=None):
     available = 1 + max(0, math.ceil((len(audio) - MFCC_WINDOW) / MFCC_HOP))
     columns = available - first if columns is None else columns
     power = np.abs(np.fft.rfft(windows(audio, MFCC_WINDOW, MFCC_HOP, first, columns), 512)) ** 2 / 512
-    edges = np.linspace(0, 2595 * math.log10(1 + 8000 / 700), 28)           # mel; up to half the sample rate
+    edges = np.linspace(0, 2595 * math.log10(1 + 8000 / 700), 28)           # in mel, up to half the sample rate
     edges = np.floor(513 * 700 * (10 ** (edges / 2595) - 1) / SAMPLE_RATE)
     f = np.arange(257)
     left, peak, right = (edges[i:26 + i, None] for i in range(3))
@@ -288,7 +289,8 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding)
         self.norm = nn.BatchNorm2d(c_out)
-        self.residual, self.slope = residual, slope
+        self.residual = residual
+        self.slope = slope
 
     def forward(self, x):
         y = self.norm(self.conv(x))
@@ -396,7 +398,7 @@ class StableSyncNet(nn.Module):
                 rows = torch.cat([10 * cosine, 10 * cosine.transpose(1, 2)]).flatten(0, 1)
                 loss = F.cross_entropy(rows, torch.arange(K, device=rows.device).repeat(2 * B))
             else:
-                weight = torch.where(match > 0, 0.5 * K, 0.5 * K / (K - 1))         # of a pair; 1 on average
+                weight = torch.where(match > 0, 0.5 * K, 0.5 * K / (K - 1))         # weight of a pair, 1 on average
                 loss = F.binary_cross_entropy(cosine, match, weight)
         right = ((cosine > 0.5) == (match > 0.5)).float()
         return loss, {"accuracy": ((right * match).sum() / K + (right * (1 - match)).sum() / (K * K - K)) / (2 * B)}
@@ -419,7 +421,8 @@ class StableSyncNet(nn.Module):
     def embed_sound(self, audio, first, count):
         """Embeddings (at most count, D) of the sound (n,) of the clips from `first` on; fewer where the sound ends."""
         like = next(self.parameters())
-        columns, available = self.config.columns, 1 + len(audio) // MEL_HOP
+        columns = self.config.columns
+        available = 1 + len(audio) // MEL_HOP
         starts = [mel_start(i) for i in range(first, first + count)]
         starts = [start for start in starts if start + columns <= available]
         if not starts:
@@ -504,7 +507,8 @@ class OriginalSyncNet(nn.Module):
         count = min(count, len(audio) // SAMPLES_PER_FRAME - 5 - first)
         if count <= 0:
             return like.new_zeros(0, 1024)
-        start, end = SAMPLES_PER_FRAME * first, SAMPLES_PER_FRAME * (first + count) + self.CLIP_SAMPLES
+        start = SAMPLES_PER_FRAME * first
+        end = SAMPLES_PER_FRAME * (first + count) + self.CLIP_SAMPLES
         low = max(0, start - MFCC_HOP)                  # pre-emphasis of the first sample needs the one before it
         samples = np.round(np.asarray(audio[low:end], np.float64) * 32768).clip(-32768, 32767)
         columns = mfcc(samples, (start - low) // MFCC_HOP, 4 * count + 16)          # 4 columns a frame, windows of 20
@@ -604,7 +608,7 @@ def combine(scores):
 RENAMES = [     # fragment of an official key, of ours
     ("conv_shortcut", "nin_shortcut"), ("downsample_conv", "downsample"), ("attn.to_out.0", "proj"),
     ("attn.to_q", "q"), ("attn.to_k", "k"), ("attn.to_v", "v"), ("ff.net.0.proj", "ff_in"), ("ff.net.2", "ff_out"),
-    ("conv_block.0", "conv"), ("conv_block.1", "norm"),                     # of the plain network
+    ("conv_block.0", "conv"), ("conv_block.1", "norm"),                     # keys of the plain network
 ]
 QKV = ("qkv", ("q", "k", "v"))
 ORIGINAL_RENAMES = [("netcnnaud", "audio_convs"), ("netcnnlip", "lip_convs"), ("netfcaud", "audio_head"),
@@ -654,7 +658,8 @@ def _planned_widths(levels):
 
 def _levels_of(state, encoder):
     """[(width, attention, whether the map becomes smaller)] of the levels of an encoder in a file."""
-    levels, n = [], 0
+    levels = []
+    n = 0
     while (block := f"{encoder}_encoder.down_blocks.{n}.") + "norm1.weight" in state:
         if block + "conv1.weight" in state:
             levels.append((len(state[block + "conv1.weight"]), False, block + "downsample_conv.weight" in state))

@@ -384,7 +384,7 @@ def refuse_other_settings(path, then, now):
 
 
 def is_due(step, last_step, every):
-    """Whether something that happens every so many steps happens now; at the last step everything does."""
+    """Whether something that happens every N steps happens now. At the last step everything happens."""
     return step == last_step or (every > 0 and step % every == 0)
 
 

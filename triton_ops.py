@@ -385,7 +385,8 @@ def _adaln_fwd(x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, 
                LAYER: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row of C numbers. It keeps them in registers from the first load to the last store."""
     row = tl.program_id(0).to(tl.int64)                                     # int64: offsets may pass 2^31
-    b, col = row // L, tl.arange(0, BLOCK)
+    b = row // L
+    col = tl.arange(0, BLOCK)
     ok = col < C
     v = tl.load(x + row * C + col, mask=ok, other=0).to(tl.float32)
     if residual is not None:
@@ -434,7 +435,8 @@ def _adaln_bwd(dy, dh, x, h, scale, gate, weight, mean, rstd, dx, d_residual, pa
     for i in range(ROWS):
         row = b * L + chunk * ROWS + i
         inside = chunk * ROWS + i < L
-        at, inner = row * C + col, col < tl.where(inside, C, 0)
+        at = row * C + col
+        inner = col < tl.where(inside, C, 0)
         g = tl.load(dy + at, mask=inner, other=0).to(tl.float32)
         u = tl.load(h + at, mask=inner, other=0).to(tl.float32)
         r = tl.load(rstd + row, mask=inside, other=0)
@@ -704,7 +706,8 @@ def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group,
 def _decode_merge(sums, tops, totals, out, D, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """One program per head of q. It rescales the parts to their common largest score and adds them up."""
     row = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, PARTS), tl.arange(0, BLOCK)
+    s = tl.arange(0, PARTS)
+    d = tl.arange(0, BLOCK)
     top = tl.load(tops + row * parts + s, mask=s < parts, other=float("-inf"))
     weight = tl.exp(top - tl.max(top, 0))
     total = tl.sum(weight * tl.load(totals + row * parts + s, mask=s < parts, other=0), 0)
@@ -806,7 +809,8 @@ def _gn_tile(C, S, tiles, LAST: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr
     the addresses of its sums in (N * C, tiles).
     """
     pid = tl.program_id(0).to(tl.int64)
-    tile, n = pid % tiles, pid // tiles // tl.cdiv(C, BC)
+    tile = pid % tiles
+    n = pid // tiles // tl.cdiv(C, BC)
     c = pid // tiles % tl.cdiv(C, BC) * BC + tl.arange(0, BC)
     s = tile * BS + tl.arange(0, BS)
     at = n * C * S + (c[:, None] + s[None, :] * C if LAST else c[:, None] * S + s[None, :])
@@ -818,7 +822,8 @@ def _gn_silu(u, weight, bias, c, ok, SILU: tl.constexpr):
     """silu(z), silu'(z) and weight, where z = u * weight + bias. Without SiLU: z, 1 and weight. u: (channels, S)."""
     w = tl.load(weight + c, mask=ok, other=0).to(tl.float32)[:, None]
     z = u * w + tl.load(bias + c, mask=ok, other=0).to(tl.float32)[:, None]
-    y, slope = z, tl.full((1, 1), 1, tl.float32)
+    y = z
+    slope = tl.full((1, 1), 1, tl.float32)
     if SILU:
         sigma = 1 / (1 + tl.exp(-z))
         y, slope = z * sigma, sigma * (1 + z * (1 - sigma))

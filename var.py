@@ -54,7 +54,7 @@ class Config:
     """Sizes of a VAR. `infer_config` reads them from a released file, except norm_eps and class_drop."""
 
     depth: int = 16
-    width: int = 1024                           # C; released models: 64 * depth
+    width: int = 1024                           # C, 64 * depth in released models
     heads: int = 16                             # released models: depth, so D = 64
     patch_nums: tuple = vq.PATCH_NUMS[256]      # side of the token map at every scale
     num_classes: int = 1000                     # class `num_classes` is the null class of guidance
@@ -65,7 +65,7 @@ class Config:
     shared_adaln: bool = False                  # one AdaLN map for all blocks, plus a table in each (depth 36)
     attn_l2_norm: bool = True                   # q and k of length 1: all files except the very first uploads
     class_drop: float = 0.1                     # share of labels replaced by the null class in training
-    drop_path: float = 0.1 * 16 / 24            # rate of the last block; grows linearly from 0 at the first
+    drop_path: float = 0.1 * 16 / 24            # rate of the last block, grows linearly from 0 at the first
 
 
 def _released(depth, side=256):
@@ -98,8 +98,9 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.width, config.heads
-        self.heads, self.l2_norm = H, config.attn_l2_norm
-        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v; head-major inside each
+        self.heads = H
+        self.l2_norm = config.attn_l2_norm
+        self.qkv = nn.Linear(C, 3 * C, bias=False)                          # rows: q, k, v, each head-major
         self.q_bias = nn.Parameter(torch.zeros(C))
         self.v_bias = nn.Parameter(torch.zeros(C))
         self.proj = nn.Linear(C, C)
@@ -164,7 +165,7 @@ class Block(nn.Module):
         #     x = x + gate2 * ffn(modulate(norm(x), scale2, shift2))
         # Here the second adaln_modulate does the first sum as well, in the same pass over memory.
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        dtype = self.ffn.fc1.weight.dtype                                   # for matrix products; x may be wider
+        dtype = self.ffn.fc1.weight.dtype                                   # x may have more bits
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self.attn(h, mask, kv_cache, pos)
         if branch_scale is not None:
@@ -191,9 +192,9 @@ class Step(NamedTuple):
     """What `VAR.sample` passes to on_step after scale k. A captured model overwrites the logits in its next picture."""
 
     k: int
-    logits: torch.Tensor        # (R, l, V) before guidance and filters; rows with the class come first
+    logits: torch.Tensor        # (R, l, V) before guidance and filters. Rows with the class come first
     guidance: float             # t: tokens are drawn from (1 + t) * conditional - t * unconditional logits
-    tokens: torch.Tensor        # (B, l) as drawn; editing and more_smooth put other codes into f_hat
+    tokens: torch.Tensor        # (B, l) as drawn. Editing and more_smooth put other codes into f_hat
     f_hat: torch.Tensor         # (B, Cv, p, p) the picture so far, at the size of the last scale
 
 
@@ -204,8 +205,10 @@ class VAR(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False
-        C, patch_nums = config.width, config.patch_nums
+        self.config = config
+        self.checkpointing = False
+        C = config.width
+        patch_nums = config.patch_nums
         lengths = [p * p for p in patch_nums]
         level = torch.cat([torch.full((n,), k) for k, n in enumerate(lengths)])
         self.register_buffer("level", level, persistent=False)                      # (L,) scale of every position
@@ -318,8 +321,12 @@ class VAR(nn.Module):
         if (given_tokens is None) != (keep_mask is None):
             raise ValueError("editing takes both: the tokens of the picture as given_tokens=, the mask as keep_mask=")
         labels = self.check_labels(labels, generator)
-        config, device, quantizer = self.config, self.pos_embed.device, tokenizer.quantize
-        B, K, side = len(labels), len(config.patch_nums), config.patch_nums[-1]
+        config = self.config
+        device = self.pos_embed.device
+        quantizer = tokenizer.quantize
+        B = len(labels)
+        K = len(config.patch_nums)
+        side = config.patch_nums[-1]
         guided = cfg != 0 and bool((labels != config.num_classes).any())    # else both halves would be equal
         labels = labels.to(device)
         if guided:
@@ -337,7 +344,8 @@ class VAR(nn.Module):
             # Guidance grows with the scale. A likely reason: coarse scales fix the layout, and strong guidance there
             # would make all pictures of a class alike, while fine scales only add the details.
             t = cfg * k / max(K - 1, 1) if guided else 0.0
-            cond_logits, uncond_logits = logits[:B], logits[B:] if t else None
+            cond_logits = logits[:B]
+            uncond_logits = logits[B:] if t else None
             noise = exponential_noise((B, p * p, config.vocab_size), generator, device)
             if not more_smooth:
                 tokens = sample_logits(cond_logits, uncond_logits, cfg=1 + t, top_k=top_k, top_p=top_p, noise=noise)
@@ -384,7 +392,8 @@ class VAR(nn.Module):
 
     def check_labels(self, labels, generator=None):
         """Labels (B,), checked; for an int B, B random classes, which are the first use of the generator."""
-        device, n = self.pos_embed.device, self.config.num_classes
+        device = self.pos_embed.device
+        n = self.config.num_classes
         if isinstance(labels, int):
             uniform = torch.full((1, n), 1.0 / n, device=device)
             if isinstance(generator, (list, tuple)):

@@ -126,20 +126,20 @@ class Config:
     """Sizes of a tokenizer. Released files determine all but patch_nums, phi_ratio, beta, entropy and znorm."""
 
     ch: int = 160                               # width of the highest resolution
-    ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch; all levels but the last halve the size
-    num_res_blocks: int = 2                     # per encoder level; decoder levels have one more
+    ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch. All levels but the last halve the size
+    num_res_blocks: int = 2                     # per encoder level. Decoder levels have one more
     attn_lowest: bool = True                    # attention after each block of the lowest resolution
     attn_mid: bool = True                       # attention in the middle
     z_channels: int = 32                        # channels of f, width of the codebook
-    vocab_size: int = 4096                      # V; 0 means that a token is one bit per channel, without a codebook
+    vocab_size: int = 4096                      # V. 0 means that a token is one bit per channel, without a codebook
     patch_nums: tuple = PATCH_NUMS[256]         # schedule that methods use when they are given no other
     phi_count: int = 4                          # convolutions phi shared by the scales: 1 for all, 0 one per scale
     phi_ratio: float = 0.5                      # phi(x) = (1 - ratio) x + ratio conv(x)
-    quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer; 0: none
+    quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer. 0: none
     beta: float = 0.25                          # weight of the commitment loss
     entropy: float = 0.1                        # weight of the entropy loss, of bits or of a single-scale codebook
     znorm: bool = False                         # look codes up by cosine instead of distance
-    single_scale: bool = False                  # one token map instead of a sequence; its codes have length 1
+    single_scale: bool = False                  # one token map instead of a sequence. Its codes have length 1
     hidden_channels: int = 0                    # encoder output and decoder input, if not z_channels (0: the same)
 
     @property
@@ -454,7 +454,7 @@ class CodebookQuantizer(ResidualQuantizer):
     def __init__(self, config):
         super().__init__(config)
         self.codebook = nn.Parameter(torch.zeros(config.vocab_size, config.z_channels))
-        # training passes since each code was last used; the usage in percent comes from the buffers of official files
+        # How many training passes ago each code was last used. Official files do not have this buffer.
         self.register_buffer("steps_unused", torch.zeros(config.vocab_size, dtype=torch.int64))
 
     def nearest(self, z):
@@ -788,7 +788,8 @@ class VQVAE(nn.Module):
         Close to decode, not equal: GroupNorm sees a tile's statistics instead of the picture's. Raises ValueError for
         tiles that are not larger than the overlap.
         """
-        (B, _, H, W), s = f_hat.shape, self.config.stride
+        B, _, H, W = f_hat.shape
+        s = self.config.stride
         if tile <= overlap:
             raise ValueError(f"tiles of {tile} cells do not overlap by {overlap}")
 
@@ -931,7 +932,7 @@ def init_default(module, generator=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading a tokenizer
 
-# Infinity's files wrap each convolution and each norm in a module of its own; some older files do not.
+# Infinity's files wrap each convolution and each norm in a module. Some older files do not.
 UNWRAP = [(f"{name}.conv", name) for name in ("conv_in", "conv_out", "conv1", "conv2", "nin_shortcut",
                                               "downsample.conv", "upsample.conv")]
 UNWRAP += [(f"{name}.norm", name) for name in ("norm1", "norm2", "norm_out")]
@@ -957,7 +958,7 @@ def renames(config):
 
 QKV = ("qkv", ("q", "k", "v"))                                  # LlamaGen keeps three convolutions where we have one
 BOOKKEEPING = {"quantize.hit_updates", "quantize.steps_unused"}             # ours alone, not in official files
-STATISTICS = {"quantize.hits", "quantize.recent"}                           # of training; files may lack them
+STATISTICS = {"quantize.hits", "quantize.recent"}       # statistics of training, which files may lack
 
 
 def infer_config(state, path, patch_nums=None):
@@ -1099,7 +1100,7 @@ def export(model):
     if model.config.single_scale:
         state = split_rows(state, *QKV)
     state = rename_keys(state, renames(model.config), inverse=True)
-    if not model.config.vocab_size:                                         # 2^(d - 1) ... 1; the first of 64 overflows
+    if not model.config.vocab_size:       # 2^(d - 1) ... 1. For d = 64 the first one overflows
         mask = torch.ones(model.config.z_channels, dtype=torch.int64) << torch.arange(model.config.z_channels).flip(0)
         state |= {"quantizer.lfq.mask": mask, "quantize.lfq.mask": mask.clone()}
     return state
@@ -1128,7 +1129,8 @@ def recompute(wanted, function, *inputs, generator=None, **options):
         return function(*inputs, **options)
     if generator is None:
         return checkpoint(function, *inputs, use_reentrant=False, **options)
-    before, passes = generator.get_state(), itertools.count()
+    before = generator.get_state()
+    passes = itertools.count()
 
     def replay(*inputs):
         if next(passes) == 0:

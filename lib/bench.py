@@ -94,7 +94,7 @@ class Call:
     func: Callable
     arguments: tuple                            # (args, kwargs) with Layouts in place of tensors
     stage: str
-    flops: int                                  # of one call
+    flops: int                                  # floating point operations of one call
     bytes: int
     count: int = 0
 
@@ -324,7 +324,7 @@ def print_bench(b, tokens=0):
     print(f"{speed}first run {warmup:.2f} s/picture; the share is the time of the bare\n"
           "matrix products, convolutions and attention calls / the time of the run; a large copy\nreads and writes "
           f"{b['copy_bytes_per_second'] / 1e9:.1f} GB/s")
-    print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, of which weights {b['weight_bytes'] / 1e9:.2f} GB")
+    print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, weights alone {b['weight_bytes'] / 1e9:.2f} GB")
     for name, v in b["variants"].items():
         if name == "plain":
             continue

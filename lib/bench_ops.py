@@ -96,7 +96,7 @@ def time_op(name, shape, device, dtype, backward):
                         raise ArithmeticError(f"differs from torch by {difference:.0e}")
                 del out
                 seconds[version] = op_seconds(run, device, graph=not backward)
-        except Exception as e:                                              # of any kind: the other versions go on
+        except Exception as e:                                              # the other versions go on
             seconds[version] = f"{type(e).__name__}: {e}".splitlines()[0]
     return seconds, difference
 
@@ -151,6 +151,7 @@ def ops_table():
     yield "|---|---|---|---|"
     for name, spec in REGISTRY.items():
         for label, shape in list(spec.shapes.items())[1:]:
-            size, sizes = spec.bytes(2, *shape), " x ".join(str(n) for n in shape if isinstance(n, int))
+            size = spec.bytes(2, *shape)
+            sizes = " x ".join(str(n) for n in shape if isinstance(n, int))
             floor = max(size / 3.35e12, spec.flops(*shape) / 67e12)
             yield f"| `{name}` | {label}: {sizes} | {size / 1e6:.1f} | {floor * 1e6:.1f} |"

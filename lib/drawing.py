@@ -96,7 +96,7 @@ class Prompts:
 
     texts: list                                 # one per prompt
     features: dict                              # {text: (T, Ct)}, on the CPU
-    geneval: list                               # lines of a .jsonl, whose folders GenEval wants; None: no .jsonl
+    geneval: list                               # lines of a .jsonl, to be written into GenEval's folders, or None
 
     def path(self, folder, i, n):
         """File of picture i, if there are n of every prompt."""

@@ -155,7 +155,8 @@ class FaceMaps:
         self.align = latentsync.Aligner(resolution)
         self.points = None
         if args.aligned:
-            (h, w), (H, W) = self.align.canvas, (video.height, video.width)
+            h, w = self.align.canvas
+            H, W = (video.height, video.width)
             self.whole = torch.tensor([[(w - 1) / max(W - 1, 1), 0, 0], [0, (h - 1) / max(H - 1, 1), 0]])
             return
         landmarks = args.landmarks or (DEMO / "talking_scene.npz" if args.video is None else None)

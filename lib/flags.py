@@ -31,7 +31,7 @@ def bench_flags(add, example):
 def generator_flags(add, example):
     """Flags of the three generators. Defaults of the settings come from the checkpoint, or are those in the help."""
     output_flags(add)
-    add("--seed", type=int, default=0, help="picture i is drawn with seed + i, whatever its batch (default 0)")
+    add("--seed", type=int, default=0, help="picture i is drawn with seed + i, in any batch (default 0)")
     add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
         help="the tokenizer; default: the one beside --ckpt, else the released one")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
@@ -61,7 +61,7 @@ def var_flags(add):
     class_flags(add)
     add("-n", type=int, help="number of pictures (default: one per class given, else 16)")
     add("--cfg", type=float, help="guidance at the last scale, 0: none; default 4")
-    add("--top-k", type=int, help="keep so many tokens, 0: all; default 900")
+    add("--top-k", type=int, help="keep the N likeliest tokens, 0: all; default 900")
     add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0: all; default 0.95")
     add("--smooth", action="store_true", help="mixtures of codes: smoother pictures, lower scores")
     add("--image", metavar="FILE", help="the picture to edit")
@@ -104,7 +104,7 @@ def llamagen_flags(add):
         "text 7.5")
     add("--cfg-interval", type=int, help="guide only the first N + 2 tokens, -1: all; default -1")
     add("--temperature", type=float, help="0: always the likeliest token; default 1")
-    add("--top-k", type=int, help="keep so many tokens, 0: all; default 2000, for text 1000")
+    add("--top-k", type=int, help="keep the N likeliest tokens, 0: all; default 2000, for text 1000")
     add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0, 1: all; default 1")
     add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not contain it")
     add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")

@@ -26,7 +26,9 @@ class CapturedCall:
     """
 
     def __init__(self, function, static=()):
-        self.function, self.static, self.graphs = function, static, {}
+        self.function = function
+        self.static = static
+        self.graphs = {}
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
@@ -80,7 +82,8 @@ def captured(model, call=CapturedCall):
         for name in ("decode", "decode_resized", "decode_tiled"):
             setattr(twin, name, call(getattr(model, name)))
         return twin
-    caches, addresses = {}, set()
+    caches = {}
+    addresses = set()
 
     def new_kv_cache(*size):
         if size not in caches:

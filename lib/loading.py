@@ -22,7 +22,7 @@ INFINITY_PIXELS = {"infinity_125M": "0.06M", "infinity_2b": "1M", "infinity_8b":
 class Loaded:
     """A model with its tokenizer, on the device."""
 
-    name: str                                   # of the checkpoint, for the metadata of pictures
+    name: str                                   # name of the checkpoint, for the metadata of pictures
     model: torch.nn.Module
     tokenizer: torch.nn.Module
     metadata: dict = field(default_factory=dict)    # what train.py wrote into the header, see read_metadata

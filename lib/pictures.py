@@ -166,7 +166,7 @@ OVERSAMPLE = 2                                  # charts are drawn larger and av
 
 
 def ticks(low, high, most=6):
-    """At most so many round numbers between two numbers."""
+    """Round numbers between two numbers, at most `most` of them."""
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= most)
     first = math.ceil(low / step - 1e-9)

@@ -29,12 +29,12 @@ class T5Config:
     """Sizes of a T5 encoder (version 1.1, gated GELU). Files contain all of them except max_distance and eps."""
 
     vocab_size: int = 32128
-    width: int = 2048                           # Ct; these are Flan-T5-XL's sizes
+    width: int = 2048                           # Ct. All defaults are Flan-T5-XL's sizes
     layers: int = 24
     heads: int = 32
     head_dim: int = 64                          # heads * head_dim need not be the width
     hidden: int = 5120
-    buckets: int = 32                           # of relative positions
+    buckets: int = 32                           # for relative positions
     max_distance: int = 128                     # all larger distances share the last bucket
     eps: float = 1e-6
 
@@ -73,7 +73,7 @@ class T5Block(nn.Module):
         self.wo = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x, bias):
-        dtype = self.wo.weight.dtype                                        # of the products. x itself is float32: it
+        dtype = self.wo.weight.dtype                                        # for matrix products. x itself is float32: it
         x = x + self.attn(self.norm1(x).to(dtype), bias)                    # grows beyond what float16 can hold
         h = self.norm2(x).to(dtype)
         return x + self.wo(F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h))
@@ -92,9 +92,10 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.tokenize = config, byte_ids
+        self.config = config
+        self.tokenize = byte_ids
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.relative_bias = nn.Embedding(config.buckets, config.heads)     # in files of the first layer; used by all
+        self.relative_bias = nn.Embedding(config.buckets, config.heads)     # stored with the first layer, used by all
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
 
@@ -105,7 +106,8 @@ class T5Encoder(nn.Module):
         grow logarithmically up to max_distance.
         """
         half = self.config.buckets // 2
-        exact, n = half // 2, distance.abs()
+        exact = half // 2
+        n = distance.abs()
         far = (n.clamp(min=1).float() / exact).log() / math.log(self.config.max_distance / exact) * (half - exact)
         far = (exact + far.long()).clamp(max=half - 1)
         return torch.where(distance > 0, half, 0) + torch.where(n < exact, n, far)
@@ -203,7 +205,8 @@ def infer_t5_config(state):
     """The T5Config of a state dict under our keys."""
     vocab_size, width = state["embed.weight"].shape
     buckets, heads = state["relative_bias.weight"].shape
-    inner, hidden = len(state["blocks.0.attn.q.weight"]), len(state["blocks.0.wi_0.weight"])
+    inner = len(state["blocks.0.attn.q.weight"])
+    hidden = len(state["blocks.0.wi_0.weight"])
     layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     return T5Config(vocab_size, width, layers, heads, inner // heads, hidden, buckets)
 

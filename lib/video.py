@@ -267,7 +267,7 @@ class VideoWriter:
         self.stream.height = self.height
         self.stream.width = self.width
         self.stream.pix_fmt = "yuv420p"
-        codec = self.stream.codec_context                                   # 1 is BT.709; players would guess otherwise
+        codec = self.stream.codec_context                                   # 1 is BT.709. Without it players guess
         codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
         if self.sound is not None:
             self.track = self.container.add_stream("aac", rate=self.rate, layout="mono")

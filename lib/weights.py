@@ -172,7 +172,7 @@ def check_fingerprint(tokenizer, vae, metadata, ckpt):
 
 
 def content_hash(path, limit=None):
-    """A hash of a file's content. With a limit, large files count by size and by so many bytes at both ends."""
+    """A hash of a file's content. With a limit, large files count by size and by `limit` bytes at both ends."""
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as f:
