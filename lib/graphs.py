@@ -129,8 +129,11 @@ def captured_unet(unet, call=CapturedCall):
 def with_compiled_blocks(model):
     """A copy of a model that shares its weights and whose blocks go through torch.compile.
 
-    The blocks are alike, so one is compiled, and again when it meets shapes of another kind.
+    The blocks are alike, so one is compiled, and again for other shapes and other optional arguments. LlamaGen with a
+    guidance interval and a last batch that is smaller needs 14 variants, more than PyTorch allows by default.
     """
+    from torch._dynamo import config                                        # takes seconds to import
+    config.recompile_limit = max(config.recompile_limit, 64)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
     twin.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)

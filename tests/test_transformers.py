@@ -325,7 +325,7 @@ def test_compiled_blocks_draw_the_plain_pictures(name, monkeypatch):
     torch._dynamo.reset()
     model, tokenizer = kind.make(), kind.tokenizer()
     compiled = with_compiled_blocks(model)
-    for condition in (kind.condition, kind.others[0]):
+    for condition in (kind.condition, kind.others[0], kind.alone(0)):
         pictures = [draw(kind, m, tokenizer, condition, cfg=2.0) for m in (compiled, model)]
         torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
     assert model.blocks[0] is compiled.blocks[0]._orig_mod
