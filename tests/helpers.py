@@ -1,5 +1,6 @@
 """What several test modules use: tiny random models that sample in milliseconds, and the scripts' command lines."""
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -255,3 +256,13 @@ def write_video(path, frames, sound=None):
         for frame in frames.permute(0, 2, 3, 1).numpy():
             video.write(frame)
     return path
+
+
+def shards(folder, state, count=2):
+    """Write a state dict as a folder with an index, as Hugging Face stores large models -> the folder."""
+    folder.mkdir()
+    names = {k: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, k in enumerate(state)}
+    for name in set(names.values()):
+        save_file({k: v for k, v in state.items() if names[k] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder

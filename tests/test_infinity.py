@@ -1,16 +1,13 @@
 """Infinity: what this model alone promises, beyond the contract of test_transformers.py; bits, T5, and loading."""
-import json
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 import infinity
 import vq
-from helpers import SCALES, T5_CONFIG, generators, randn, steps_of, tiny_bits, tiny_infinity
-from lib.text import T5Encoder, byte_ids, load_infinity, load_t5, load_tokenizer
+from helpers import SCALES, generators, randn, shards, steps_of, tiny_bits, tiny_infinity
+from lib.text import load_infinity
 from triton_ops import filter_logits
 
 
@@ -127,19 +124,6 @@ def test_bits_are_what_multinomial_draws(top_k, top_p):
     assert torch.equal(infinity.draw_bits(logits, noise, top_k, top_p), expected)
 
 
-def test_two_class_entropies_are_those_of_the_full_softmax():
-    """With all 2^d codes written out for d = 6: the closed form is no approximation."""
-    quantizer, z = tiny_bits().quantize, randn(2, 6, 3, 3)
-    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6) / math.sqrt(6)       # (64, d)
-    u = F.normalize(z, dim=1).flatten(2).transpose(1, 2)                    # (B, l, d)
-    p = (-100 * (u[..., None, :] - codes).square().sum(-1)).softmax(-1)     # (B, l, 64)
-    _, each, overall = quantizer.losses(z)
-    torch.testing.assert_close(each, torch.special.entr(p).sum(-1).mean(), atol=1e-4, rtol=1e-4)
-    bits = ((p[..., None] * (codes > 0)).sum(-2)).mean((0, 1))              # marginals of the mean distribution
-    entropy = (torch.special.entr(bits) + torch.special.entr(1 - bits)).sum()
-    torch.testing.assert_close(overall, entropy, atol=1e-4, rtol=0)
-
-
 def test_the_loss_of_the_first_scales_is_their_cross_entropy():
     model = tiny_infinity()
     inputs, labels = infinity.self_correct(tiny_bits().quantize, randn(2, 6, 4, 4), SCALES, 0.0)
@@ -198,16 +182,6 @@ def test_a_file_is_loaded_in_half_precision(tmp_path):
     torch.testing.assert_close(close, exact, atol=0.05, rtol=0.05)
 
 
-def shards(folder, state, count=2):
-    """A folder as Hugging Face has large models."""
-    folder.mkdir()
-    names = {k: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, k in enumerate(state)}
-    for name in set(names.values()):
-        save_file({k: v for k, v in state.items() if names[k] == name}, folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    return folder
-
-
 def test_shards_and_what_is_wrong_with_them(tmp_path):
     model = tiny_infinity(t5=None)
     folder = shards(tmp_path / "8b", infinity.export(model))
@@ -238,83 +212,3 @@ def test_shards_and_what_is_wrong_with_them(tmp_path):
         model.sample(tiny_bits(), texts(1, 40), scales=SCALES)
     with pytest.raises(ValueError, match="given_bits and keep_scales go together"):
         model.sample(tiny_bits(), texts(), scales=SCALES, keep_scales=2)
-
-
-def test_plain_and_wrapped_tokenizer_files_are_the_same(tmp_path):
-    tokenizer = tiny_bits()
-    state = vq.export(tokenizer)
-    assert "encoder.down.0.downsample.conv.conv.weight" in state and "decoder.norm_out.norm.bias" in state
-    torch.save({"vae": state, "ema": {}, "optimizer": {}}, tmp_path / "wrapped.pth")
-    torch.save(vq.rename_keys(state, vq.UNWRAP), tmp_path / "plain.pth")
-    for name in ("wrapped.pth", "plain.pth"):
-        again = vq.load(tmp_path / name, patch_nums=(1, 2, 4))
-        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tokenizer.state_dict().values()))
-
-
-def test_tiles_are_close_to_the_whole():
-    tokenizer, f_hat = tiny_bits(), randn(1, 6, 20, 28)
-    whole = tokenizer.decode(f_hat)
-    torch.testing.assert_close(tokenizer.decode_tiled(f_hat, 28), whole, atol=1e-5, rtol=0)
-    tiled = tokenizer.decode_tiled(f_hat, 16)
-    assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# T5
-
-
-def test_t5_does_not_see_padding():
-    t5 = T5Encoder(T5_CONFIG).eval()
-    t5.init_weights(torch.Generator().manual_seed(0))
-    (both, mask), (alone, none) = t5.encode(["a cat", "fox"]), t5.encode(["fox"])
-    assert none is None and mask.sum(1).tolist() == [6, 4]
-    torch.testing.assert_close(both[1:, :4], alone, atol=1e-5, rtol=0)
-    ids, _ = byte_ids(["é", ""], 512)
-    assert ids.tolist() == [[0xC3 + 3, 0xA9 + 3, 1], [1, 0, 0]]
-    assert byte_ids(["x" * 100], 8)[0].shape == (1, 8)
-
-
-def test_t5_is_that_of_transformers(tmp_path):
-    """A small random T5 saved by transformers, in shards; prompts longer than the exact relative positions."""
-    transformers = pytest.importorskip("transformers", reason="the reference of this test; not needed otherwise")
-    config = transformers.T5Config(vocab_size=300, d_model=64, d_kv=16, num_heads=3, num_layers=3, d_ff=96,
-                                   feed_forward_proj="gated-gelu", dropout_rate=0.0)
-    torch.manual_seed(0)
-    reference = transformers.T5EncoderModel(config).eval()
-    reference.save_pretrained(tmp_path / "t5", max_shard_size="200KB")
-    assert len(list((tmp_path / "t5").glob("*.safetensors"))) > 1
-    t5 = load_t5(tmp_path / "t5")
-    ids = torch.randint(3, 300, (2, 200), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(200) < torch.tensor([[200], [150]])
-    with torch.no_grad():
-        expected, found = reference(input_ids=ids, attention_mask=mask.long()).last_hidden_state, t5(ids, mask)
-    torch.testing.assert_close(found[mask], expected[mask], atol=1e-4, rtol=0)
-
-
-def test_t5_folders(tmp_path):
-    t5 = T5Encoder(T5_CONFIG)
-    t5.init_weights(torch.Generator().manual_seed(0))
-    state = vq.rename_keys({k: v.clone() for k, v in t5.state_dict().items()}, T5Encoder.RENAMES, inverse=True)
-    extra = {"encoder.embed_tokens.weight": state["shared.weight"].clone(), "lm_head.weight": torch.zeros(2, 2),
-             "decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
-    again = load_t5(shards(tmp_path / "t5", state | extra, 3))
-    assert again.config == T5_CONFIG and again.tokenize is byte_ids
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), t5.state_dict().values()))
-    state["shared.weight"] = torch.zeros(32128, 128)
-    with pytest.raises(vq.CheckpointError, match="has no tokenizer.json"):
-        load_t5(shards(tmp_path / "words", state))
-    with pytest.raises(vq.CheckpointError, match="not a T5 of version 1.1"):
-        load_t5(shards(tmp_path / "other", {"x": torch.zeros(1)}, 1))
-
-
-def test_tokenizer_json_is_read_by_its_package(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers", reason="an optional package, for Flan-T5's tokenizer.json")
-    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4}, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokenize = load_tokenizer(tmp_path / "tokenizer.json")
-    ids, mask = tokenize(["a cat", "a dog cat", ""], 512)
-    assert ids.tolist() == [[3, 4, 1, 0], [3, 2, 4, 1], [1, 0, 0, 0]] and mask.sum(1).tolist() == [3, 4, 1]
-    assert tokenize(["a cat a cat"], 3)[0].tolist() == [[3, 4, 1]]

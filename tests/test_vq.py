@@ -1,9 +1,13 @@
 """Tokenizers: invariants of the quantizers, training losses, loading and saving."""
+import math
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vq
-from helpers import ROOT, randn, tiny_tokenizer
+from helpers import ROOT, randn, tiny_bits, tiny_single, tiny_tokenizer
 from lib import losses
 from lib.data import EmojiSheet
 from lib.pictures import psnr, to_input
@@ -139,3 +143,112 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     assert kept[0] > 24 and kept[1] > kept[0] + 3 and kept[2] > kept[1]
     agree = [(a == b).float().mean() for a, b in zip(tokenizer.tokenize(first), tokenizer.tokenize(second))]
     assert agree[0] > 0.8 and min(agree) > 0.3                              # 1,024 codes: by chance 0.001
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LlamaGen's tokenizer and the discriminators
+
+
+def test_codes_are_unit_vectors_and_any_size_will_do():
+    tokenizer = tiny_single()
+    with torch.no_grad():
+        tokenizer.quantize.codebook *= 3                                    # lengths do not matter
+    image = randn(2, 3, 24, 40)
+    tokens, = tokenizer.tokenize(image)
+    assert tokens.shape == (2, 60)
+    f_hat = tokenizer.quantize.embed(tokens, (6, 10))
+    torch.testing.assert_close(f_hat.norm(dim=1), torch.ones(2, 6, 10))
+    z = F.normalize(tokenizer.encode(image), dim=1)
+    best = torch.einsum("bchw,vc->bvhw", z, F.normalize(tokenizer.quantize.codebook, dim=1)).argmax(1)
+    assert torch.equal(tokens, best.flatten(1))
+    torch.testing.assert_close(tokenizer.reconstruct(image), tokenizer.detokenize([tokens], [(6, 10)]))
+    square = randn(1, 3, 24, 24)                                            # a square needs no patch_nums
+    assert tokenizer.detokenize(tokenizer.tokenize(square)).shape == square.shape
+    with pytest.raises(ValueError, match="60 tokens are no map of 7x7: pass patch_nums"):
+        tokenizer.detokenize([tokens])
+
+
+def test_usage_counts_the_last_65536_indices():
+    quantizer = tiny_single().quantize.train()
+
+    def used(f):
+        return quantizer(f)[2].item()
+    assert used(quantizer.embed(torch.arange(8)[None], (2, 4))) == 100 * 8 / 32
+    assert used(quantizer.embed(torch.full((1, 8), 9), (2, 4))) == 100 * 9 / 32     # the history remembers
+    assert quantizer.recent[-8:].tolist() == [9] * 8
+    assert used(quantizer.embed(torch.full((1, 70000), 3), (250, 280))) == 100 / 32         # more than it holds
+    assert quantizer.steps_unused[[3, 0, 31]].tolist() == [0, 2, 3]
+
+
+def test_gradients_of_the_single_scale_quantizer():
+    quantizer, f = tiny_single().quantize, randn(2, 8, 4, 4).requires_grad_()
+    out, loss, _ = quantizer(f)
+    grad, = torch.autograd.grad(out.sum(), f, retain_graph=True)
+    expected, = torch.autograd.grad(F.normalize(f, dim=1).sum(), f)         # straight through to the unit vectors
+    torch.testing.assert_close(grad, expected)
+    codebook, = torch.autograd.grad(loss, quantizer.codebook)
+    used = torch.zeros(32, dtype=torch.bool)
+    used[quantizer.nearest(f).flatten()] = True
+    assert codebook[used].any() and not codebook[~used].any()
+    quantizer.config = replace(quantizer.config, entropy=0.1)
+    assert torch.autograd.grad(quantizer(f)[1], quantizer.codebook)[0][~used].any()     # entropy reaches all of them
+
+
+def test_discriminators_and_their_losses():
+    discriminator = losses.StyleDiscriminator(32)
+    discriminator.init_weights(torch.Generator().manual_seed(0))
+    assert discriminator(randn(2, 3, 32, 32)).shape == (2, 1)
+    keys = set(discriminator.state_dict())
+    assert {"blocks.0.weight", "blocks.2.conv_res.weight", "blocks.2.net.2.bias", "blocks.4.downsample.0.f",
+            "blocks.4.downsample.1.weight", "final_conv.0.weight", "final_linear.2.weight"} <= keys
+    torch.testing.assert_close(losses.Blur()(torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
+    with pytest.raises(ValueError, match="8, 16, ... 1024 pixels, not 48"):
+        losses.StyleDiscriminator(48)
+    real, fake = randn(4, 1).requires_grad_(), randn(4, 1, seed=1).requires_grad_()
+
+    def slopes(name):
+        return torch.autograd.grad(losses.GAN_LOSSES[name][0](real, fake), (real, fake))
+    for name in ("hinge", "vanilla", "non-saturating"):                     # up with the real, down with the fake
+        up, down = slopes(name)
+        assert (up <= 0).all() and (down >= 0).all() and up.any() and down.any()
+    torch.testing.assert_close(slopes("vanilla"), slopes("non-saturating"))
+    up, down = slopes("non-saturating-swapped")
+    assert not down.any() and up.unique().numel() == 1                      # the original's slip
+    for name in losses.GAN_LOSSES:
+        assert torch.autograd.grad(losses.GAN_LOSSES[name][1](fake), fake)[0].max() < 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Infinity's tokenizer
+
+
+def test_two_class_entropies_are_those_of_the_full_softmax():
+    """With all 2^d codes written out for d = 6: the closed form is no approximation."""
+    quantizer, z = tiny_bits().quantize, randn(2, 6, 3, 3)
+    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 6) / math.sqrt(6)       # (64, d)
+    u = F.normalize(z, dim=1).flatten(2).transpose(1, 2)                    # (B, l, d)
+    p = (-100 * (u[..., None, :] - codes).square().sum(-1)).softmax(-1)     # (B, l, 64)
+    _, each, overall = quantizer.losses(z)
+    torch.testing.assert_close(each, torch.special.entr(p).sum(-1).mean(), atol=1e-4, rtol=1e-4)
+    bits = ((p[..., None] * (codes > 0)).sum(-2)).mean((0, 1))              # marginals of the mean distribution
+    entropy = (torch.special.entr(bits) + torch.special.entr(1 - bits)).sum()
+    torch.testing.assert_close(overall, entropy, atol=1e-4, rtol=0)
+
+
+def test_plain_and_wrapped_tokenizer_files_are_the_same(tmp_path):
+    tokenizer = tiny_bits()
+    state = vq.export(tokenizer)
+    assert "encoder.down.0.downsample.conv.conv.weight" in state and "decoder.norm_out.norm.bias" in state
+    torch.save({"vae": state, "ema": {}, "optimizer": {}}, tmp_path / "wrapped.pth")
+    torch.save(vq.rename_keys(state, vq.UNWRAP), tmp_path / "plain.pth")
+    for name in ("wrapped.pth", "plain.pth"):
+        again = vq.load(tmp_path / name, patch_nums=(1, 2, 4))
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), tokenizer.state_dict().values()))
+
+
+def test_tiles_are_close_to_the_whole():
+    tokenizer, f_hat = tiny_bits(), randn(1, 6, 20, 28)
+    whole = tokenizer.decode(f_hat)
+    torch.testing.assert_close(tokenizer.decode_tiled(f_hat, 28), whole, atol=1e-5, rtol=0)
+    tiled = tokenizer.decode_tiled(f_hat, 16)
+    assert tiled.shape == whole.shape and 0 < (tiled - whole).abs().mean() < 0.2 * whole.std()
