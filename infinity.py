@@ -13,14 +13,14 @@ entries, too many for a softmax, so the head is one two-way classifier per bit (
                          |               |                    |                         |
     logits          1 x d x 2       4 x d x 2            16 x d x 2                4096 x d x 2
 
-    bits -> codes +-1/sqrt(d) -> grown bilinearly, added to f_hat, the picture so far; f_hat resized is the next input
+    bits -> codes +-1/sqrt(d) -> upsampled -> added to f_hat, the picture so far; f_hat resized is the next input
 
 How it differs from VAR (var.py), besides the bits:
 - *Bitwise self-correction*: training flips random bits of every scale and computes the targets of the finer scales
   against the flipped picture, so the model learns to repair its own mistakes. See `self_correct`.
 - The condition is text. It is pooled for AdaLN, and a cross-attention between attention and feed-forward reads it.
-- Pictures have any aspect ratio and several sizes: schedules come from `vq.schedule`. Positions are 2D RoPE on the grid
-  of the full resolution, so a place has the same angle at every scale and size, and no table is learned.
+- Pictures have one of 15 aspect ratios and several sizes, see `vq.schedule`. Positions are 2D RoPE on the grid of the
+  1M schedule, so a place has the same angle at every scale and size, and no table is learned.
 - Guidance and temperature may differ from scale to scale, and guidance may act on features instead of logits.
 - One AdaLN map is shared by all blocks, and each block adds a table of its own.
 With patchify a token holds the bits of 2 x 2 neighbours: 4 x 14 = 56 bits, from a map of twice the size (8B).
@@ -72,7 +72,7 @@ class Config:
 
     @property
     def hidden(self):
-        """Width inside the feed-forward: 4 C rounded to a multiple of 256. Python rounds halves to even numbers."""
+        """Width inside the feed-forward: 4 C rounded to the nearest multiple of 256."""
         return round(4 * self.width / 256) * 256
 
 
@@ -92,15 +92,16 @@ CONFIGS = {
 def rope_angles(scales, head_dim, device=None):
     """2D RoPE: (h, w) of every scale -> angles (L, D / 2), the first half of them for rows, the second for columns.
 
-    Positions are counted on the grid of the 1M schedule of that aspect ratio, no matter how large the picture is, and
-    rounded, halves to the even number. Frequencies fall from 1 to nearly 1 / 10000, as in text.
+    Positions are counted on the grid of the 1M schedule of that aspect ratio, no matter how large the picture is. They
+    are rounded, halves to the even number. Frequencies fall from 1 to nearly 1 / 10000, as in RoPE for text.
     """
-    H, W = vq.ASPECTS[vq.nearest_aspect(scales[-1][0] / scales[-1][1])][-1]
+    h_K, w_K = scales[-1]
+    full_h, full_w = vq.ASPECTS[vq.nearest_aspect(h_K / w_K)][-1]
 
     def positions(n, full):
         return (torch.arange(n, device=device, dtype=torch.float32) * (full / n)).round()
     frequency = 10000 ** (-torch.arange(0, head_dim // 2, 2, device=device, dtype=torch.float32) / (head_dim // 2))
-    grids = [torch.cartesian_prod(positions(h, H), positions(w, W)) for h, w in scales]     # (h * w, 2), row by row
+    grids = [torch.cartesian_prod(positions(h, full_h), positions(w, full_w)) for h, w in scales]   # (h * w, 2) each
     return (torch.cat(grids)[:, :, None] * frequency).flatten(1)
 
 
@@ -179,7 +180,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """A transformer block: attention, cross-attention to the text, feed-forward. The pooled text modulates and gates
-    the first and the last."""
+    attention and feed-forward."""
 
     def __init__(self, config):
         super().__init__()
@@ -197,8 +198,8 @@ class Block(nn.Module):
         return self.adaln_table + shared, *self.cross.keys_values(memory)
 
     def forward(self, x, condition, rope, text_mask, bounds=None, kv_cache=None, pos=0, branch_scale=None):
-        """Residual stream x (B, l, C) -> the same. condition: what the method above returns; branch_scale: see
-        `Infinity.branch_scale`; the rest as in the attentions."""
+        """Residual stream x (B, l, C) -> the same. condition: from the method `condition`. branch_scale: see
+        `Infinity.branch_scale`. rope, bounds, kv_cache and pos: see `Attention`. text_mask: see `CrossAttention`."""
         modulation, text_k, text_v = condition
         # In a textbook this reads
         #     x = x + gate1 * attn(modulate(norm(x), scale1, shift1))
@@ -209,11 +210,12 @@ class Block(nn.Module):
         if branch_scale is not None:
             gate1 = gate1 * branch_scale[0]
             gate2 = gate2 * branch_scale[1]
-        dtype = self.ffn.fc1.weight.dtype                                   # x may have more bits
+        dtype = self.ffn.fc1.weight.dtype                                   # x stays float32 if the weights are not
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self.attn(h, rope, bounds, kv_cache, pos)
         # adaln_modulate multiplies by 1 + scale, so the weight of cross_norm is given as weight - 1.
-        scale, shift = self.cross_norm.weight.float()[None, None] - 1, self.cross_norm.bias.float()[None, None]
+        scale = self.cross_norm.weight.float()[None, None] - 1
+        shift = self.cross_norm.bias.float()[None, None]
         h, x = adaln_modulate(h, scale, shift, self.eps, residual=x, gate=gate1, out_dtype=dtype)
         h = self.cross(h, text_k, text_v, text_mask)
         h, x = adaln_modulate(h, scale2, shift2, self.eps, residual=x, out_dtype=dtype)
@@ -245,7 +247,7 @@ class TextPool(nn.Module):
 
 
 def fold(x, size):
-    """Tokenizer tokens (B, 2h * 2w, d) -> transformer tokens (B, h * w, 4d), which hold 2 x 2 neighbours bit by bit."""
+    """Tokenizer tokens (B, 2h * 2w, d) -> transformer tokens (B, h * w, 4d): bit 0 of 2 x 2 neighbours, bit 1, ..."""
     return rearrange(x, "b (h dy w dx) d -> b (h w) (d dy dx)", h=size[0], dy=2, dx=2)
 
 
@@ -265,12 +267,12 @@ def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=Fa
 
     A model that has only seen correct prefixes does not know what to do after its first wrong bit. So some bits of
     every scale are flipped, as if drawn wrong. f_hat continues from the flipped bits, and the targets of the next
-    scales are computed from what is missing then. A flipped bit is never a target, its repair is.
+    scales are computed from what is missing then. So flipped bits are never targets, but the bits that repair them are.
 
     f:        (B, d, h_K, w_K) features of the pictures, from `tokenizer.encode`; with patchify of twice that size
-    strength: the chance of a flip is drawn for each scale from 0, 0.01, ... strength; 0: no flips
-    layers:   number of scales, coarse ones first, whose bits may be flipped; None: all
-    chances:  the chance at every scale, instead of drawing it
+    strength: largest chance of a flip. Each scale draws its chance from 0, 0.01, ... strength. 0: no flips
+    layers:   flip bits of the first `layers` scales only; None: of all
+    chances:  a list with the chance of every scale, instead of drawing them
     returns   inputs of scales 1 .. K - 1 (B, L - h_0 w_0, bits) float32, labels of all scales (B, L, bits) bool
     """
     sizes = tokenizer_scales(scales, patchify)
@@ -297,9 +299,10 @@ def self_correct(quantizer, f, scales, strength=0.3, *, layers=None, patchify=Fa
 def draw_bits(logits, noise, top_k=0, top_p=0.0):
     """Logits (B, l, bits, 2), Exp(1) noise (B, l * bits, 2) -> bits (B, l, bits) bool, by an exponential race.
 
-    `torch.multinomial(p, 1, generator=...)` runs the same race, so the draws are the same, but it makes the host wait.
-    The filters need no sort for two values. top_k = 1 drops the less likely value. 0 < top_p < 1 drops it if its
-    probability is at most 1 - top_p: with 0.97, a bit that the model is sure of to 97 % is no longer random.
+    The value with the larger p / noise wins, which happens with probability p. `torch.multinomial(p, 1, generator=...)`
+    runs the same race and draws the same bits, but it makes the CPU wait for the GPU.
+    Two values need no sort. top_k = 1 drops the less likely value. 0 < top_p < 1 drops it if its probability is at most
+    1 - top_p: with 0.97, a bit whose likelier value has a probability of 97 % or more is no longer random.
     """
     bit_logits = logits[..., 1] - logits[..., 0]
     one, zero = bit_logits.sigmoid(), (-bit_logits).sigmoid()
@@ -355,7 +358,7 @@ def per_scale(value, K, name):
 class Infinity(nn.Module):
     """The transformer. Methods take the tokenizer, and features of text, as arguments.
 
-    text_encoder: a module that is trained along and kept in the same file, as in the demo. It is not used here.
+    text_encoder: a module that is trained with the model and saved in the same file (demo). Only init_weights calls it.
     """
 
     NO_DECAY = ("null_text", "pos_start", "level_embed", "adaln_table", "log_scale", "text_pool.query")
@@ -425,8 +428,8 @@ class Infinity(nn.Module):
         inputs:    (B, L - 1, bits) what enters at scales 1, 2, ..., from `self_correct`. If only the inputs of the
                    first scales are given, only these scales are computed
         scales:    (h, w) of all scales, from `vq.schedule`
-        text_drop: share of prompts replaced by the null text; generator gives one uniform number per picture, and
-                   in training mode those of stochastic depth
+        text_drop: share of prompts replaced by the null text
+        generator: gives one uniform number per picture for text_drop, and in training mode those of stochastic depth
         returns    (B, L, bits, 2) float32; row i predicts token i of the same scale (not of the next position)
         """
         B, L = len(text), 1 + inputs.shape[1]
@@ -441,7 +444,8 @@ class Infinity(nn.Module):
         rope = self.rope(scales)[:, :L]
         for i, (block, condition) in enumerate(zip(self.blocks, self.block_conditions(cond, memory))):
             branch_scale = self.branch_scale(i, B, x.device, generator)
-            x = vq.recompute(self.checkpointing, block, x, condition, rope, text_mask, bounds, None, 0, branch_scale)
+            x = vq.recompute(self.checkpointing, block, x, condition, rope, text_mask, bounds=bounds,
+                             branch_scale=branch_scale)
         return self.logits(x, self.head_modulation(cond))
 
     def branch_scale(self, i, B, device, generator):
@@ -453,7 +457,7 @@ class Infinity(nn.Module):
         return (torch.rand(2, B, 1, 1, generator=generator, device=device) < keep).float() / keep
 
     def loss(self, text, text_mask, inputs, labels, scales, *, reweight=False, text_drop=None, generator=None):
-        """Cross entropy of every bit, mean over bits and tokens -> (loss, {bit_, token_ and scale_accuracy}).
+        """Mean cross entropy of all bits -> (loss, {bit_accuracy, token_accuracy, scale_accuracy}).
 
         labels:   (B, L, bits) bool, from `self_correct`; those of scales that have no inputs are ignored
         reweight: give tokens of coarse scales more weight, 1 / sqrt(h w), because there are fewer of them. The authors'
@@ -489,14 +493,14 @@ class Infinity(nn.Module):
         cfg:          guidance. Logits are cfg * cond + (1 - cfg) * uncond, so 1 means none (where VAR writes 0); a
                       number, or one per scale. The authors take 3 or 4, and 1 for close-ups of faces
         tau:          temperature, below 1 for cleaner pictures; a number, or one per scale
-        top_k, top_p: filters of both values of a bit, see `draw_bits`; top_k=1 takes the likelier one
+        top_k, top_p: filters over the two values of a bit, see `draw_bits`; top_k=1 always takes the likelier value
         negative:     a prompt to stay away from, instead of the null text: features (1 or B, T', Ct), mask or None
         guide_after:  apply guidance to the features after that block (-1: the last) instead of the logits
         generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, so that no picture depends on its batch; None: torch's global one
         given_bits, keep_scales: for variations of a picture. Its bits, `tokenizer.tokenize(image, tokenizer_scales(
-                      scales, patchify))`, replace those drawn at the first keep_scales scales: the layout and colors
-                      stay, the details change. The random numbers of these scales are drawn all the same
+                      scales, patchify))`, replace those drawn at the first keep_scales scales. Layout and colors stay,
+                      details change. Noise is drawn for these scales too, so later scales see the same noise as without
         tile:         decode in overlapping tiles of that many cells, see `vq.VQVAE.decode_tiled`; 0: at once
         on_step:      called with a Step after every scale
         Raises ValueError for settings that do not fit the model, the schedule or each other.
@@ -521,8 +525,8 @@ class Infinity(nn.Module):
         if guided:
             text, text_mask = self.with_unconditional(text, text_mask, negative)
         cond, memory, text_mask = self.read_text(text, None if text_mask is None else text_mask.to(device))
-        stacked = map(torch.stack, zip(*self.block_conditions(cond, memory)))
-        condition = Condition(*stacked, text_mask, self.head_modulation(cond))
+        modulation, text_k, text_v = map(torch.stack, zip(*self.block_conditions(cond, memory)))
+        condition = Condition(modulation, text_k, text_v, text_mask, self.head_modulation(cond))
         kv_cache = self.new_kv_cache(len(text), sum(h * w for h, w in scales))
         rope = self.rope(scales)                                            # (2, L, D / 2)
 
@@ -534,7 +538,8 @@ class Infinity(nn.Module):
             guide_logits = cfg[k] != 1 and guide_after is None
             guide_features = (guide_after, cfg[k]) if cfg[k] != 1 and guide_after is not None else None
             logits = self.forward_scale(x, k, pos, rope[:, pos:pos + h * w], kv_cache, condition,
-                                        rows=2 * B if guide_logits else B, guide_features=guide_features) / tau[k]
+                                        rows=2 * B if guide_logits else B, guide_features=guide_features)
+            logits = logits / tau[k]
             if guide_logits:
                 logits = cfg[k] * logits[:B] + (1 - cfg[k]) * logits[B:]    # (B, l, bits, 2)
 
@@ -573,8 +578,8 @@ class Infinity(nn.Module):
         """Input of scale k (R, l, C) -> logits (rows, l, bits, 2). Adds its keys and values to the cache, behind pos.
 
         rope: (2, l, D / 2) of these tokens. rows: R, or B for the conditional half only. guide_features: None, or
-        (index of a block, cfg) to guide the features behind that block. The host waits for nothing: lib/graphs.py can
-        capture it in a CUDA graph.
+        (index of a block, cfg) to guide the features behind that block. The CPU never waits for the GPU, so
+        lib/graphs.py can capture this method in a CUDA graph.
         """
         x = x + self.level_embed.weight[k]
         for i, block in enumerate(self.blocks):
@@ -584,11 +589,11 @@ class Infinity(nn.Module):
                 cfg = guide_features[1]
                 cond_x, uncond_x = x.chunk(2)
                 x = (cfg * cond_x + (1 - cfg) * uncond_x).repeat(2, 1, 1)
-        return self.logits(x[:rows], condition.head[:, :rows])              # each half with its own modulation
+        return self.logits(x[:rows], condition.head[:, :rows])              # rows = B drops the unconditional half
 
     def with_unconditional(self, text, text_mask, negative):
-        """Text (B, T, Ct) and mask of the prompts -> of all 2B rows. The second half is the null text, as long as the
-        prompts, or a negative prompt: (features, mask), for one picture or for all B."""
+        """Text (B, T, Ct) and mask of the prompts -> text and mask of all 2B rows. The second half is the negative
+        prompt, (features, mask) of one picture or of all B; without one, the null text, as long as the prompts."""
         B, T = text.shape[:2]
         if negative is None:
             null = self.null_rows(T).expand(B, -1, -1)
@@ -600,8 +605,9 @@ class Infinity(nn.Module):
             mask = torch.ones(features.shape[:2], dtype=torch.bool) if mask is None else mask
             features = F.pad(features.to(text), (0, 0, 0, missing))
             return features.expand(B, -1, -1), F.pad(mask.to(text.device), (0, missing)).expand(B, -1)
-        rows, masks = zip(padded(text, text_mask), padded(*negative))
-        return torch.cat(rows), torch.cat(masks)
+        text, text_mask = padded(text, text_mask)
+        null, null_mask = padded(*negative)
+        return torch.cat([text, null]), torch.cat([text_mask, null_mask])
 
     def check_pair(self, tokenizer):
         """Raises ValueError unless the tokenizer is of the kind that this model was trained with."""
@@ -615,7 +621,7 @@ class Infinity(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init_gamma=5e-6, generator=None):
-        """The authors' initialisation. init_gamma scales the gates of the blocks' own tables."""
+        """The authors' initialisation. init_gamma scales the gates in the table of each block."""
         c = self.config
         std = math.sqrt(1 / (3 * c.width))
         for name, p in self.named_parameters():
@@ -629,8 +635,8 @@ class Infinity(nn.Module):
                 p.fill_(math.log(4))
             elif name.endswith("adaln_table"):
                 p.normal_(0, c.width ** -0.5, generator=generator)
-                p[:, :, :2] *= init_gamma
-                p[:, :, 2:] *= 1e-3
+                p[:, :, :2] *= init_gamma                                   # gates
+                p[:, :, 2:] *= 1e-3                                         # scales and shifts
             elif name == "null_text":
                 nn.init.trunc_normal_(p, std=1.2 * c.text_width ** -0.5, generator=generator)
             else:
@@ -655,6 +661,7 @@ RENAMES = [     # fragment of an official key, fragment of our key
     ("sa.mat_qkv", "attn.qkv"), ("sa.scale_mul_1H11", "attn.log_scale"), ("sa", "attn"),
     ("ca.mat_q", "cross.q"), ("ca.mat_kv", "cross.kv"), ("ca", "cross"), ("ca_norm", "cross_norm"),
 ]
+# Official buffers that follow from the config (export leaves them out); zero_k_bias below is one more
 DERIVED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 NESTED = (("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))               # in training checkpoints
 

@@ -25,11 +25,12 @@ How it differs from the Llama of text:
   released weights were trained this way.
 - Padding is hidden from all other positions, in training and in sampling. A padded position still sees itself, because
   its softmax would have nothing to sum otherwise.
-- Classifier-free guidance uses a second row per picture, with the null class, or with the null text in every slot under
-  the padding of the prompt. Logits are u + cfg (c - u). `cfg_interval` ends guidance after cfg_interval + 2 tokens.
-Everything else is Llama: RMSNorm before each branch, SwiGLU, no biases, an output matrix of its own. Generation is one
-prefill of the slots and N - 1 steps of one token each, whose keys and values are appended to a cache. Such a step reads
-every weight once, so for one or two pictures at a time the speed of memory is the limit.
+- Classifier-free guidance uses a second row per picture, with the null class or the null text. A null text fills all
+  slots and takes over the padding mask of its prompt. Logits are u + cfg (c - u), where c has the condition and u the
+  null one. `cfg_interval` ends guidance after cfg_interval + 2 tokens.
+Everything else is Llama: RMSNorm before each branch, SwiGLU, no biases, untied embedding and output. Generation is one
+prefill of the slots and N - 1 steps of one token each. Every step appends keys and values to a cache and reads every
+weight once, so for one or two pictures at a time memory bandwidth is the limit.
 
 Letters: B batch, R rows (2B with guidance, else B), T condition slots, N tokens of a picture, L = T + N, l tokens of
 one call, C width, H heads, D head dim, V codebook size, G side of the token map, Ct text width. Paper: Autoregressive
@@ -82,7 +83,8 @@ class Config:
         return self.text_slots if self.text_width else 1
 
 
-_B = Config()                                   # hidden is 8/3 of the width, rounded up to a multiple of 256
+# hidden is 8/3 of the width, rounded up to a multiple of 256: three matrices then cost as much as two of 4 C
+_B = Config()
 _L = Config(depth=24, width=1024, heads=16, hidden=2816)
 _XL = Config(depth=36, width=1280, heads=20, hidden=3584)
 CONFIGS = {
@@ -92,7 +94,7 @@ CONFIGS = {
     "c2i_L_384": replace(_L, side=24),
     "c2i_XL_384": replace(_XL, side=24),
     "c2i_XXL_384": Config(depth=48, width=1536, heads=24, hidden=4096, side=24),
-    "c2i_3B_384": Config(depth=24, width=3200, heads=32, hidden=8704, side=24),     # heads of 100
+    "c2i_3B_384": Config(depth=24, width=3200, heads=32, hidden=8704, side=24),     # D = 100, the others have 64
     "t2i_XL_stage1_256": replace(_XL, num_classes=0, text_width=2048),
     "t2i_XL_stage2_512": replace(_XL, num_classes=0, text_width=2048, side=32),
     "emoji_llamagen": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=98),
@@ -142,7 +144,8 @@ class Linear(nn.Linear):
         super().__init__(c_in, c_out, bias=False)
 
     def forward(self, x):                                                   # (B, l, c_in) -> (B, l, c_out)
-        if x.is_cpu and 1 < x.shape[0] * x.shape[1] <= 16 and not torch.is_grad_enabled():
+        rows = x.shape[0] * x.shape[1]
+        if x.is_cpu and 1 < rows <= 16 and not torch.is_grad_enabled():
             return (self.weight @ x.flatten(0, 1).T).T.contiguous().unflatten(0, x.shape[:2])
         return F.linear(x, self.weight)
 
@@ -163,8 +166,8 @@ class Attention(nn.Module):
 
         pos None: x is a whole sequence. mask (B, 1, l, l) bool: True where a row may look at a column; None: causal.
         The keys and values are written to the start of kv_cache (2, B, Hkv, L, D), if there is one.
-        pos an int, or an int tensor of one element on the device: x is the single token of that position, l = 1. It is
-        added to the cache and sees all of it up to itself. mask (B, L) bool: False hides a row of the cache.
+        pos an int, or an int tensor of one element on the device: x is the token of that position, l = 1. Its key and
+        value are written to the cache, and it sees the cache up to itself. mask (B, L) bool: False hides a cache row.
         """
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))           # (B, l, H + 2 Hkv, D)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
@@ -223,8 +226,8 @@ class Block(nn.Module):
 
 
 def add_and_norm(x, branch, norm):
-    """Residual stream x, branch or None (B, l, C) -> norm(x + branch), x + branch. The norm is computed in float32 and
-    rounded to the dtype of its weight before it is multiplied by it: in half precision the order matters."""
+    """Residual stream x, branch or None (B, l, C) -> norm(x + branch), x + branch. The normalised values are float32,
+    rounded to the dtype of the weight, then multiplied by the weight, as in the original."""
     if branch is None:
         return adaln_modulate(x, None, None, norm.eps, kind="rms", weight=norm.weight), x
     return adaln_modulate(branch, None, None, norm.eps, kind="rms", weight=norm.weight, residual=x)
@@ -243,7 +246,8 @@ def dropout(x, share, generator, per_picture=False):
 
 
 class Step(NamedTuple):
-    """What `LlamaGen.generate` passes to on_step after token i. A captured model overwrites the logits at its next."""
+    """What `LlamaGen.generate` passes to on_step after token i. Clone logits to keep them: a model replayed as a CUDA
+    graph overwrites them at the next token."""
 
     i: int
     tokens: torch.Tensor        # (B,)
@@ -253,7 +257,7 @@ class Step(NamedTuple):
 class LlamaGen(nn.Module):
     """The transformer. Methods take the tokenizer, and features of text, as arguments.
 
-    text_encoder: a module that is trained along and kept in the same file, as in the demo. It is not used here.
+    text_encoder: a module that is trained with the model and saved in the same file (demo). Only init_weights calls it.
     """
 
     def __init__(self, config, text_encoder=None):
@@ -297,8 +301,9 @@ class LlamaGen(nn.Module):
             return None
         position = torch.arange(length, device=text_mask.device)
         visible = F.pad(text_mask, (0, length - text_mask.shape[1]), value=True)[:, None]       # (B, 1, length) keys
-        causal, itself = position[:, None] >= position, position[:, None] == position
-        return (causal & visible | itself)[:, None]
+        causal = position[:, None] >= position
+        itself = position[:, None] == position
+        return ((causal & visible) | itself)[:, None]
 
     def logits(self, x, branch):
         """Residual stream and last branch (B, l, C) -> (B, l, V) float32."""
@@ -307,7 +312,7 @@ class LlamaGen(nn.Module):
     # training
 
     def stream(self, cond, tokens, text_mask=None, cond_drop=0.0, generator=None):
-        """Arguments of forward -> residual stream and last branch (B, T + n, C), of the slots as well."""
+        """Takes forward's arguments. Returns residual stream and last branch (B, T + n, C), including the slots."""
         self.check_condition(cond, text_mask)
         if cond_drop:
             dropped = torch.rand(len(cond), generator=generator, device=cond.device) < cond_drop
@@ -355,7 +360,7 @@ class LlamaGen(nn.Module):
     def bits_per_token(self, cond, tokens, text_mask=None):
         """-log2 p of each token (B, N) of a given picture, given the tokens before it: (B, N) float32.
 
-        Its mean is log2(V) for a model that knows nothing, and smallest for the likeliest class or text. Raises
+        The mean is log2(V) for a model that knows nothing. It is smallest for the class or text that fits best. Raises
         ValueError for tokens of another codebook.
         """
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
@@ -392,12 +397,12 @@ class LlamaGen(nn.Module):
         cond:         (B,) int64 classes, or text features (B, T, Ct); text_mask: (B, T) bool, see `left_pad`
         cfg:          guidance. Logits are u + cfg (c - u), so 1 or less means none (where VAR writes 0). A number, or
                       a tensor (B,) with one for each picture
-        cfg_interval: end guidance after that decode step, not counting the prefill, so that cfg_interval + 2 tokens are
-                      guided; -1: all are. Later tokens mostly continue what the earlier ones began, and without
+        cfg_interval: number of the last guided decode step, from 0. The prefill draws token 0, so cfg_interval + 2
+                      tokens are guided. -1: all. Later tokens mostly continue what earlier ones began, and without
                       guidance they take half the work
         temperature:  0 takes the likeliest token
-        top_k, top_p: keep the k likeliest tokens, then the likeliest with a total probability of p. top_k=0 keeps all,
-                      and so do top_p=0 (VAR's default) and top_p=1 (the default here)
+        top_k, top_p: keep the k likeliest tokens, then the fewest likeliest ones whose probabilities sum to at least p.
+                      top_k=0, top_p=0 (VAR's default) and top_p=1 (the default here) turn the filter off
         generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, so that no picture depends on its batch; None: torch's global one
         on_step:      called with a Step after every token
@@ -430,7 +435,7 @@ class LlamaGen(nn.Module):
             if on_step is not None:
                 on_step(Step(i, tokens[-1], logits))
             if i + 1 < N:
-                if guided and -1 < cfg_interval < i:                        # B rows are enough from here on
+                if guided and 0 <= cfg_interval < i:                        # B rows are enough from here on
                     guided = False
                     kv_cache = kv_cache[:, :, :B]
                     visible = None if visible is None else visible[:B]
@@ -473,8 +478,8 @@ class LlamaGen(nn.Module):
 
         tokenizer:       the VQVAE, on the same device
         cond, text_mask, options: as in `generate`
-        progress_frames: return a list of that many pictures instead, of the picture in progress, grey where no token is
-                         drawn yet
+        progress_frames: return a list of that many frames instead, which show the pictures grow. Cells without a token
+                         are grey
         size:            side of the pictures in pixels, if they are to be resized as for the authors' evaluation
         """
         self.check_pair(tokenizer)
@@ -541,16 +546,16 @@ RENAMES = [     # fragment of an official key, fragment of our key
     ("layers.{}.ffn_norm", "blocks.{}.norm2"), ("layers.{}.feed_forward.w2", "blocks.{}.ffn.fc2"),
     ("layers.{}.feed_forward", "blocks.{}.ffn"), ("output", "head"),
 ]
-GATED = ("fc1", ("w1", "w3"))                                               # our fc1 is their w1 and w3 in one matrix
+GATED = ("fc1", ("w1", "w3"))                                               # our fc1 holds their w1 and w3
 NESTED = (("model",), ("module",), ("state_dict",))                         # DDP, DeepSpeed; FSDP's files are flat
 
 
 def infer_config(state, path, side=None, heads=None):
     """The Config of an official state dict, read from its keys and shapes. Raises vq.CheckpointError.
 
-    Side and number of heads are in no tensor. The side is that of the released file of the same name, or that of all
-    released models with this depth and width if they agree; otherwise it must be given. The heads are those of released
-    models with this depth and width; in models of other sizes they are taken to be 64 wide.
+    The side comes from the position table, if the file has one. Else it is that of the released file of the same name,
+    or of all released models with this depth and width, if they agree. Else it must be given. The number of heads is
+    that of released models with this depth and width. For other sizes D = 64 is assumed.
     """
     vocab_size, width = state["tok_embeddings.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
@@ -558,19 +563,20 @@ def infer_config(state, path, side=None, heads=None):
     slots, text_width = state["cls_embedding.uncond_embedding"].shape if is_text else (120, 0)
     same_size = [c for c in CONFIGS.values() if (c.depth, c.width, bool(c.text_width)) == (depth, width, is_text)]
     if side is None:
-        named = [c for c in same_size if CONFIGS.get(Path(path).stem) == c]
-        sides = {c.side for c in named or same_size}
-        if "freqs_cis" in state:                                            # a position table that was left in the file
+        named = CONFIGS.get(Path(path).stem)
+        sides = {named.side} if named in same_size else {c.side for c in same_size}
+        if "freqs_cis" in state:                                            # the RoPE table, one row per position
             sides = {math.isqrt(len(state["freqs_cis"]) - (slots if is_text else 1))}
         if len(sides) != 1:
             raise vq.CheckpointError(f"{path}: the size of its pictures is in no tensor: pass side=, tokens per side "
                                      f"({', '.join(str(s) for s in sorted(sides)) or 'pixels / 16'}), or --size, in "
                                      "pixels")
         side = sides.pop()
-    heads = heads or (same_size[0].heads if same_size else width // 64)     # heads are 64 wide in all but 3B
+    heads = heads or (same_size[0].heads if same_size else width // 64)     # 64 wide in all released models but 3B
     if not heads or width % (4 * heads):
         raise vq.CheckpointError(f"{path}: how many heads it has is in no tensor: pass heads=")
-    kv_heads = (len(state["layers.0.attention.wqkv.weight"]) - width) // 2 // (width // heads)
+    kv_rows = (len(state["layers.0.attention.wqkv.weight"]) - width) // 2   # wqkv has C rows for q, the rest is k and v
+    kv_heads = kv_rows // (width // heads)
     classes = 0 if is_text else len(state["cls_embedding.embedding_table.weight"]) - 1
     return Config(depth=depth, width=width, heads=heads, kv_heads=0 if kv_heads == heads else kv_heads,
                   hidden=len(state["layers.0.feed_forward.w1.weight"]), side=side, vocab_size=vocab_size,

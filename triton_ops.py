@@ -22,12 +22,12 @@ once with the same arguments before capture, so that its kernel is compiled by t
 
     OPS_BACKEND=auto     kernels for CUDA tensors if Triton is installed, else torch (the default)
     OPS_BACKEND=torch    always torch
-    OPS_BACKEND=triton   kernels, and an error for a tensor that Triton cannot handle here
+    OPS_BACKEND=triton   kernels, and an error for a tensor on a device where Triton cannot run
     TRITON_INTERPRET=1   Triton's interpreter runs the kernels on the CPU, for tests and debugging
     python sample.py ops --bench [op ...] [--json FILE]
 
-Under every setting, torch computes float64 tensors, empty tensors and shapes that no kernel `fits`. Kernels do not
-check shapes: a shape outside the contract goes to torch, which broadcasts or raises an error. Kernels run on the
+Under every setting, torch computes float64 tensors, empty tensors, and shapes for which the `fits` of an op is False.
+So kernels need not check shapes: torch broadcasts other shapes or raises an error. Kernels run on the
 current CUDA device, as in all of Triton. Call `torch.cuda.set_device` first if the tensors are on another device.
 """
 import os
@@ -64,7 +64,7 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def backend(name):
-    """Context manager that sets OPS_BACKEND to `name`."""
+    """Context manager in which BACKEND is `name`. The environment variable stays."""
     global BACKEND
     before = BACKEND
     BACKEND = name
@@ -92,7 +92,7 @@ def _wide(t):
 
 
 def _block(n):
-    """n rounded up to a power of two, as Triton wants of block sizes. The kernels mask the rest with `ok`."""
+    """n rounded up to a power of two, as Triton requires for block sizes. Kernels mask the rest with `ok`."""
     return 1 << (n - 1).bit_length()
 
 
@@ -112,7 +112,7 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
     scale, shift: (B, 1, C) or (1, 1, C), in torch also (B, L, C); both None: no modulation
     gate:         same shapes as scale; None means 1
     kind:         "layer": LayerNorm without affine, population variance; "rms": h / sqrt(mean(h^2) + eps)
-    weight:       (C,), multiplies the norm after it was rounded to the weight's dtype, as in Llama
+    weight:       (C,). The normalised h is rounded to the weight's dtype, then multiplied by the weight, as in Llama
     residual:     (B, L, C), the residual stream. h has its dtype
     returns       y (B, L, C) in out_dtype (default x.dtype), or (y, h) if a residual was given
 
@@ -127,13 +127,17 @@ def adaln_modulate(x, scale, shift, eps=1e-6, *, kind="layer", weight=None, resi
     B, L, C = x.shape if x.dim() == 3 else (0, 0, 0)
     fits = (0 < C <= 16384 and all(t is None or t.shape in ((B, 1, C), (1, 1, C)) for t in (scale, shift, gate))
             and (residual is None or residual.shape == x.shape) and (weight is None or weight.shape == (C,)))
-    if use_triton(x) and fits:                                              # a row of 16384 still fits into registers
+    if use_triton(x) and fits:                                              # C <= 16384: a row must fit into registers
         return _AdaLN.apply(x, scale, shift, weight, residual, gate, eps, kind == "layer", out_dtype or x.dtype)
     h = x
     if residual is not None:
-        h = _wide(residual) + _wide(x) if gate is None else torch.addcmul(_wide(residual), _wide(gate), _wide(x))
+        if gate is None:
+            h = _wide(residual) + _wide(x)
+        else:
+            h = torch.addcmul(_wide(residual), _wide(gate), _wide(x))
         h = h.to(residual.dtype)
-    y = (F.layer_norm if kind == "layer" else F.rms_norm)(_wide(h), h.shape[-1:], eps=eps)
+    norm = F.layer_norm if kind == "layer" else F.rms_norm
+    y = norm(_wide(h), h.shape[-1:], eps=eps)
     if weight is not None:
         y = y.to(weight.dtype) * weight                                     # Llama's order: round, then multiply
     if scale is not None:
@@ -155,9 +159,9 @@ def rotate_pairs(x, cos, sin):
 
 
 def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_cache=None, v_cache=None, pos=0):
-    """Everything between the qkv projection and the attention kernel.
+    """Computes everything between the qkv projection and the attention: norm, scale, rotation, writing into the cache.
 
-    q, k, v:          (B, L, H, D), may be views of a packed projection; torch computes k and v with fewer heads than q
+    q, k, v:          (B, L, H, D), may be views of a packed projection. Fewer heads in k and v than in q: torch only
     q_scale:          (H,) float32, multiplies q after its normalisation
     l2norm:           divide q and k by max(norm, 1e-12) over D
     cos, sin:         (L, D / 2) float32, rotation of the pairs (2i, 2i + 1) of q and k; None for no rotation
@@ -184,8 +188,11 @@ def qk_norm_rope(q, k, v, *, q_scale=None, l2norm=True, cos=None, sin=None, k_ca
                 and k_cache.stride() == v_cache.stride() and k_cache.stride(-1) == 1)
     if use_triton(q) and fits:
         q_scale, cos, sin = (t if t is None else t.contiguous() for t in (q_scale, cos, sin))
-        q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, pos if room else 0)
-        return (q, new_k, v.transpose(1, 2)) if k_cache is None else (q, k_cache[:, :, :end], v_cache[:, :, :end])
+        start = 0 if k_cache is None else pos                               # without a cache k_out begins at 0
+        q, new_k = _QKNormRope.apply(q, k, v, q_scale, cos, sin, l2norm, k_cache, v_cache, start)
+        if k_cache is None:
+            return q, new_k, v.transpose(1, 2)
+        return q, k_cache[:, :, :end], v_cache[:, :, :end]
     dtype = v.dtype
     if l2norm:
         q = F.normalize(_wide(q), dim=-1)
@@ -220,7 +227,8 @@ def decode_attention(q, k, v, pos, *, visible=None, scale=None):
     """
     B, H, _, D = q.shape
     _, heads, room, _ = k.shape
-    scale = scale or D ** -0.5
+    if scale is None:
+        scale = D ** -0.5
     on_device = isinstance(pos, torch.Tensor)
     fits = (q.shape[2] == 1 and D <= 256 and H % heads == 0 and H // heads <= 8
             and k.shape == v.shape == (B, heads, room, D) and k.stride() == v.stride() and k.stride(-1) == 1
@@ -239,7 +247,7 @@ def decode_attention(q, k, v, pos, *, visible=None, scale=None):
 
 
 def filter_logits(logits, top_k=0, top_p=0.0):
-    """Sets logits (..., V) to -inf that top-k, and then top-p on the remaining ones, remove.
+    """Sets the logits (..., V) that top-k removes to -inf, and then those that top-p removes from the rest.
 
     top_k: keep the k largest and their ties; 0 keeps all
     top_p: keep a value and its ties if all larger values have less than top_p probability mass together. The largest
@@ -290,7 +298,7 @@ def sample_logits(cond, uncond=None, *, cfg=1.0, temperature=1.0, top_k=0, top_p
     if noise is None and temperature != 0:
         noise = exponential_noise(cond.shape, generator, cond.device)
     fits = V <= 32768 and temperature != 0 and all(t is None or t.shape == cond.shape for t in (uncond, noise))
-    if use_triton(cond) and fits:                                           # a row of 32768 still fits into registers
+    if use_triton(cond) and fits:                                           # V <= 32768: a row must fit into registers
         out = torch.empty(cond.shape[:-1], dtype=torch.int64, device=cond.device)
         cond, uncond, noise = (t if t is None else t.reshape(-1, V).contiguous() for t in (cond, uncond, noise))
         _sample[(len(cond),)](cond, uncond, noise, out, V, float(cfg), float(1 - cfg), float(temperature),
@@ -335,12 +343,12 @@ def vq_nearest(z, codebook, *, l2norm=False):
 
 
 def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True, exact=False):
-    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last. Memory format and dtype stay.
+    """silu(group_norm(x)) of x (N, C, ...), contiguous or channels_last. Memory format and dtype are kept.
 
     weight, bias: (C,). Statistics run over the C / groups channels of a group and all positions
     silu:         False returns the norm alone
-    exact:        compute unbiased sums also for large feature maps that are constant in part. This takes more time, on
-                  a CPU only
+    exact:        avoid rounding errors that add up in large feature maps that are constant in part. Only a CPU needs
+                  this and only there it takes more time
 
     Memory traffic: the kernel reads x twice and writes y. It reads a small group once. The second read comes from the
     L2 cache if x fits. Torch reads and writes once more for SiLU. Torch has no channels_last GroupNorm on CUDA, so it
@@ -348,11 +356,12 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-6, silu=True, exact=False
     """
     if x.shape[1] % groups:
         raise ValueError(f"group_norm_silu: {x.shape[1]} channels do not divide into {groups} groups")
-    fits = weight is not None and weight.shape == bias.shape == x.shape[1:2] and x.numel() <= 2**25 * groups * len(x)
-    if use_triton(x) and fits:                                              # _gn_combine holds all tiles of a group
+    group_size = x.numel() // (groups * len(x)) if len(x) else 0           # numbers that share one mean
+    fits = weight is not None and weight.shape == bias.shape == x.shape[1:2] and group_size <= 2**25
+    if use_triton(x) and fits:              # a group is bounded because _gn_combine loads all its tiles at once
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
-    large = x.numel() > 2**12 * groups * len(x) and x.dtype == torch.float32 and fits
-    if exact and x.device.type == "cpu" and large and not x.is_contiguous():
+    in_steps = exact and x.device.type == "cpu" and x.dtype == torch.float32 and group_size > 2**12
+    if in_steps and fits and not x.is_contiguous():                         # contiguous maps have no such error
         y = _group_norm_in_two_steps(x, weight, bias, groups, eps)
     else:
         y = F.group_norm(x, groups, weight, bias, eps)
@@ -416,9 +425,9 @@ def _adaln_bwd(dy, dh, x, h, scale, gate, weight, mean, rstd, dx, d_residual, pa
                LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program per ROWS rows of one picture.
 
-    Let u = norm(h) and g its gradient. The gradient of h is rstd * (g - mean(g) - u * mean(g * u)). RMSNorm has no
-    mean(g) term. partial (B, chunks, 4, C) takes the gradients of scale, shift, gate and weight, summed over these
-    rows.
+    Let u = norm(h) and let g be the gradient of u. The gradient of h is rstd * (g - mean(g) - u * mean(g * u)). RMSNorm
+    has no mean(g) term. partial (B, chunks, 4, C) takes the gradients of scale, shift, gate and weight, summed over the
+    rows of a program.
     """
     b, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     col = tl.arange(0, BLOCK)
@@ -463,8 +472,8 @@ def _adaln_bwd(dy, dh, x, h, scale, gate, weight, mean, rstd, dx, d_residual, pa
     tl.store(to + 3 * C, d_weight, mask=ok)
 
 
-def _step(t):
-    """Batch stride of a modulation (B, 1, C). It is 0 if the modulation is None or the same for all pictures."""
+def _batch_stride(t):
+    """Batch stride of a scale, shift or gate (B, 1, C). It is 0 if there is none or one row serves all pictures."""
     return 0 if t is None or len(t) == 1 else t.stride(0)
 
 
@@ -480,8 +489,8 @@ class _AdaLN(torch.autograd.Function):
         y = x.new_empty(x.shape, dtype=out_dtype)
         h = x if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
         mean, rstd = x.new_empty(2, B * L, dtype=torch.float32)
-        _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _step(gate),
-                             _step(scale), _step(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
+        _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _batch_stride(gate),
+                             _batch_stride(scale), _batch_stride(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
         ctx.save_for_backward(x, h, scale, shift, weight, gate, mean, rstd)
         ctx.has_residual = residual is not None
         ctx.layer = layer
@@ -499,7 +508,7 @@ class _AdaLN(torch.autograd.Function):
         d_residual = torch.empty_like(h) if ctx.has_residual else None
         partial = x.new_empty(B, chunks, 4, C, dtype=torch.float32)
         _adaln_bwd[(B * chunks,)](dy.contiguous(), dh if dh is None else dh.contiguous(), x, h, scale, gate, weight,
-                                  mean, rstd, dx, d_residual, partial, L, C, chunks, _step(gate), _step(scale),
+                                  mean, rstd, dx, d_residual, partial, L, C, chunks, _batch_stride(gate), _batch_stride(scale),
                                   LAYER=ctx.layer, ROWS=rows, BLOCK=block, num_warps=_warps(block))
         grads = []
         for grad, t in zip(partial.sum(1).unbind(1), (scale, shift, gate, weight)):     # grad: (B, C)
@@ -519,7 +528,8 @@ class _AdaLN(torch.autograd.Function):
 
 @jit
 def _rotated(p, cos, sin, l, d, ok, D, SIGN: tl.constexpr):
-    """Loads a tile x (heads, D) -> x, and x with its pairs rotated: x[d] cos -+ x[d ^ 1] sin.
+    """Loads a tile x (heads, D). Returns x, and x with its pairs rotated: x[d] cos - x[d + 1] sin for even d, and
+    x[d] cos + x[d - 1] sin for odd d. SIGN -1 rotates back. In code the neighbour is d ^ 1.
 
     The neighbour x[d ^ 1] is loaded a second time. It comes from the L1 cache.
     """
@@ -603,7 +613,7 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, q_scale, cos, sin, l2norm, k_out, v_out, pos):
         B, L, H, D = q.shape
-        if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):      # not for views of a projection
+        if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):      # False for views of one projection
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         q_out = v.new_empty(B, H, L, D)
         caching = k_out is not None
@@ -645,26 +655,27 @@ def _decode(q, k, v, pos, visible, scale):
     q = q.contiguous()
     group = H // heads
     rows = max(16, 2048 // _block(D) // _block(group))                      # a tile of about 2048 numbers
-    steps = -(-room // (rows * max(1, min(256 // (B * heads), room // 64))))
+    wanted = max(1, min(256 // (B * heads), room // 64))                    # parts: 256 programs, 64 cache rows or more
+    steps = -(-room // (rows * wanted))                                     # tiles per part
     parts = -(-room // (steps * rows))
     sums = torch.empty(B * H, parts, D, dtype=torch.float32, device=q.device)
     tops, totals = torch.empty(2, B * H, parts, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
-    seen_b = 0 if visible is None else visible.stride(0)
+    visible_b = 0 if visible is None else visible.stride(0)
     _decode_part[(B * heads, parts)](q, k, v, visible, sums, tops, totals, pos, float(scale), heads, group, D, room,
-                                     parts, *k.stride()[:3], seen_b, POS_TENSOR=isinstance(pos, torch.Tensor),
+                                     parts, *k.stride()[:3], visible_b, POS_TENSOR=isinstance(pos, torch.Tensor),
                                      STEPS=steps, GROUP=_block(group), ROWS=rows, BLOCK=_block(D))
     _decode_merge[(B * H,)](sums, tops, totals, out, D, parts, PARTS=_block(parts), BLOCK=_block(D))
     return out
 
 
 @jit
-def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l, seen_b,
+def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l, visible_b,
                  POS_TENSOR: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr):
-    """One program per key head and part of its cache, ROWS rows at a time: an online softmax.
+    """One program per key head and part of its cache. It runs an online softmax over ROWS rows at a time.
 
-    It keeps the largest score so far. Relative to this score it sums the exponentials and the values they weight.
+    It keeps the largest score so far, top. It sums exp(score - top), and the values weighted by exp(score - top).
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -682,7 +693,7 @@ def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group,
         at = (part * STEPS + i) * ROWS + tl.arange(0, ROWS)
         ok = at < filled
         if visible is not None:
-            ok = ok & (tl.load(visible + b * seen_b + at, mask=ok, other=0) != 0)
+            ok = ok & (tl.load(visible + b * visible_b + at, mask=ok, other=0) != 0)
         to = b * x_b + head * x_h + at[:, None] * x_l + d[None, :]
         inside = ok[:, None] & (d < D)[None, :]
         keys = tl.load(k + to, mask=inside, other=0).to(tl.float32)         # (ROWS, BLOCK)
@@ -864,7 +875,7 @@ def _gn_stats(x, means, squares, C, S, tiles, LAST: tl.constexpr, BC: tl.constex
 
 @jit
 def _gn_combine(means, squares, mean, rstd, S, D, tiles, eps, BS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
-    """One program per group: D * tiles partial results -> mean and 1 / std, by Chan's formula, without cancellation."""
+    """One program per group. It merges D * tiles means and square sums into mean and 1 / std (Chan's formula)."""
     pid = tl.program_id(0).to(tl.int64)
     d, t = tl.arange(0, BD)[:, None], tl.arange(0, BT)[None, :]
     at = (pid * D + d) * tiles + t

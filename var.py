@@ -14,15 +14,17 @@ and from all coarser maps. This takes ten steps instead of 680 and imposes no le
                         |                |                  |                       |
     logits         1 x 4096         4 x 4096           9 x 4096                 256 x 4096
 
-    tokens -> codes -> phi(bicubic(.)) added to f_hat, the picture so far; f_hat resized to the next scale is its input
+    tokens -> codebook rows -> bicubic resize -> convolution phi (vq.py) -> added to f_hat, the picture so far
+    f_hat resized to the next scale -> linear layer "word" -> input of that scale
 
 How it differs from a textbook GPT:
 - The input at scale k is not an embedding of earlier tokens. It is f_hat, the sum of all coarser maps, resized to
   scale k. In training f_hat is computed from the true tokens, in sampling from those drawn so far.
 - Attention is full within a scale and causal between scales. Training uses a mask for this. Sampling needs none: a
   whole scale goes in at once, and the KV cache holds coarser scales only.
-- q and k are unit vectors, and each head has a learned sharpness. Keys have no bias.
-- The condition enters by AdaLN-Zero, as in DiT. var_d36 and the demo model share one AdaLN map among all blocks.
+- q and k are unit vectors, and each head has a learned inverse temperature. The keys have no bias: it would add the
+  same number to all scores of a query, which softmax ignores (exactly so without the normalisation).
+- The condition enters by AdaLN-Zero, as in DiT. In var_d36 and the demo model all blocks share one AdaLN layer.
 - Classifier-free guidance grows linearly over the scales, from none at 1x1.
 Progressive training (`pg` in the original code) is left out, because no released model used it.
 
@@ -62,8 +64,8 @@ class Config:
     z_channels: int = 32                        # Cv
     mlp_ratio: int = 4
     norm_eps: float = 1e-6
-    shared_adaln: bool = False                  # one AdaLN map for all blocks, plus a table in each (depth 36)
-    attn_l2_norm: bool = True                   # q and k of length 1: all files except the very first uploads
+    shared_adaln: bool = False                  # blocks share one AdaLN layer and add a table each (d36 and the demo)
+    attn_l2_norm: bool = True                   # scale q and k to length 1. False only for the very first uploads
     class_drop: float = 0.1                     # share of labels replaced by the null class in training
     drop_path: float = 0.1 * 16 / 24            # rate of the last block, grows linearly from 0 at the first
 
@@ -91,8 +93,8 @@ CONFIGS = {
 class Attention(nn.Module):
     """Multi-head attention to the tokens of the same scale and of all coarser scales.
 
-    With attn_l2_norm a score is the cosine of q and k times a learned sharpness of at most 100. Such scores are
-    bounded, which keeps deep models and half precision stable.
+    With attn_l2_norm a score is the cosine of q and k times a learned factor per head (an inverse temperature) of at
+    most 100. The scores are then bounded, which keeps deep models and half precision stable.
     """
 
     def __init__(self, config):
@@ -106,7 +108,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C)
         if self.l2_norm:
             self.log_scale = nn.Parameter(torch.full((1, H, 1, 1), math.log(4)))    # log of the sharpness
-        # Without the norm it is a quarter of the textbook's. No reason is given, but the first uploads need it.
+        # Without the norm the scale is a quarter of the usual 1 / sqrt(D). The authors give no reason for the quarter.
         self.softmax_scale = 1.0 if self.l2_norm else 0.25 / math.sqrt(C // H)
 
     def forward(self, x, mask=None, kv_cache=None, pos=0):
@@ -125,7 +127,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """C -> 4C -> C with GELU in its tanh form, which differs from the exact one in the fourth digit."""
+    """C -> 4C -> C with the tanh approximation of GELU, which is off by up to 5e-4."""
 
     def __init__(self, width, ratio):
         super().__init__()
@@ -151,8 +153,8 @@ class Block(nn.Module):
         self.eps = config.norm_eps
 
     def modulation(self, cond, shared=None):
-        """Condition (B, C), output of a shared AdaLN map (B, 1, 6, C) or None -> two gates, two scales and two shifts,
-        the first of each pair for attention: (B, 1, 6, C)."""
+        """Condition (B, C), output of the shared AdaLN layer (B, 1, 6, C) or None -> (B, 1, 6, C): two gates, scales,
+        and shifts. The first of each pair is for attention, the second for the feed-forward."""
         if shared is not None:
             return self.adaln_table + shared
         modulation = self.adaln(F.silu(cond).to(self.adaln.weight.dtype))
@@ -165,7 +167,7 @@ class Block(nn.Module):
         #     x = x + gate2 * ffn(modulate(norm(x), scale2, shift2))
         # Here the second adaln_modulate does the first sum as well, in the same pass over memory.
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        dtype = self.ffn.fc1.weight.dtype                                   # x may have more bits
+        dtype = self.ffn.fc1.weight.dtype                                   # x stays float32 if the weights are not
         h = adaln_modulate(x, scale1, shift1, self.eps, out_dtype=dtype)
         h = self.attn(h, mask, kv_cache, pos)
         if branch_scale is not None:
@@ -182,14 +184,15 @@ class Block(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """Everything that depends on the condition only: computed once per picture, not once per scale."""
+    """Everything that depends on the condition only. It is computed once per picture, not once per scale."""
 
     blocks: torch.Tensor        # (depth, R, 1, 6, C)
     head: torch.Tensor          # (2, R, 1, C): scale and shift of the last norm
 
 
 class Step(NamedTuple):
-    """What `VAR.sample` passes to on_step after scale k. A captured model overwrites the logits in its next picture."""
+    """What `VAR.sample` passes to on_step after scale k. Clone logits to keep them: a model that is replayed as a CUDA
+    graph overwrites them in its next picture."""
 
     k: int
     logits: torch.Tensor        # (R, l, V) before guidance and filters. Rows with the class come first
@@ -254,7 +257,8 @@ class VAR(nn.Module):
         labels:     (B,) class of each picture, 0 .. num_classes
         features:   (B, L - p_0^2, Cv): the true f_hat at every scale except the first, from
                     `tokenizer.quantize.teacher_input(indices, model.config.patch_nums)`
-        class_drop: share of labels replaced by the null class; generator gives one uniform number per picture
+        class_drop: share of labels replaced by the null class
+        generator:  gives one uniform number per picture for class_drop, and in training mode those of stochastic depth
         returns     (B, L, V) float32; row i predicts token i of the same scale (not of the next position)
         """
         if class_drop:
@@ -282,7 +286,7 @@ class VAR(nn.Module):
         """Cross entropy, mean over the L tokens and the batch -> (loss, {accuracy, tail_loss, tail_accuracy}).
 
         tokens: (B, L) true indices of all scales; "tail" means the last scale. class_drop: by default that of the
-        config in training, and 0 in eval mode. The original drops classes there too, so its validation loss is random.
+        config in training, and 0 in eval mode. The original drops classes in eval mode too: its loss is random there.
         """
         if class_drop is None:
             class_drop = self.config.class_drop if self.training else 0.0
@@ -305,16 +309,17 @@ class VAR(nn.Module):
         tokenizer:    the VQVAE, on the same device
         labels:       (B,) int64 classes, num_classes being the null class; or an int B, for B random classes. Pass a
                       CPU tensor: checking its range then needs no GPU synchronisation
-        cfg:          guidance. Logits are (1 + t) cond - t uncond with t = cfg * k / (K - 1), so 0 means none, where
-                      LlamaGen and Infinity write 1. In their convention cfg=4 grows from 1 to 5, 3 on average
-        top_k, top_p: keep the k likeliest tokens, then the likeliest with a total probability of p; 0 keeps all
+        cfg:          guidance. Logits are (1 + t) cond - t uncond with t = cfg * k / (K - 1). 0 turns it off; LlamaGen
+                      and Infinity write 1 for that. In their convention cfg=4 here is 1 at scale 0 and 5 at the last
+        top_k, top_p: keep the k likeliest tokens, then the fewest likeliest ones whose probabilities sum to at least p;
+                      0 turns a filter off
         more_smooth:  use mixtures of codes instead of single codes: smoother pictures, lower scores
         generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, so that no picture depends on its batch; None: torch's global one
         given_tokens, keep_mask: editing. The tokens of a picture, K times (B, l), and a bool mask (p, p) on the last
                       scale, see `edit_mask`. Where it is True the given codes are kept at every scale; the one cell of
-                      a 1x1 scale is always kept. The null class in- and out-paints, another class edits. What is kept
-                      looks as the tokenizer reconstructs it
+                      a 1x1 scale is always kept. Pass the null class to in- or out-paint, another class to edit. Kept
+                      cells show the tokenizer's reconstruction, not the original pixels
         on_step:      called with a Step after every scale
         Raises ValueError for labels out of range, and for only one of given_tokens and keep_mask.
         """
@@ -346,11 +351,11 @@ class VAR(nn.Module):
             t = cfg * k / max(K - 1, 1) if guided else 0.0
             cond_logits = logits[:B]
             uncond_logits = logits[B:] if t else None
-            noise = exponential_noise((B, p * p, config.vocab_size), generator, device)
+            noise = exponential_noise((B, p * p, config.vocab_size), generator, device)     # more_smooth draws it too
             if not more_smooth:
                 tokens = sample_logits(cond_logits, uncond_logits, cfg=1 + t, top_k=top_k, top_p=top_p, noise=noise)
                 codes = F.embedding(tokens, quantizer.codebook)             # (B, p * p, Cv)
-            else:                                                           # Gumbel-softmax, sharper at finer scales
+            else:                       # Gumbel-softmax, sharper at finer scales; the numbers are the authors' choice
                 progress = k / max(K - 1, 1)
                 guided_logits = (1 + t) * cond_logits - t * uncond_logits if t else cond_logits
                 filtered = filter_logits(guided_logits, top_k, top_p)
@@ -368,8 +373,8 @@ class VAR(nn.Module):
             if on_step is not None:
                 on_step(Step(k, logits, t, tokens, f_hat))
             if k + 1 < K:
-                next_input = self.word_embed(quantizer.next_input(f_hat, k + 1, config.patch_nums))     # (B, l, C)
-                x = next_input.repeat(len(labels) // B, 1, 1)               # both halves see the same picture
+                next_input = quantizer.next_input(f_hat, k + 1, config.patch_nums)          # (B, l, Cv)
+                x = self.word_embed(next_input).repeat(len(labels) // B, 1, 1)      # both halves see the same picture
         del kv_cache, x, logits, noise                                      # large: free them before decoding
         images = [tokenizer.decode(f_hat).add(1).mul(0.5) for f_hat in f_hats]
         return images if all_scales else images[0]
@@ -382,7 +387,7 @@ class VAR(nn.Module):
     def forward_scale(self, x, k, kv_cache, modulation):
         """Input of scale k (R, l, C) -> logits (R, l, V). Adds the keys and values of the scale to the cache.
 
-        Shapes depend on k and R only, and the host waits for nothing: lib/graphs.py can capture it in a CUDA graph.
+        Shapes depend on k and R only, and the CPU never waits for the GPU. So lib/graphs.py can capture a CUDA graph.
         """
         start = sum(p * p for p in self.config.patch_nums[:k])
         x = x + self.position_embed(start, start + x.shape[1])
@@ -391,7 +396,7 @@ class VAR(nn.Module):
         return self.logits(x, modulation)
 
     def check_labels(self, labels, generator=None):
-        """Labels (B,), checked; for an int B, B random classes, which are the first use of the generator."""
+        """Checks labels (B,) and returns them. For an int B it draws B random classes, before any other draw."""
         device = self.pos_embed.device
         n = self.config.num_classes
         if isinstance(labels, int):
@@ -424,9 +429,9 @@ class VAR(nn.Module):
         for block in self.blocks:
             block.attn.proj.weight /= math.sqrt(2 * c.depth)
             block.ffn.fc2.weight /= math.sqrt(2 * c.depth)
-            six = block.adaln_table[0, 0] if c.shared_adaln else block.adaln.weight.unflatten(0, (6, c.width))
-            six[:2] *= init_gamma                                           # gates
-            six[2:] *= 0.5                                                  # scales and shifts
+            rows = block.adaln_table[0, 0] if c.shared_adaln else block.adaln.weight.unflatten(0, (6, c.width))
+            rows[:2] *= init_gamma                                          # gates
+            rows[2:] *= 0.5                                                 # scales and shifts
 
 
 def edit_mask(box, side, inpaint=True):
@@ -475,8 +480,9 @@ def infer_config(state, path):
             raise vq.CheckpointError(f"{path}: {K} scales with {L} tokens are no released schedule, and there is no "
                                      "lvl_1L in the file to tell their sizes; pass config=")
         patch_nums = known[K, L]
+    heads = width // 64 if log_scale is None else log_scale.shape[1]        # older files do not tell the heads
     return Config(
-        depth=depth, width=width, heads=width // 64 if log_scale is None else log_scale.shape[1], patch_nums=patch_nums,
+        depth=depth, width=width, heads=heads, patch_nums=patch_nums,
         num_classes=len(state["class_emb.weight"]) - 1, vocab_size=len(state["head.weight"]), z_channels=z_channels,
         mlp_ratio=len(state["blocks.0.ffn.fc1.weight"]) // width, shared_adaln="shared_ada_lin.1.weight" in state,
         attn_l2_norm=log_scale is not None, drop_path=0.1 * depth / 24)

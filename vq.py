@@ -102,7 +102,7 @@ def _with_wide_schedules(tall):
         pairs = [pair.split(",") for pair in text.split()]
         schedules[ratio] = tuple((int(h), int(w)) for h, w in pairs)
     for ratio, pairs in list(schedules.items()):
-        schedules[int(1000 / ratio) / 1000] = tuple((w, h) for h, w in pairs)
+        schedules[int(1000 / ratio) / 1000] = tuple((w, h) for h, w in pairs)       # 1 / ratio, cut to three decimals
     return schedules
 
 
@@ -133,14 +133,14 @@ class Config:
     z_channels: int = 32                        # channels of f, width of the codebook
     vocab_size: int = 4096                      # V. 0 means that a token is one bit per channel, without a codebook
     patch_nums: tuple = PATCH_NUMS[256]         # schedule that methods use when they are given no other
-    phi_count: int = 4                          # convolutions phi shared by the scales: 1 for all, 0 one per scale
+    phi_count: int = 4                          # number of convolutions phi that the scales share. 0: one per scale
     phi_ratio: float = 0.5                      # phi(x) = (1 - ratio) x + ratio conv(x)
     quant_kernel: int = 3                       # kernel of the convolutions before and after the quantizer. 0: none
     beta: float = 0.25                          # weight of the commitment loss
     entropy: float = 0.1                        # weight of the entropy loss, of bits or of a single-scale codebook
     znorm: bool = False                         # look codes up by cosine instead of distance
     single_scale: bool = False                  # one token map instead of a sequence. Its codes have length 1
-    hidden_channels: int = 0                    # encoder output and decoder input, if not z_channels (0: the same)
+    hidden_channels: int = 0                    # channels of encoder output and decoder input. 0: z_channels
 
     @property
     def stride(self):
@@ -245,7 +245,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution. Zeros pad the right and bottom only; padding all sides would shift the picture."""
+    """Halves the resolution. Zeros pad the right and bottom only, as in the code that the weights were trained with."""
 
     def __init__(self, channels):
         super().__init__()
@@ -362,12 +362,12 @@ class Decoder(nn.Module):
 
 
 def area_resize(x, size):
-    """(B, C, H, W) -> (B, C, *size), each output the mean of the cells it covers (bins overlap at odd ratios)."""
+    """(B, C, H, W) -> (B, C, *size). Each output is the mean of the cells that it covers, in part or whole."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
 
 
 def bicubic_resize(x, size):
-    """(B, C, h, w) -> (B, C, *size), the smooth way up."""
+    """(B, C, h, w) -> (B, C, *size). Upsamples smoothly."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bicubic")
 
 
@@ -475,7 +475,7 @@ class CodebookQuantizer(ResidualQuantizer):
 
     @staticmethod
     def coverage(tokens, config):
-        """Share of the codebook, in percent, that the tokens use: a list of (B, h * w)."""
+        """Share of the codebook, in percent, that `tokens`, a list of (B, h * w), make use of."""
         return 100 * len(torch.cat(tokens, 1).unique()) / config.vocab_size
 
     def _count_unused(self, counts):
@@ -511,7 +511,7 @@ class CodebookQuantizer(ResidualQuantizer):
 
 
 class SingleScaleVQ(CodebookQuantizer):
-    """The quantizer of VQGAN and LlamaGen: every cell of f is a token, and nothing is left over.
+    """LlamaGen's quantizer, VQGAN's with unit-length codes: every cell of f is one token, and there is no residual.
 
     Two choices of LlamaGen (section 3.1) keep the codes in use. The low dimension, 8 channels instead of 256, spreads
     the codes: in many channels a few codes are nearest to everything, and the others die. The unit length makes the
@@ -539,7 +539,7 @@ class SingleScaleVQ(CodebookQuantizer):
         return [self.embed(index, size)]
 
     def embed(self, index, size):
-        """Indices (B, h * w) -> their codes, of length 1, as a map (B, C, h, w). Otherwise ValueError."""
+        """Indices (B, h * w) -> their unit-length codes as a map (B, C, h, w). Raises ValueError for a wrong size."""
         if index.shape[1] != size[0] * size[1]:
             raise ValueError(f"{index.shape[1]} tokens are no map of {size[0]}x{size[1]}: pass patch_nums=[(h, w)]")
         return F.normalize(super().embed(index, size), dim=1)
@@ -581,9 +581,9 @@ class SingleScaleVQ(CodebookQuantizer):
         distances = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T                       # (N, V)
         scores = -self.SHARPNESS * distances
         p = scores.softmax(-1)
-        log_p = (scores + 1e-5).log_softmax(-1)         # the 1e-5, as in the original, cancels here but not below
-        mean = p.mean(0)
-        return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
+        log_p = (scores + 1e-5).log_softmax(-1)         # a softmax ignores this 1e-5; it stands here as in the original
+        mean_p = p.mean(0)                                                  # (V,)
+        return -(p * log_p).sum(-1).mean() + (mean_p * (mean_p + 1e-5).log()).sum()
 
     @torch.no_grad()
     def _record(self, index):
@@ -598,8 +598,8 @@ def phi_index(k, num_scales, num_phi):
 
     Neighbouring scales share a phi because they resize by similar factors and need a similar repair. Ticks are evenly
     spaced in [1/(2n), 1 - 1/(2n)] for n convolutions, but in [1/12, 11/12] for n = 4, as in the official code. The
-    released tokenizer therefore uses 0 0 1 1 1 2 2 3 3 3. Its scales 2 and 7 lie half-way between two ticks, where
-    float64, as in the official code, makes both take the upper one.
+    released tokenizer therefore uses 0 0 1 1 1 2 2 3 3 3. Its scales 2 and 7 lie half-way between two ticks. Float64
+    rounding decides for the upper tick both times, as in the official code; float32 would not at scale 7.
     """
     margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
     ticks = np.linspace(margin, 1 - margin, num_phi)
@@ -645,7 +645,8 @@ class MultiScaleVQ(CodebookQuantizer):
             counts.append(index.flatten().bincount(minlength=len(self.codebook)).float())
         if self.training:
             self._record(torch.stack(counts))
-        # The original's rule: a code is used if hit 8 % as often as by an even spread of the last scale's cells.
+        # The original's rule: a code counts as used at 8 % of the hits it would get if the cells of the last scale were
+        # spread evenly over all codes.
         threshold = 0.08 * f[:, 0].numel() / len(self.codebook)
         usage = (self.hits >= threshold).float().mean(1) * 100
         return straight_through(f, f_hat), loss / len(self.patch_nums), usage
@@ -654,9 +655,9 @@ class MultiScaleVQ(CodebookQuantizer):
     def _record(self, counts):
         """Updates the moving averages with counts (K, V). Their decay is 0 at first, 0.9 up to update 100, then 0.99.
 
-        As in the original every scale counts as an update, so in the first step only the first scale starts from full
-        counts. The counts of several processes enter one after the other, where the original adds them up: the result
-        is then the same whether the processes share a batch or one of them takes its parts in turn.
+        As in the original every scale counts as an update. So only the first scale of the first step has decay 0. The
+        counts of several processes enter one after the other, while the original adds them up. The result is then the
+        same whether several processes share a batch or one process takes its parts in turn.
         """
         for process_counts in gather_from_all(counts):
             for hits, count in zip(self.hits, process_counts):
@@ -684,7 +685,7 @@ class MultiScaleBSQ(ResidualQuantizer):
         u = F.normalize(z, dim=1)
         bits = rearrange(u > 0, "b d h w -> b (h w) d")
         codes = self.embed(bits, z.shape[-2:])
-        if u.requires_grad:                                                 # otherwise exactly the codes, not rounded
+        if u.requires_grad:                                                 # only then, as u + (codes - u) is rounded
             codes = straight_through(u, codes)
         return bits, codes
 
@@ -698,7 +699,7 @@ class MultiScaleBSQ(ResidualQuantizer):
 
     def next_input(self, f_hat, k, patch_nums=None):
         """What the transformer sees at scale k: f_hat of the scales before, resized to scale k: (B, h * w, d).
-        Bilinear, although the quantizer resizes by area: the released weights were trained so."""
+        It is bilinear, although the quantizer resizes by area, because the released weights were trained this way."""
         return bilinear_resize(f_hat, as_pairs(patch_nums or self.patch_nums)[k]).flatten(2).transpose(1, 2)
 
     @staticmethod
@@ -722,8 +723,9 @@ class MultiScaleBSQ(ResidualQuantizer):
         """z (B, d, h, w) -> commitment, mean |u - code|^2; entropy of one position's bits; entropy of all bits.
 
         The entropies are those of BSQ, in closed form: with a soft assignment of u to all 2^d corners the bits are
-        independent, and bit j is 0 with the probability p_j of a two-way softmax, -sharpness |u_j -+ 1/sqrt(d)|^2. The
-        first should be low (each position sure of its bits), the second high (both values of each bit used).
+        independent. Bit j is 0 with probability p_j = sigmoid(-4 sharpness u_j / sqrt(d)), the softmax over the two
+        squared distances |u_j -+ 1/sqrt(d)|^2 times -sharpness. The first entropy should be low (each
+        position is sure of its bits), the second high (both values of each bit are used).
         """
         def entropy(p):
             return -(p * (p + 1e-8).log() + (1 - p) * (1 - p + 1e-8).log())
@@ -772,12 +774,12 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(image.to(memory_format=torch.channels_last)))
 
     def decode(self, f_hat):
-        """Quantized features (B, C, H, W) -> image in [-1, 1], float32, in the precision of the decoder's weights."""
+        """Quantized features (B, C, H, W) -> image in [-1, 1], float32. The decoder computes in its weights' dtype."""
         return self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float().clamp(-1, 1)
 
     def decode_resized(self, f_hat, size):
-        """decode, resized to size x size pixels before the clamp, bicubic, without anti-aliasing. LlamaGen's authors
-        measure pictures of 384 pixels at 256 in this way."""
+        """decode, with a bicubic resize to size x size pixels before the clamp and no anti-aliasing. LlamaGen's authors
+        resize pictures of 384 pixels to 256 in this way before they evaluate them."""
         image = self._decode(f_hat.to(self.decoder.conv_in.weight.dtype)).float()
         return F.interpolate(image, (size, size), mode="bicubic").clamp(-1, 1)
 
@@ -893,7 +895,8 @@ class KLAutoencoder(nn.Module):
         """Image -> Posterior of its latent."""
         image = image.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
         mean, log_variance = self.quant_conv(self.encoder(image)).chunk(2, 1)
-        return Posterior(mean, (0.5 * log_variance.clamp(-30, 20)).exp(), self.config.scaling)
+        std = (0.5 * log_variance.clamp(-30, 20)).exp()                     # the limits of Stable Diffusion
+        return Posterior(mean, std, self.config.scaling)
 
     def decode(self, z):
         """Scaled latents (B, C, H, W) -> image, float32, not clamped."""
@@ -956,7 +959,7 @@ def renames(config):
     return [codebook, ("quantize.ema_vocab_hit_SV", "quantize.hits"), (f"quantize.{theirs}", f"quantize.{ours}")]
 
 
-QKV = ("qkv", ("q", "k", "v"))                                  # LlamaGen keeps three convolutions where we have one
+QKV = ("qkv", ("q", "k", "v"))              # files of LlamaGen and Stable Diffusion have three layers where we have one
 BOOKKEEPING = {"quantize.hit_updates", "quantize.steps_unused"}             # ours alone, not in official files
 STATISTICS = {"quantize.hits", "quantize.recent"}       # statistics of training, which files may lack
 
@@ -967,7 +970,8 @@ def infer_config(state, path, patch_nums=None):
     No tensor holds the sides of the token maps: they are `patch_nums`, or those of 256 pixels if their number fits.
     """
     single = any(k.startswith("encoder.conv_blocks.") for k in state)
-    down, block, q, mid = ("conv_blocks", "res", "q", "1") if single else ("down", "block", "qkv", "attn_1")
+    down, block, mid = ("conv_blocks", "res", "1") if single else ("down", "block", "attn_1")   # fragments of keys
+    q = "q" if single else "qkv"
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"encoder.{down}."))
     ch = len(state["encoder.conv_in.weight"])
     widths = [len(state[f"encoder.{down}.{i}.{block}.0.conv1.weight"]) for i in range(levels)]
@@ -975,8 +979,9 @@ def infer_config(state, path, patch_nums=None):
     sizes = dict(ch=ch, ch_mult=tuple(width // ch for width in widths),
                  num_res_blocks=sum(bool(first_level.match(k)) for k in state))
     if "quantize.embedding.weight" not in state:
-        known = CONFIGS["infinity_vae_d16" if levels != 4 else "infinity_vae_d56_f8_14_patchify"].patch_nums
-        return _bits(len(state["encoder.conv_out.weight"]), patch_nums=tuple(patch_nums or known), **sizes)
+        like = "infinity_vae_d56_f8_14_patchify" if levels == 4 else "infinity_vae_d16"
+        patch_nums = patch_nums or CONFIGS[like].patch_nums
+        return _bits(len(state["encoder.conv_out.weight"]), patch_nums=tuple(patch_nums), **sizes)
     vocab_size, z_channels = state["quantize.embedding.weight"].shape
     sizes |= dict(vocab_size=vocab_size, z_channels=z_channels, quant_kernel=state["quant_conv.weight"].shape[-1],
                   attn_lowest=f"encoder.{down}.{levels - 1}.attn.0.{q}.weight" in state,
@@ -1063,7 +1068,9 @@ def load_autoencoder(path, config=None, dtype=torch.float32):
     for table in _kl_tables(len(config.ch_mult)):
         state = rename_keys(state, table)
     # their attention multiplies matrices where ours convolves 1 x 1: the same numbers
-    state = {k: v[..., None, None] if "attn_1" in k and v.dim() == 2 else v for k, v in state.items()}
+    for k, v in state.items():
+        if "attn_1" in k and v.dim() == 2:
+            state[k] = v[..., None, None]
     model = build(KLAutoencoder, config)
     load_strict(model, join_rows(state, *QKV), path)
     return model.eval().to(dtype)
@@ -1086,7 +1093,7 @@ def set_decoder_dtype(model, dtype):
 
 
 def fingerprint(model):
-    """A short name for a tokenizer, the same in every precision. It tells whether tokens or latents belong to it."""
+    """A short hash of a tokenizer, the same in every dtype. Saved with tokens, it tells which tokenizer made them."""
     has_codes = getattr(model.config, "vocab_size", 0)
     weight = model.quantize.codebook if has_codes else model.encoder.conv_out.weight
     return hashlib.sha256(weight.detach().half().cpu().numpy().tobytes()).hexdigest()[:12]
@@ -1107,7 +1114,7 @@ def export(model):
 
 
 def save(model, path, dtype=None, **extra):
-    """Writes a tokenizer as safetensors: official keys, config (and `extra`) in the header. dtype: of the floats."""
+    """Writes a tokenizer as safetensors with official keys; the header holds config and `extra`. dtype: of floats."""
     state = export(model)
     state.pop("quantize.codebook_used", None)           # indices as floats, which half precision would round
     save_checkpoint(path, state, model.config, dtype, **extra)
@@ -1118,10 +1125,10 @@ def save(model, path, dtype=None, **extra):
 
 
 def recompute(wanted, function, *inputs, generator=None, **options):
-    """function(*inputs, **options), and generator=generator if there is one.
+    """Calls function(*inputs, **options), with generator=generator if there is one.
 
-    If `wanted` (gradient checkpointing), only the inputs are kept and the backward pass computes the inside a second
-    time, with the same random draws: less memory for about a third more time.
+    `wanted` turns on gradient checkpointing: only the inputs are stored, and the backward pass computes the function
+    again with the same random draws. This saves memory and takes about a third more time.
     """
     if generator is not None:
         options["generator"] = generator
@@ -1133,13 +1140,13 @@ def recompute(wanted, function, *inputs, generator=None, **options):
     passes = itertools.count()
 
     def replay(*inputs):
-        if next(passes) == 0:
+        if next(passes) == 0:                                               # the forward pass
             return function(*inputs, **options)
         now = generator.get_state()
         generator.set_state(before)
         try:
             return function(*inputs, **options)
-        finally:                                                            # checkpoint() may leave by an exception
+        finally:                            # checkpoint() ends the second pass by an exception once it has all it needs
             generator.set_state(now)
     return checkpoint(replay, *inputs, use_reentrant=False)
 
@@ -1163,8 +1170,8 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path, nested=()):
-    """(state dict, config as JSON or None) of a .safetensors or .pth / .pt / .bin file, memory-mapped, or of a folder
-    of such files with an index, as large models come.
+    """Reads a .safetensors, .pth, .pt or .bin file, memory-mapped, or a folder with one such file or with shards and an
+    index. Returns the state dict and the config as JSON, or None.
 
     nested: where a training checkpoint may have the weights, e.g. (("trainer", "var_wo_ddp"),); the first match
     counts. Nothing is ever unpickled that could run code. Raises CheckpointError.
@@ -1201,9 +1208,9 @@ def _read_pickle(path):
     """The object in a file of torch.save. Raises CheckpointError, also if loading it could run code."""
     try:
         with open(path, "rb") as f:
-            if f.read(2)[:1] not in (b"P", b"\x80"):                        # a zip archive, or a bare pickle
+            if f.read(1) not in (b"P", b"\x80"):                        # a zip archive, or a bare pickle
                 raise EOFError("its first bytes are not those of one")
-        with torch.serialization.safe_globals([argparse.Namespace]):        # trainers like to store their flags so
+        with torch.serialization.safe_globals([argparse.Namespace]):        # training scripts store their flags in it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
@@ -1285,7 +1292,7 @@ def build_on(device, cls, *args, cast=lambda model: model):
 
 
 class _NoInit(TorchFunctionMode):
-    """Makes the functions of torch.nn.init return their tensor untouched, inside this block only."""
+    """Context manager. Inside it the functions of torch.nn.init return their tensor untouched."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -1297,8 +1304,8 @@ class _NoInit(TorchFunctionMode):
 def rename_keys(state, table, inverse=False):
     """Keys rewritten by a table of (official, ours) pairs of key fragments; others stay unchanged.
 
-    A fragment is one or more whole dotted parts of a key. {} stands for a number, and several come in the same order
-    in both. The first pair whose fragment occurs is the one applied. inverse: from ours to official.
+    A fragment is one or more whole dotted parts of a key. {} stands for a number. If there are several, they have the
+    same order in both fragments. Only the first pair that matches is applied. inverse: from ours to official.
     """
     rules = []
     for official, ours in table:
@@ -1369,7 +1376,8 @@ def load_strict(model, state, path, optional=()):
 def save_checkpoint(path, state, config, dtype=None, **extra):
     """Writes tensors, config and further JSON-able `extra` metadata as safetensors, atomically.
 
-    dtype: of the floats. With torch.float8_e4m3fn vectors are float16: three bits of mantissa are for matrices alone.
+    dtype: what floats are stored as. With torch.float8_e4m3fn vectors are float16, because 3 bits of mantissa are too
+    few for them.
     """
     from safetensors.torch import save_file
 
@@ -1386,7 +1394,7 @@ def save_checkpoint(path, state, config, dtype=None, **extra):
 
 @contextmanager
 def atomic(path):
-    """A temporary name beside `path` to write to; renamed at the end, removed after an error: no half files."""
+    """Yields a temporary name beside `path`. It is renamed to `path` at the end, or removed after an error."""
     path = Path(path)
     temporary = path.with_name(f".{os.urandom(6).hex()}.{path.name}")       # several machines may write the same file
     try:
