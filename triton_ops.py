@@ -508,8 +508,9 @@ class _AdaLN(torch.autograd.Function):
         d_residual = torch.empty_like(h) if ctx.has_residual else None
         partial = x.new_empty(B, chunks, 4, C, dtype=torch.float32)
         _adaln_bwd[(B * chunks,)](dy.contiguous(), dh if dh is None else dh.contiguous(), x, h, scale, gate, weight,
-                                  mean, rstd, dx, d_residual, partial, L, C, chunks, _batch_stride(gate), _batch_stride(scale),
-                                  LAYER=ctx.layer, ROWS=rows, BLOCK=block, num_warps=_warps(block))
+                                  mean, rstd, dx, d_residual, partial, L, C, chunks, _batch_stride(gate),
+                                  _batch_stride(scale), LAYER=ctx.layer, ROWS=rows, BLOCK=block,
+                                  num_warps=_warps(block))
         grads = []
         for grad, t in zip(partial.sum(1).unbind(1), (scale, shift, gate, weight)):     # grad: (B, C)
             if t is None:
@@ -670,8 +671,8 @@ def _decode(q, k, v, pos, visible, scale):
 
 
 @jit
-def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l, visible_b,
-                 POS_TENSOR: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+def _decode_part(q, k, v, visible, sums, tops, totals, pos, scale, heads, group, D, room, parts, x_b, x_h, x_l,
+                 visible_b, POS_TENSOR: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr):
     """One program per key head and part of its cache. It runs an online softmax over ROWS rows at a time.
 

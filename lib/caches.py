@@ -19,11 +19,10 @@ from lib.text import encode_texts
 
 
 class TokenCache:
-    """The pictures of a data set as token indices of a frozen tokenizer.
+    """A data set of pictures as token indices (B, L) of a frozen tokenizer. Items and conditions stay the same.
 
     crops: "1" for the centre crop, another number for so many random crops of each picture, or a name of
-    PictureFolder.VIEWS for all of those. Same items and results as a data set of pictures, but tokens (B, L) instead of
-    pixels. The tokens lie in files of SHARD items each. The processes share the work, and damaged files are replaced.
+    PictureFolder.VIEWS for all of those. The tokens lie in files of SHARD items each, which the processes share out.
     """
 
     SHARD = 2**14
@@ -46,7 +45,13 @@ class TokenCache:
             shards[folder / f"{i:05d}.safetensors"] = items[start:start + self.SHARD]
         rank, world = rank_and_world()
         own = list(shards)[rank::world]
-        self.delete_damaged(own, len(shards))
+        damaged = [path for path in own if path.exists() and not self.is_whole(path)]
+        for path in damaged:
+            path.unlink()
+        if damaged:
+            paths = ", ".join(map(str, damaged[:3]))
+            tqdm.write(f"made again: {len(damaged)} damaged of {len(shards)} files of tokens: {paths}")
+        all_gather_objects("deleted")                                       # from here on no process sees a damaged one
         broken = set()
         for path in own:
             if not path.exists():
@@ -60,8 +65,7 @@ class TokenCache:
         if not len(self.index):
             raise UserError(f"--data: of {len(pictures)} pictures not one can be read")
 
-    def items(self, crops):
-        """All (index, crop) to be tokenized."""
+    def items(self, crops):                                                 # all (index, crop)
         n = len(self.pictures)
         if crops in PictureFolder.VIEWS:
             return [(i, (crops, c)) for i in range(n) for c in range(PictureFolder.VIEWS[crops])]
@@ -69,20 +73,8 @@ class TokenCache:
             return [(i, None) for i in range(n)]
         return [(i, (i, c)) for i in range(n) for c in range(int(crops))]
 
-    @classmethod
-    def delete_damaged(cls, paths, total):
-        """Delete damaged files. Collective: afterwards no process sees a damaged file."""
-        damaged = [path for path in paths if path.exists() and not cls.is_whole(path)]
-        if damaged:
-            tqdm.write(f"made again: {len(damaged)} damaged of {total} files of tokens: "
-                       + ", ".join(map(str, damaged[:3])))
-        for path in damaged:
-            path.unlink()
-        all_gather_objects("deleted")
-
     @staticmethod
     def is_whole(path):
-        """Whether the checksum of a file of tokens is right."""
         try:
             with safe_open(path, "pt") as f:
                 return f.metadata()["crc32"] == str(zlib.crc32(f.get_tensor("tokens").numpy()))
@@ -127,36 +119,30 @@ class TokenCache:
             file = int(np.searchsorted(self.ends, i, "right"))
             row = i - self.ends[file - 1] if file else i
             tokens.append(self.files[file]["tokens"][row])
-        pictures = [(int(self.index[i]), seed) for i, seed in items]
-        return torch.stack(tokens).long(), self.pictures.conditions(pictures), []
+        conditions = self.pictures.conditions([(int(self.index[i]), seed) for i, seed in items])
+        return torch.stack(tokens).long(), conditions, []
 
 
 class FeatureCache:
-    """Text features of captions from a frozen T5, in half precision: cache[caption] is (n, Ct).
-
-    The file is memory-mapped, so only the captions that are asked for are read.
-    """
+    """Text features of captions from a frozen T5 in a memory-mapped file: cache[caption] is (n, Ct), float16 inside."""
 
     def __init__(self, captions, t5, slots, clean, folder):
         weights = [p.float().sum().item() for p in (t5.embed.weight, *t5.blocks[-1].parameters())]
         key = hashlib.sha256(f"{slots} {clean} {t5.config} {weights} {captions}".encode()).hexdigest()[:12]
         path = Path(folder) / f"text_{key}.safetensors"
         if not path.exists() and rank_and_world()[0] == 0:
-            self.write(path, captions, t5, slots, clean)
+            rows = []
+            starts = range(0, len(captions), 16)
+            for start in tqdm(starts, desc=f"reading {len(captions)} captions", leave=False):
+                rows += [row.half() for row in encode_texts(t5, captions[start:start + 16], slots, clean)]
+            starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+            with vq.atomic(path) as temporary:
+                save_file({"features": torch.cat(rows), "starts": starts}, temporary)
         while not path.exists():                                            # rank 0 still writes
             time.sleep(1)
         self.file = safe_open(path, "pt")
         starts = self.file.get_tensor("starts").tolist()
         self.rows = dict(zip(captions, zip(starts, starts[1:])))
-
-    @staticmethod
-    def write(path, captions, t5, slots, clean):
-        rows = []
-        for start in tqdm(range(0, len(captions), 16), desc=f"reading {len(captions)} captions", leave=False):
-            rows += [row.half() for row in encode_texts(t5, captions[start:start + 16], slots, clean)]
-        starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
-        with vq.atomic(path) as temporary:
-            save_file({"features": torch.cat(rows), "starts": starts}, temporary)
 
     def __getitem__(self, caption):
         start, end = self.rows[caption]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import latentsync
 import syncnet
 import vq
 from lib.console import UserError, check_ranges, check_writable, rank_and_world
-from lib.data import first_readable, from_here, held_out, open_pictures
+from lib.data import first_readable, held_out, open_pictures
 from lib.pictures import UNREADABLE
 from lib.syncnet_variants import variant
 from lib.talking_head import RATE, shift_sound, speech, talking_head
@@ -32,15 +33,12 @@ FIRST_HEAD = 1000                               # seed of the first head for tra
 
 
 def clip_items(data, items, read):
-    """[read(index, seed)] of items, with the next usable video in place of an unusable one, and the unusable ones."""
+    """([read(index, seed)] of items, with the next usable video in place of an unusable one; the unusable ones)."""
     clips = []
     broken = []
+    why_none = f"not one of these videos can be used; each has to have sound and {data.shortest} frames"
     for index, seed in items:
-        found = first_readable(lambda i: read(i, seed), from_here(index, len(data)), data.name, broken)
-        if found is None:
-            raise UserError(f"{data.name(0)} and {len(data) - 1} others: not one of these videos can be used; each has "
-                            f"to have sound and {data.shortest} frames")
-        clips.append(found[1])
+        clips.append(first_readable(lambda i: read(i, seed), index, len(data), data.name, broken, why_none)[1])
     return clips, broken
 
 
@@ -64,8 +62,7 @@ class VideoFolder:
             chosen = set(held_out(sources, train))
             self.files = [file for file in self.files if self.source(file) in chosen]
         listing = "\n".join(f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
-        listing = hashlib.sha256(listing.encode()).hexdigest()
-        self.fingerprint = " ".join(map(str, (listing, *options)))
+        self.fingerprint = " ".join(map(str, (hashlib.sha256(listing.encode()).hexdigest(), *options)))
 
     @staticmethod
     def source(file):
@@ -79,8 +76,20 @@ class VideoFolder:
         return self.files[index]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# SyncNet: a clip, and the sound of the same or of another moment of the same video
+class SyntheticHeads:
+    """Talking heads from seeds, drawn when they are first needed and kept: 1.2 MB each at 64 x 64 pixels."""
+
+    kinds = "synthetic heads"
+
+    def __init__(self, first, count):
+        self.first = first                                                  # seed
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def name(self, index):
+        return f"talking head {self.first + index}"
 
 
 class SyncClips:
@@ -97,8 +106,7 @@ class SyncClips:
         self.shortest = 2 * config.frames
 
     def spoiled(self, index, sound):
-        """The sound, shifted by at most audio_offset frames, by another amount for each video: data that nobody
-        corrected."""
+        """The sound, shifted by at most audio_offset frames, by another amount for each video, as in raw data."""
         offset = np.random.default_rng((index, 1)).uniform(-self.audio_offset, self.audio_offset)
         return shift_sound(sound, offset)
 
@@ -135,14 +143,12 @@ class SyncClips:
         """(frames, sound) of the first n videos that can be used."""
         usable = []
         for index in range(len(self)):
+            with suppress(UserError, *UNREADABLE):
+                frames, sound = self.whole(index)
+                if len(frames) >= self.shortest:
+                    usable.append((frames, sound))
             if len(usable) == n:
                 break
-            try:
-                frames, sound = self.whole(index)
-            except (UserError, *UNREADABLE):
-                continue
-            if len(frames) >= self.shortest:
-                usable.append((frames, sound))
         return usable
 
     def __getitems__(self, items):
@@ -151,25 +157,18 @@ class SyncClips:
         return (torch.stack(frames), torch.stack(mels)), torch.tensor(labels), broken
 
 
-class SyntheticSyncClips(SyncClips):
-    """Videos of synthetic heads, drawn when they are first needed and kept: 1.2 MB each at 64 x 64 pixels."""
+class SyntheticSyncClips(SyntheticHeads, SyncClips):
+    """Videos of synthetic heads."""
 
     kinds = "synthetic videos"
 
     def __init__(self, config, count, first=0, seconds=4.8, unaligned=False, **options):
-        super().__init__(config, **options)
-        self.count = count
-        self.first = first
+        SyntheticHeads.__init__(self, first, count)
+        SyncClips.__init__(self, config, **options)
         self.seconds = seconds
         self.unaligned = unaligned
         self.mels = {}
         self.fingerprint = f"talking heads {first}+{count} {seconds} {config} {options} {unaligned}"
-
-    def __len__(self):
-        return self.count
-
-    def name(self, index):
-        return f"talking head {self.first + index}"
 
     def whole(self, index):
         height, width = self.config.picture
@@ -208,8 +207,7 @@ class FolderSyncClips(VideoFolder, SyncClips):
         """(lower halves of the frames of at most 30 s, sound) of a video, for syncnet.score."""
         halves = []
         for frame in itertools.islice(Video(self.files[index]), 30 * FPS):
-            frame = torch.from_numpy(frame).permute(2, 0, 1)
-            halves.append(syncnet.lower_halves(frame[None], self.config)[0])
+            halves += syncnet.lower_halves(torch.from_numpy(frame).permute(2, 0, 1)[None], self.config)
         return halves, read_sound(self.files[index])
 
 
@@ -220,7 +218,7 @@ def clip_config(args):
     try:
         return variant(syncnet.CONFIGS[args.model], args.frames, args.embedding, args.attention)
     except ValueError as e:
-        raise UserError(f"--model {args.model}: {e}; leave --frames and --embedding out, or choose others") from None
+        raise UserError(f"--model {args.model}: {e}; leave --frames and --embedding out, or change them") from None
 
 
 def open_sync_clips(args, config=None):
@@ -231,17 +229,14 @@ def open_sync_clips(args, config=None):
         raise UserError("--model 16_latent: reads latents, for which there is no training data here yet")
     if args.data == "demo":
         if config.picture[1] > 64:
-            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 pixels")
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 "
+                            "pixels")
         train = SyntheticSyncClips(config, args.videos, FIRST_HEAD, unaligned=args.unaligned, **options)
         return train, SyntheticSyncClips(config, VAL_HEADS, seconds=8.0)    # real clips have 5 to 10 s
     if args.unaligned:
-        raise UserError("--unaligned: is for synthetic videos; those in a folder are as aligned as they are")
+        raise UserError("--unaligned: is for synthetic videos")
     train = FolderSyncClips(args.data, config, split=not args.val_data, **options)
     return train, FolderSyncClips(args.val_data or args.data, config, train=False, split=not args.val_data)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LatentSync: a clip, another clip of the same video as reference, and the sound
 
 
 class DubbingDataset:
@@ -259,9 +254,8 @@ class DubbingDataset:
     def scene(self, index, seed, clips=1):
         """`clips` successive clips of one video. Raises OSError if it is too short.
 
-        Returns frames uint8 (clips * F, 3, H, W), for each clip a clip of another moment as reference (the same shape),
-        the audio window of each frame (clips * F, rows * layers, C), the sound of the video, and the number of the
-        first frame.
+        Returns frames uint8 (clips * F, 3, H, W); for each clip a clip of another moment as reference, the same shape;
+        the audio window of each frame (clips * F, rows * layers, C); the sound of the video; the first frame's number.
         """
         rng = np.random.default_rng(seed)
         F = self.frames
@@ -284,9 +278,7 @@ class DubbingDataset:
     def clip(self, index, seed):
         """One clip: frames, references, audio windows, and the mel window of SyncNet or an empty tensor."""
         frames, references, audio, sound, start = self.scene(index, seed)
-        if not self.columns:
-            return frames, references, audio, torch.zeros(0)
-        mel = syncnet.mel_window(sound, start, self.columns)
+        mel = syncnet.mel_window(sound, start, self.columns) if self.columns else torch.zeros(0)
         if mel is None:
             raise OSError("its sound ends too soon")
         return frames, references, audio, mel
@@ -297,31 +289,20 @@ class DubbingDataset:
         return (frames, references), (audio, mel), broken
 
 
-class SyntheticDubbing(DubbingDataset):
+class SyntheticDubbing(SyntheticHeads, DubbingDataset):
     """Synthetic talking heads as dubbing examples."""
 
-    kinds = "synthetic heads"
-
-    def __init__(self, first, people, frames, seconds=4.8):
-        super().__init__(frames)
-        self.first = first
-        self.people = people
-        self.seconds = seconds
+    def __init__(self, first, count, frames):
+        SyntheticHeads.__init__(self, first, count)
+        DubbingDataset.__init__(self, frames)
         self.features = {}
-        self.fingerprint = f"clips of heads {first}+{people} {frames} {seconds}"
-
-    def __len__(self):
-        return self.people
-
-    def name(self, index):
-        return f"talking head {self.first + index}"
+        self.fingerprint = f"clips of heads {first}+{count} {frames} 4.8"         # seconds of a video
 
     def encode_audio(self, whisper, args):
-        """Set the audio encoder. It runs when a video is first needed."""
-        self.whisper = whisper
+        self.whisper = whisper                                              # runs when a video is first needed
 
     def video(self, index):
-        frames, sound = talking_head(self.first + index, self.seconds)
+        frames, sound = talking_head(self.first + index)
         if index not in self.features:
             self.features[index] = torch.cat(list(self.whisper.pieces(sound))).cpu()
         return len(frames), lambda start, count: frames[start:start + count], self.features[index], sound
@@ -336,10 +317,9 @@ class FolderDubbing(VideoFolder, DubbingDataset):
         self.resolution = resolution
 
     def encode_audio(self, whisper, args):
-        """Compute the audio features of all videos. The processes share the work.
+        """Compute the audio features of all videos, which the processes share out.
 
-        The files of features are named after the content of the video and the encoder's weights, so a renamed video
-        keeps its features, and a changed one gets new ones.
+        Their files are named after the content of the video and the encoder's weights, so renamed videos keep them.
         """
         folder = check_writable(args.cache or Path(self.root) / ".whisper", "--cache")
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in whisper.state_dict().values())
@@ -374,8 +354,7 @@ class FolderDubbing(VideoFolder, DubbingDataset):
             raise UserError(f"{path}: has {video.width} x {video.height} pixels, expected a square, an aligned face; "
                             "--prepare makes such videos")
         if video.width < self.resolution:
-            raise UserError(f"{path}: has {video.width} pixels, but {self.resolution} are to be painted; --prepare with "
-                            "the same --recipe makes such videos")
+            raise UserError(f"{path}: has {video.width} pixels, but {self.resolution} are to be painted")
 
         def frames_at(start, count):
             frames = video.clip(start, count)
@@ -391,17 +370,14 @@ def open_dubbing(args):
     resolution = latentsync.CONFIGS[args.model].resolution
     if args.data == "demo":
         if resolution > 64:
-            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 pixels")
+            raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 "
+                            "pixels")
         check_ranges(("--frames", args.frames, 1, 40))                      # a reference needs as many of 120 again
         train = SyntheticDubbing(FIRST_HEAD, args.videos, args.frames)
         return train, SyntheticDubbing(0, VAL_HEADS, args.frames)
-    split = not args.val_data
-    train = FolderDubbing(args.data, args.frames, resolution, train=True, split=split)
-    return train, FolderDubbing(args.val_data or args.data, args.frames, resolution, train=False, split=split)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# For the demo's autoencoder and encoders
+    options = dict(frames=args.frames, resolution=resolution, split=not args.val_data)
+    train = FolderDubbing(args.data, **options)
+    return train, FolderDubbing(args.val_data or args.data, train=False, **options)
 
 
 class HeadPictures:
@@ -422,20 +398,15 @@ class HeadPictures:
 
 
 class HeadSpeech:
-    """Log-mel spectrograms of synthetic voices, and the mouth at 50 times a second (open, wide, teeth).
-
-    For an audio encoder.
-    """
+    """For an audio encoder: log-mel spectrograms of voices, and the mouth 50 times a second (open, wide, teeth)."""
 
     kinds = "synthetic voices"
 
     def __init__(self, first, people):
-        self.mels = []
-        self.mouths = []
-        for seed in tqdm(range(first, first + people), desc="synthesizing", unit="voice", leave=False):
-            voice = speech(seed)
-            self.mels.append(latentsync.log_mel(voice.sound))
-            self.mouths.append(torch.from_numpy(voice.plan[::RATE // 50, 6:]).float())
+        seeds = tqdm(range(first, first + people), desc="synthesizing", unit="voice", leave=False)
+        voices = [speech(seed) for seed in seeds]
+        self.mels = torch.stack([latentsync.log_mel(voice.sound) for voice in voices])
+        self.mouths = torch.stack([torch.from_numpy(voice.plan[::RATE // 50, 6:]).float() for voice in voices])
         self.fingerprint = f"voices {first}+{people}"
 
     def __len__(self):
@@ -443,27 +414,20 @@ class HeadSpeech:
 
     def __getitems__(self, items):
         index = [i for i, _ in items]
-        return torch.stack([self.mels[i] for i in index]), torch.stack([self.mouths[i] for i in index]), []
+        return self.mels[index], self.mouths[index], []
 
 
-class HeadClips:
+class HeadClips(SyntheticHeads):
     """Clips of 16 frames of synthetic heads: for a video encoder."""
 
-    kinds = "synthetic heads"
-
-    def __init__(self, first, people, frames=16):
-        self.first = first
-        self.people = people
-        self.frames = frames
-        self.fingerprint = f"bare clips of heads {first}+{people} {frames}"
-
-    def __len__(self):
-        return self.people
+    def __init__(self, first, count):
+        super().__init__(first, count)
+        self.fingerprint = f"bare clips of heads {first}+{count} 16"
 
     def clip(self, index, seed):
         frames, _ = talking_head(self.first + index)
-        start = int(np.random.default_rng(seed).integers(len(frames) - self.frames + 1))
-        return frames[start:start + self.frames]
+        start = int(np.random.default_rng(seed).integers(len(frames) - 16 + 1))
+        return frames[start:start + 16]
 
     def __getitems__(self, items):
         return torch.stack([self.clip(index, seed) for index, seed in items]), torch.zeros(len(items)), []

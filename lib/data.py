@@ -5,6 +5,7 @@ returns (inputs, conditions, paths that could not be read). Where a file is dama
 place.
 """
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -33,19 +34,14 @@ def spread(n, most):
     return [(i * n // count, None) for i in range(count)]
 
 
-def first_readable(read, candidates, name, broken):
-    """(index, read(index)) of the first candidate that can be read, or None. Appends names of the others to broken."""
-    for index in candidates:
+def first_readable(read, index, n, name, broken, why_none="not one picture can be read"):
+    """(i, read(i)) of the first readable one of n items, from index on. Appends names of the others to broken."""
+    for i in itertools.chain(range(index, n), range(index)):
         try:
-            return index, read(index)
+            return i, read(i)
         except (UserError, *UNREADABLE):
-            broken.append(name(index))
-    return None
-
-
-def from_here(index, n):
-    """All numbers 0 .. n - 1, beginning with index: the order in which a damaged item is replaced."""
-    return ((index + step) % n for step in range(n))
+            broken.append(name(i))
+    raise UserError(f"{name(index)} and {n - 1} others: {why_none}")
 
 
 def report_broken(paths, data):
@@ -61,7 +57,7 @@ class EmojiSheet:
     def __init__(self, size, train=True):
         tiles, rows = demo_tiles()
         self.classes = sorted({row["subcategory"] for row in rows})
-        keep = [i for i in range(len(rows)) if (i % VAL_EVERY == VAL_EVERY - 1) != train]
+        keep = held_out(range(len(rows)), train)
         self.labels = torch.tensor([self.classes.index(rows[i]["subcategory"]) for i in keep])
         self.names = [rows[i]["name"] for i in keep]
         small = [np.asarray(tiles[i].resize((size, size), Image.LANCZOS)) for i in keep]
@@ -75,8 +71,7 @@ class EmojiSheet:
     def name(self, index):
         return self.names[index]
 
-    def conditions(self, items):
-        """Classes (B,) of items."""
+    def conditions(self, items):                                            # classes (B,)
         return self.labels[[i for i, _ in items]]
 
     def __getitems__(self, items):
@@ -92,12 +87,10 @@ class EmojiCaptions(EmojiSheet):
         # In Unicode's name "black" means filled, but the picture of this heart is red.
         self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
 
-    def captions(self, index):
-        """All captions that a picture may get."""
+    def captions(self, index):                                              # all that a picture may get
         return [self.names[index]]
 
-    def conditions(self, items):
-        """Captions of items."""
+    def conditions(self, items):                                            # captions
         return [self.names[i] for i, _ in items]
 
 
@@ -133,12 +126,11 @@ class PictureFolder:
 
     def in_folders(self, root):
         """[(path, class, 0)] of a folder of folders."""
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-        paths = {}
-        for folder in folders:
-            paths[folder.name] = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-        self.classes = [name for name, found in paths.items() if found]
-        return [(str(p), c, 0) for c, name in enumerate(self.classes) for p in paths[name]]
+        paths = sorted(p for p in root.glob("[!.]*/**/*") if p.suffix.lower() in PICTURES and p.is_file())
+        names = [p.relative_to(root).parts[0] for p in paths]
+        self.classes = sorted(set(names))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return [(str(p), numbers[name], 0) for p, name in zip(paths, names)]
 
     def in_shards(self, root, notes):
         """[(TarEntry, class, number of the tar file)] of a folder of tar files."""
@@ -167,7 +159,7 @@ class PictureFolder:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def random_crop(self, picture, seed):
-        """Resize and cut a PIL picture; seed None takes the mean zoom and the centre."""
+        """Resize and cut a PIL picture. Without a seed the mean zoom and the centre are taken."""
         rng = np.random.default_rng(seed)
         zoom = np.mean(self.zoom) if seed is None else rng.uniform(*self.zoom)
         ratio = round(zoom * self.size) / min(picture.size)
@@ -179,8 +171,7 @@ class PictureFolder:
             picture = ImageOps.mirror(picture)
         return picture
 
-    def conditions(self, items):
-        """Classes (B,) of items."""
+    def conditions(self, items):                                            # classes (B,)
         return self.labels[[i for i, _ in items]]
 
     def __getitems__(self, items):
@@ -188,11 +179,9 @@ class PictureFolder:
         indices = []
         broken = []
         for index, crop in items:
-            found = first_readable(lambda i: self.read(i, crop), from_here(index, len(self)), self.name, broken)
-            if found is None:
-                raise UserError(f"{self.files[0]} and {len(self) - 1} others: not one picture can be read")
-            indices.append(found[0])
-            pixels.append(found[1])
+            i, picture = first_readable(lambda i: self.read(i, crop), index, len(self), self.name, broken)
+            indices.append(i)
+            pixels.append(picture)
         return torch.stack(pixels), self.labels[indices], broken
 
 
@@ -227,12 +216,12 @@ def view(picture, size, kind, number):
 class CaptionedPictures:
     """Pictures with captions. `groups` holds the indices of pictures of equal aspect ratio; a batch comes from one.
 
-    root: a .tsv or .jsonl file, or a folder of such files. A line of a .tsv is: picture path, tab, caption. A line of a
-    .jsonl is, as in Infinity, {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)},
-    or, as in LlamaGen, {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. root
-    may also be a folder of tar files with a caption as .txt, or such a line as .json, beside each picture. Broken lines
-    are skipped and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a
-    square of `size` pixels, then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
+    root: a .tsv or .jsonl file, or a folder of such files, or of tar files with a caption as .txt, or a line as .json,
+    beside each picture. A line of a .tsv is: picture path, tab, caption. A line of a .jsonl is, as in Infinity,
+    {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}, or, as in LlamaGen,
+    {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. Broken lines are skipped
+    and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a square of
+    `size` pixels, then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
     """
 
     READS_FILES = True
@@ -247,14 +236,12 @@ class CaptionedPictures:
             files = [self.root]
         samples = [] if files or not any(self.root.glob("*.tar")) else read_shards(self.root, notes)
         if not files and not samples:
-            raise UserError(f"--data {root}: expected a folder with .tsv (picture path, tab, caption), .jsonl or .tar "
-                            "files")
+            raise UserError(f"--data {root}: expected a folder with .tsv (path, tab, caption), .jsonl or .tar files")
         self.rows, broken = self.read_rows(files, samples)
         if broken:
             print(f"skipped {len(broken)} broken of {len(broken) + len(self.rows)} lines: {', '.join(broken[:3])}")
         if not self.rows:
-            raise UserError(f"--data {root}: not one of {len(broken)} lines can be used; a line of a .tsv is a path, a "
-                            "tab and a caption")
+            raise UserError(f"--data {root}: not one of {len(broken)} lines can be used")
         if split:
             self.rows = held_out(self.rows, train)
         ratios = np.array([ratio for _, ratio, _, _ in self.rows])
@@ -274,11 +261,9 @@ class CaptionedPictures:
         for sample in samples:
             w, h = sample.size
             try:
-                if "json" in sample.texts:
-                    line = json.loads(sample.texts["json"])
-                else:
-                    line = {"long_caption": sample.texts["txt"]}
-                rows.append(self.row(sample.picture, {"h_div_w": h / w} | line, sample.shard))
+                texts = sample.texts
+                fields = json.loads(texts["json"]) if "json" in texts else {"long_caption": texts["txt"]}
+                rows.append(self.row(sample.picture, {"h_div_w": h / w} | fields, sample.shard))
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken.append(str(sample.picture))
         for file in files:
@@ -287,30 +272,27 @@ class CaptionedPictures:
                 if not line.strip():
                     continue
                 try:
-                    rows.append(self.parse(file, line))
+                    if file.suffix == ".tsv":
+                        path, caption = line.split("\t")[:2]
+                        fields = {"image_path": path, "long_caption": caption}
+                    else:
+                        fields = json.loads(line)
+                    rows.append(self.row(str(file.parent / fields["image_path"]), fields))
                 except (ValueError, KeyError, TypeError, AttributeError, *UNREADABLE):
                     broken.append(f"{file}:{number}")
         return rows, broken
 
-    def parse(self, file, line):
-        """A line of a .tsv or .jsonl file -> a row."""
-        if file.suffix == ".tsv":
-            path, caption = line.split("\t")[:2]
-            return self.row(str(file.parent / path), {"long_caption": caption})
-        line = json.loads(line)
-        return self.row(str(file.parent / line["image_path"]), line)
-
-    def row(self, path, line, shard=0):
-        """Path and parsed line -> a row. Raises ValueError without a caption."""
-        long = line.get("long_caption", "")
-        short = line.get("text") or ""
-        if isinstance(line.get("text"), list):
-            long = line["text"][0] if line["text"] else ""
+    def row(self, path, fields, shard=0):
+        """A row of a path and what its line says about it. Raises ValueError without a caption."""
+        long = fields.get("long_caption", "")
+        short = fields.get("text") or ""
+        if isinstance(short, list):
+            long = short[0]
             short = ""
         captions = [text.split("--")[0].strip() for text in (long, short)]
         if not captions[0]:
             raise ValueError("no caption")
-        ratio = float(line.get("h_div_w") or 0)
+        ratio = float(fields.get("h_div_w") or 0)
         if not ratio:
             with Image.open(path) as picture:                               # reads the header only
                 ratio = picture.height / picture.width
@@ -345,21 +327,20 @@ class CaptionedPictures:
         most = 2 if takes_short else len(sentences)
         return ". ".join(sentences[:rng.integers(1, most + 1)])
 
-    def conditions(self, items):
-        """Captions of items."""
+    def conditions(self, items):                                            # captions
         return [self.caption(i, seed) for i, seed in items]
 
     def read(self, index):
         """uint8 (3, h, w)."""
         path, ratio, _, _ = self.rows[index]
         picture = open_picture(open_entry(path))
-        if self.size and min(picture.size) < self.size:
-            raise OSError(f"smaller than {self.size} pixels")               # the authors leave such pictures out, too
         if self.size:
-            picture = cover(picture, self.size, self.size)
+            if min(picture.size) < self.size:
+                raise OSError(f"smaller than {self.size} pixels")           # the authors leave such pictures out, too
+            h, w = self.size, self.size
         else:
-            h, w = vq.schedule(ratio, self.pixels)[-1]
-            picture = cover(picture, 16 * h, 16 * w)
+            h, w = (16 * cells for cells in vq.schedule(ratio, self.pixels)[-1])
+        picture = cover(picture, h, w)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def __getitems__(self, items):
@@ -368,12 +349,11 @@ class CaptionedPictures:
         broken = []
         group = next(g for g in self.groups if items[0][0] in g)
         for index, seed in items:
-            places = from_here(int(np.searchsorted(group, index)), len(group))
-            found = first_readable(self.read, (int(group[place]) for place in places), self.name, broken)
-            if found is None:
-                raise UserError(f"{self.rows[index][0]} and {len(group) - 1} others: not one picture can be read")
-            pixels.append(found[1])
-            captions.append(self.caption(found[0], seed))
+            place = int(np.searchsorted(group, index))
+            place, picture = first_readable(lambda i: self.read(group[i]), place, len(group),
+                                            lambda i: self.name(group[i]), broken)
+            pixels.append(picture)
+            captions.append(self.caption(group[place], seed))
         return torch.stack(pixels), captions, broken
 
 
@@ -405,9 +385,8 @@ class Batches:
     """Endless lists of items (index, seed of the crop), a function of seed and step alone. That makes runs resumable.
 
     Every epoch is a new permutation; its last batch is filled up from the epoch's start. A batch is cut into contiguous
-    micro-batches, and process `rank` of `world` gets the micro-batches rank, rank + world, ... groups: arrays of
-    indices, such as pictures of one aspect ratio; a batch comes from one of them, and the batches of an epoch come in
-    random order. shards: the tar file of each item, see `permuted`.
+    micro-batches, of which process `rank` of `world` gets rank, rank + world, ... groups: arrays of indices, such as
+    pictures of one aspect ratio. A batch comes from one group. shards: the tar file of each item, see `permuted`.
     """
 
     def __init__(self, groups, batch_size, seed, first=0, micro_batches=1, rank=0, world=1, shards=None, window=1):
@@ -421,10 +400,8 @@ class Batches:
         self.window = window
 
     def permuted(self, group, rng):
-        """A group in random order.
-
-        Items in tar files are read faster in the order in which they lie there. So the tar files come in random order,
-        and their items go through a shuffle buffer of `window` items.
+        """A group in random order. Tar files come in random order, and their items through a shuffle buffer of `window`
+        items, because items are read faster in the order in which they lie there.
         """
         if self.shards is None:
             return group[rng.permutation(len(group))]

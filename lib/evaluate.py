@@ -12,7 +12,7 @@ from syncnet import FPS
 
 
 def evaluate_syncnet(args):
-    """Print the accuracy on pairs of unseen videos, and the offsets found when the sound is shifted by -7 .. 7 frames."""
+    """Print the accuracy on pairs of unseen videos, and the offsets found in sound shifted by -7 .. 7 frames."""
     device, why = choose_device(args.device)
     model = syncnet.load(args.evaluate, device=device)
     if isinstance(model, syncnet.OriginalSyncNet):

@@ -37,8 +37,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """Stays in eval mode, also inside a module that is being trained."""
-        return super().train(False)
+        return super().train(False)                                         # also inside a module that is being trained
 
     def features(self, x):
         """Unit-normalised features of the five slices."""
@@ -58,8 +57,7 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(vgg_path, heads_path):
-    """An LPIPS from torchvision's vgg16 weights (`features.{n}.*`) and the linear heads (`lin{i}.model.1.weight`).
-    Raises vq.CheckpointError."""
+    """An LPIPS from torchvision's vgg16 weights and the linear heads of LPIPS. Raises vq.CheckpointError."""
     vgg, _ = vq.read_checkpoint(vgg_path)
     heads, _ = vq.read_checkpoint(heads_path)
     vq.require(vgg, "features.28.weight", path=vgg_path, what="torchvision's vgg16")
@@ -128,13 +126,11 @@ class StyleDiscriminator(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """PyTorch's default for convolutions and matrices, drawn from `generator`."""
         vq.init_default(self, generator)
 
 
 class StyleBlock(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H / 2, W / 2): two convolutions, a blur, a strided convolution; the sum with the
-    skip path is divided by sqrt(2), which keeps its variance."""
+    """Residual block (B, c_in, H, W) -> (B, c_out, H / 2, W / 2). Dividing by sqrt(2) keeps the variance."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -160,29 +156,26 @@ class Blur(nn.Module):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Adversarial losses: of the discriminator, on logits of real and of fake pictures, and of the generator
-
-
 def logit_bce(logits, target):
     """The standard binary cross entropy of logits against 0 or 1, arguments in order."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 def swapped_bce(logits, target):
-    """Binary cross entropy with its arguments exchanged: the constant is taken for the logit, and the logits for the
-    target. LlamaGen's "non-saturating" loss has this slip. It is linear in the logits, and flat where the target is 0,
-    so the discriminator learns nothing from fake pictures. Only for reproducing runs that were made with it."""
+    """LlamaGen's "non-saturating" loss, a slip: the constant is taken for the logit, and the logits for the target.
+
+    It is linear in the logits, and flat where the target is 0, so the discriminator learns nothing from fake pictures.
+    """
     return F.binary_cross_entropy_with_logits(torch.full_like(logits, target), logits)
 
 
 def hinge(real, fake):
-    """max(0, 1 - real) + max(0, 1 + fake), means."""
+    """The discriminator's hinge loss on logits of real and of fake pictures."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def vanilla(real, fake):
-    """softplus(-real) + softplus(fake), means: binary cross entropy, in other words."""
+    """The discriminator's binary cross entropy on logits of real and of fake pictures."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -217,12 +210,15 @@ class TokenizerLoss(nn.Module):
         super().__init__()
         self.lpips = lpips
         self.discriminator = discriminator
-        self.l1, self.l2, self.lpips_weight = l1, l2, lpips_weight
-        self.disc_weight, self.disc_start, self.adaptive = disc_weight, disc_start, adaptive
+        self.l1 = l1
+        self.l2 = l2
+        self.lpips_weight = lpips_weight
+        self.disc_weight = disc_weight
+        self.disc_start = disc_start
+        self.adaptive = adaptive
         self.gan_discriminator, self.gan_generator = GAN_LOSSES[gan]
 
     def adversarial(self, step):
-        """Whether the discriminator takes part at this step."""
         return self.discriminator is not None and step >= self.disc_start
 
     def forward(self, image, rec, vq_loss, step, last_layer):
@@ -241,15 +237,13 @@ class TokenizerLoss(nn.Module):
 
     @staticmethod
     def balance(reconstruction, adv, last_layer):
-        """|gradient of the reconstruction| / |gradient of the adversarial loss|, both at last_layer; at most
-        10,000."""
+        """|gradient of the reconstruction| / |gradient of the adversarial loss| at last_layer, at most 10,000."""
         rec_grad, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         adv_grad, = torch.autograd.grad(adv, last_layer, retain_graph=True)
         return (rec_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
 
     def discriminator_loss(self, image, rec):
-        """disc_weight / 2 * the discriminator's loss. Real and fake pictures pass separately, as their BatchNorm
-        statistics must not mix."""
+        """disc_weight / 2 * the discriminator's loss. The BatchNorm statistics of real and fake pictures stay apart."""
         real = self.discriminator(image.detach())
         fake = self.discriminator(rec.detach())
         return self.disc_weight * 0.5 * self.gan_discriminator(real, fake)

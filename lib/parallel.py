@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.console import rank_and_world
 
 TIMEOUT = timedelta(hours=1)                    # rank 0 may draw pictures while the others wait
-CALLED_DIRECTLY = ("modulation", "condition", "layer")       # methods of blocks that read weights and are called without forward
+CALLED_DIRECTLY = ("modulation", "condition", "layer")      # methods of blocks that read weights besides forward
 
 
 def join(device):
@@ -49,11 +49,7 @@ def all_reduce_max(number):
 
 
 class Objective(torch.nn.Module):
-    """A task's loss as the forward pass of a module that holds the model.
-
-    DDP and FSDP act when the module that they wrap is called. A task calls `model.loss`, which a wrapper around the
-    model alone would not see.
-    """
+    """A task's loss as the forward pass of a module that holds the model: DDP and FSDP act on calls of a module."""
 
     def __init__(self, model, loss):
         super().__init__()
@@ -73,10 +69,7 @@ def repeated_blocks(model):
 
 
 def data_parallel(model, loss, unused_weights=False):
-    """An Objective in which DDP averages gradients over processes; one process needs no DDP.
-
-    unused_weights: some weights get no gradient in some steps.
-    """
+    """An Objective in which DDP averages gradients. unused_weights: some weights get no gradient in some steps."""
     objective = Objective(model, loss)
     if not dist.is_initialized():
         return objective
@@ -107,10 +100,9 @@ def shard(model, dtype, loss=None):
 
 @contextmanager
 def gradient_sync(engine, last):
-    """Exchange gradients in the last backward pass of a step only.
+    """Exchange gradients in the last backward pass of a step only. Until then every process adds up its own.
 
-    Until then every process adds up its own. FSDP adds up gradients of whole weights then, which takes the memory of
-    the unsharded model.
+    FSDP adds up gradients of whole weights then, which takes the memory of the unsharded model.
     """
     if isinstance(engine, FSDPModule):
         engine.set_requires_gradient_sync(last)

@@ -3,6 +3,7 @@
 Videos are converted to 25 frames a second and 16 kHz, cut where shots end and every few seconds, faces are aligned, and
 the sound is moved until it is in sync. prepared.csv says what was left out and why. An interrupted run continues.
 """
+import argparse
 import collections
 import concurrent.futures
 import csv
@@ -17,7 +18,7 @@ import signal
 import sys
 import threading
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,26 +45,6 @@ class Rejected(Exception):
     """The reason why a video or a piece of it is not used."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What --prepare is asked for, with all defaults filled in."""
-
-    device: str
-    syncnet: str                                # path, or None
-    quality: str                                # "MODULE:FUNCTION", or None
-    resolution: int                             # of the clips
-    shortest: int                               # frames that a clip needs
-    piece: int                                  # seconds
-    min_face: int                               # pixels
-    min_confidence: float
-    max_offset: int                             # frames
-    min_quality: float
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One video, one piece
-
-
 class Piece:
     """Some frames of a Video, which can be iterated over again and again."""
 
@@ -85,8 +66,7 @@ class Piece:
 def shots_of(video):
     """(frames with which a shot begins, from 0 on; number of all frames).
 
-    PySceneDetect finds them, where it is installed, with the detector that the authors use. Otherwise a shot begins
-    where colors change.
+    The authors' detector PySceneDetect finds them if it is installed. Otherwise a shot begins where colors change.
     """
     try:
         from scenedetect import AdaptiveDetector, VideoOpenFailure, detect
@@ -122,8 +102,8 @@ def pieces_of(cuts, count, length, shortest):
 def aligned_faces(piece, options, device):
     """Aligned faces of a piece, a list of uint8 (3, r, r). Raises Rejected unless all frames show one large face.
 
-    The list is a little shorter at the end of a video that is shorter than its header says. Landmarks come from
-    NAME.npz beside NAME.mp4, as for `sample.py latentsync --landmarks`, or from a detector.
+    The list ends where the video does, which may be before its header says. Landmarks come from NAME.npz beside
+    NAME.mp4, or from a detector.
     """
     file = piece.path.with_suffix(".npz")
     if file.exists():
@@ -145,10 +125,7 @@ def aligned_faces(piece, options, device):
 
 
 def points_of_one_face(piece, options, device):
-    """Points (frames, 3, 2) of a piece from a detector, with nan where it found none.
-
-    Raises Rejected if there is a cut, or if there is not exactly one large face.
-    """
+    """Points (frames, 3, 2) of a piece, nan where no face was found. Raises Rejected unless there is one large face."""
     every = 1 if device.type == "cuda" else 3
     faces, cuts = find_faces(piece, device, every, instead="NAME.npz with landmarks beside NAME.mp4")
     if cuts:
@@ -168,10 +145,8 @@ def points_of_one_face(piece, options, device):
     return ranks[0]
 
 
-@functools.lru_cache(maxsize=1)
-def load_judge(path, device):
-    """The SyncNet of --prepare, loaded once per process."""
-    return syncnet.load(path, device=device)
+load_judge = functools.lru_cache(maxsize=1)(syncnet.load)                   # loaded once per process
+sound_of = functools.lru_cache(maxsize=1)(read_sound)                       # kept for the next piece of a video
 
 
 @functools.lru_cache(maxsize=1)
@@ -182,20 +157,13 @@ def quality_function(name):
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
-        raise UserError(f"--quality {name}: {e}; expected MODULE:FUNCTION, of a Python file in this folder or a "
-                        "package") from None
-
-
-@functools.lru_cache(maxsize=1)
-def sound_of(source):
-    """The sound of a video, kept for its next piece."""
-    return read_sound(source)
+        raise UserError(f"--quality {name}: {e}; expected MODULE:FUNCTION, of a file here or of a package") from None
 
 
 def sync_score(faces, sound, options, device):
     """The Score of aligned faces and their sound. Raises Rejected if they do not belong together."""
     try:
-        score = score_aligned(load_judge(options.syncnet, device.type), faces, sound)
+        score = score_aligned(load_judge(options.syncnet, device=device.type), faces, sound)
     except ValueError as e:
         raise Rejected(f"SyncNet: {e}") from None
     if score.confidence < options.min_confidence:
@@ -207,38 +175,37 @@ def sync_score(faces, sound, options, device):
 
 def split_video(source, options):
     """The pieces [(first frame, frames)] of a video. Raises Rejected."""
-    try:
-        video = Video(source)
+    with rejecting(source):
         sound_of(source)
-        cuts, count = shots_of(video)
-    except (UserError, *UNREADABLE) as e:
-        raise Rejected(short_reason(source, e)) from None
+        cuts, count = shots_of(Video(source))
     pieces = pieces_of(cuts, count, options.piece * FPS, options.shortest)
     if not pieces:
         raise Rejected(f"too short: {count} frames in {len(cuts)} shots, a clip takes {options.shortest} in one")
     return pieces
 
 
-def short_reason(source, error):
-    """An error about a video, without its path and without advice."""
-    return str(error).removeprefix(f"{source}: ").split(";")[0]
+@contextmanager
+def rejecting(source):
+    """Turn an error of a video into Rejected, without its path and without advice."""
+    try:
+        yield
+    except MissingPackage:                                                  # this is no fault of the video
+        raise
+    except (UserError, *UNREADABLE) as e:
+        raise Rejected(str(e).removeprefix(f"{source}: ").split(";")[0]) from None
 
 
 def make_clip(source, out, start, count, options):
     """Write one clip -> columns of its row in prepared.csv. Raises Rejected."""
     device, _ = choose_device(options.device)
-    try:
+    with rejecting(source):
         faces = aligned_faces(Piece(Video(source), start, count), options, device)
         sound = sound_of(source)
-    except MissingPackage:                                                  # this is no fault of the video
-        raise
-    except (UserError, *UNREADABLE) as e:
-        raise Rejected(short_reason(source, e)) from None
     count = len(faces)
 
     def cut(sound):
         return sound[start * SAMPLE_RATE // FPS:(start + count) * SAMPLE_RATE // FPS]
-    if len(cut(sound)) < count * SAMPLE_RATE // FPS - SAMPLE_RATE // FPS:
+    if len(cut(sound)) < (count - 1) * SAMPLE_RATE // FPS:
         raise Rejected("its sound ends too soon")
     row = {"frames": count}
     if options.syncnet:
@@ -257,9 +224,6 @@ def make_clip(source, out, start, count, options):
     return row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table of what was done
-
 COLUMNS = ("source", "bytes", "start", "verdict", "frames", "offset", "confidence", "quality", "file", "settings")
 
 
@@ -273,7 +237,10 @@ class Table:
         self.path = path
         self.sizes = sizes                                                  # {source: bytes} of the videos
         self.settings = settings
-        rows = self.read() if path.exists() else []
+        rows = []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:          # its last row may have been cut off
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
         other = next((row["settings"] for row in rows if row["settings"] != settings), None)
         if other:
             raise UserError(f"{path}: was made with other settings ({other}; now {settings}); give the same, or "
@@ -286,11 +253,6 @@ class Table:
                      and not (row["verdict"] == "done" and row["source"] in incomplete)]
         write_table(path, self.rows, COLUMNS)
         self.known = {(row["source"], row["start"]) for row in self.rows}
-
-    def read(self):
-        """All rows but a last one that was cut off."""
-        with open(self.path, newline="", encoding="utf-8") as f:
-            return [row for row in csv.DictReader(f) if None not in row.values()]
 
     def same_video(self, row):
         return row["bytes"] == self.sizes.get(row["source"], row["bytes"])
@@ -321,12 +283,8 @@ class Table:
         return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def check_args(args):
-    """(folder of raw videos, folder of clips, Options). Raises UserError."""
+    """(folder of raw videos, folder of clips, the arguments with all defaults). Raises UserError."""
     if args.data == "demo":
         raise UserError("--prepare: give the folder that is to hold the clips as --data DIR")
     if args.study:
@@ -345,19 +303,16 @@ def check_args(args):
     min_confidence = 3.0
     if args.syncnet:
         judge = str(find_checkpoint(args.syncnet))
-        network = load_judge(judge, "cpu")
+        network = load_judge(judge, device="cpu")
         check_judge(network, f"--syncnet {args.syncnet}", original=True)
         if not isinstance(network, syncnet.OriginalSyncNet):                # its confidence lies in 0 .. 1
             min_confidence = 0.3
     resolution = latentsync.CONFIGS[args.model].resolution
-
-    def given(value, default):
-        return default if value is None else value
-    return raw, out, Options(
-        device=args.device, syncnet=judge, quality=args.quality, resolution=resolution,
-        shortest=3 * max(16, args.frames), piece=args.piece, min_face=given(args.min_face, resolution),
-        min_confidence=given(args.min_confidence, min_confidence), max_offset=given(args.max_offset, 6),
-        min_quality=given(args.min_quality, 40.0))
+    defaults = {"min_face": resolution, "min_confidence": min_confidence, "max_offset": 6, "min_quality": 40.0}
+    unset = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    shortest = 3 * max(16, args.frames)                                     # frames that a clip needs
+    options = vars(args) | unset | {"syncnet": judge, "resolution": resolution, "shortest": shortest}
+    return raw, out, argparse.Namespace(**options)
 
 
 def prepare(args):
@@ -376,7 +331,9 @@ def prepare(args):
     sizes = {source: str(path.stat().st_size) for source, path in paths.items()}
     table = Table(out / "prepared.csv", sizes, ", ".join(settings))
     signal.signal(signal.SIGTERM, signal.default_int_handler)               # ends like Ctrl-C
-    pool = open_pool(args.workers)
+    pool = concurrent.futures.ThreadPoolExecutor(1)                         # jobs run in this process
+    if args.workers:
+        pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker)
     try:
         work_off(pool, max(1, 2 * args.workers), table, paths, out, options)
     finally:
@@ -391,8 +348,8 @@ def work_off(pool, room, table, paths, out, options):
     sources = [source for source in paths if not table.has(source)]
     waiting = iter(sources)
     pieces = collections.deque()                                            # (source, first frame, frames) to be made
-    open_pieces = collections.Counter()                                     # of every video, those that are not finished
-    jobs = {}                                                               # future -> (source, first frame or "", file)
+    open_pieces = collections.Counter()                                     # how many of each video are not finished
+    jobs = {}                                                               # future: (source, first frame or "", file)
     with tqdm(total=len(sources), unit="video") as bar:
         while True:
             while len(jobs) < room:
@@ -427,40 +384,18 @@ def work_off(pool, room, table, paths, out, options):
 
 
 def outcome(job):
-    """(result of a job, "kept" or the reason why not). What is no fault of the video is raised.
-
-    After an unexpected error the row says that it failed, and the next run tries again.
-    """
+    """(result of a job, "kept" or the reason why not). After an unexpected error the next run tries again."""
     try:
         return job.result(), "kept"
     except Rejected as e:
         return None, str(e)
     except BrokenProcessPool:
         raise UserError("--workers: one of the processes died, perhaps out of memory; what was done is kept: start "
-                        "again, with fewer --workers, or 0 to see at which video") from None
+                        "again, with fewer of them, or with 0 to see at which video") from None
     except (UserError, OSError, KeyboardInterrupt):
         raise
     except Exception as e:
         return None, f"failed: {type(e).__name__}: {e}".replace("\n", " ")[:200]
-
-
-class InlineExecutor(concurrent.futures.Executor):
-    """Runs jobs in this process, for --workers 0."""
-
-    def submit(self, function, *inputs):
-        job = concurrent.futures.Future()
-        try:
-            job.set_result(function(*inputs))
-        except Exception as e:
-            job.set_exception(e)
-        return job
-
-
-def open_pool(workers):
-    """An executor with so many processes."""
-    if not workers:
-        return InlineExecutor()
-    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
 
 
 def start_worker():

@@ -22,13 +22,14 @@ class Setting:
     low: float = None                           # lowest value; None: not checked
     high: float = None
     type: Callable = None                       # of the flag's value; None: the type of the default
+    metavar: str = None
     flags: tuple = ()                           # names of the flag; by default --name-of-setting
-    options: dict = field(default_factory=dict)     # more arguments of argparse: choices, nargs, metavar, action
+    options: dict = field(default_factory=dict)     # more arguments of argparse: choices, nargs, action
 
 
-def file(help, **options):
-    """A setting that names a file."""
-    return Setting(None, help, type=str, options={"metavar": "FILE"} | options)
+def file(help, metavar="FILE", flags=(), **options):
+    """A setting that names a file or folder."""
+    return Setting(None, help, type=str, metavar=metavar, flags=flags, options=options)
 
 
 def choice(default, choices, help):
@@ -61,18 +62,17 @@ MAY_DIFFER = {"data", "val_data", "out", "resume", "accum", "device", "workers",
               "bench", "json", "cache"}
 
 COMMON = {
-    "data": Setting("demo", "", options={"metavar": "DIR"}),                # its help differs from model to model
-    "val_data": Setting(None, "held-out data; default: every 20th item of --data", type=str,
-                        options={"metavar": "DIR"}),
-    "out": Setting(None, "default: runs/MODEL", type=str, options={"metavar": "DIR"}),
+    "data": Setting("demo", metavar="DIR"),                                 # its help differs from model to model
+    "val_data": file("held-out data; default: every 20th item of --data", "DIR"),
+    "out": file("default: runs/MODEL", "DIR"),
     "resume": choice("no", ["no", "auto"], "auto: continue the run in --out if there is one"),
     "steps": Setting(0, "optimizer steps (or --epochs)", 0),
     "epochs": Setting(0, "passes over the training data, instead of --steps", 0),
     "batch_size": Setting(16, "items per optimizer step, over all processes and --accum", 1),
     "accum": Setting(1, "backward passes per optimizer step and process", 1),
     "lr": Setting(1e-4, "peak learning rate, for the whole batch (papers give it per 256 items)", 0),
-    "schedule": Setting("lin0", "fall of the learning rate: lin, lin0, lin00 (a line after a plateau of 15, 5 or 0 %% of "
-                        "the steps), lin0.8 (two lines), cos, exp or const", options={"metavar": "NAME"}),
+    "schedule": Setting("lin0", "fall of the learning rate: lin, lin0, lin00 (a line after a plateau of 15, 5 or 0 %% "
+                        "of the steps), lin0.8 (two lines), cos, exp or const", metavar="NAME"),
     "warmup": Setting(0.02, "share of the steps in which the learning rate rises", 0, 1),
     "warmup_from": Setting(0.005),                                          # where it starts, relative to the peak
     "final_lr": Setting(0.1, "last learning rate / peak", 0, 1),
@@ -86,7 +86,7 @@ COMMON = {
     "device": choice("auto", ["auto", "cuda", "mps", "cpu"], "where to train"),
     "seed": Setting(0, "of all random draws", 0),
     "workers": Setting(4, "processes that read data", 0),
-    "shuffle": Setting(10000, "size of the shuffle buffer for data in tar files", 1, options={"metavar": "N"}),
+    "shuffle": Setting(10000, "size of the shuffle buffer for data in tar files", 1, metavar="N"),
     "checkpointing": yes_no(False, "recompute activations in the backward pass: slower, less memory"),
     "compile": switch("torch.compile for the blocks of the model"),
     "fsdp": switch("under torchrun: shard weights and optimizer state over the processes (FSDP2), for models that one "
@@ -95,16 +95,13 @@ COMMON = {
     "val_every": Setting(500, "steps between two validations", 0),
     "sample_every": Setting(500, "steps between two pictures", 0),
     "save_every": Setting(500, "steps between two checkpoints", 0),
-    "keep": Setting(2, "number of checkpoints to keep", 1, options={"metavar": "N"}),
-    "max_skipped": Setting(10, "stop after so many steps in a row whose gradient was not finite", 1,
-                           options={"metavar": "N"}),
-    "stop_after": Setting(0, "save and stop after so many steps; --resume auto continues", 0,
-                          options={"metavar": "STEPS"}),
+    "keep": Setting(2, "number of checkpoints to keep", 1, metavar="N"),
+    "max_skipped": Setting(10, "stop after so many steps in a row whose gradient was not finite", 1, metavar="N"),
+    "stop_after": Setting(0, "save and stop after so many steps; --resume auto continues", 0, metavar="STEPS"),
     "bench": switch("do not train: time a step, and its matrix products alone"),
     "json": file("with --bench: write its numbers"),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers and autoencoders. VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's.
 
 VQ = derive(
@@ -124,8 +121,7 @@ VQ = derive(
     gan=choice("hinge", ["hinge", "vanilla", "non-saturating", "non-saturating-swapped"],
                "adversarial loss; the last is LlamaGen's, whose arguments are exchanged"),
     adaptive=Setting(True),                     # scale the adversarial gradient to the reconstruction's
-    lpips=Setting(None, "torchvision's vgg16 weights, and the linear heads of LPIPS", type=str,
-                  options={"nargs": 2, "metavar": ("VGG16", "HEADS")}),
+    lpips=file("torchvision's vgg16 weights, and the linear heads of LPIPS", ("VGG16", "HEADS"), nargs=2),
     init=file("start from this tokenizer"),
     warm_steps=Setting(0, "steps without quantization before the codebook is initialised (with --init none)", 0),
     restart_after=Setting(1000, "restart codes that were unused for so many steps; 0: never", 0),
@@ -155,32 +151,24 @@ VQ_RECIPES = {
     "kl": KL,
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # VAR
 
 GENERATOR = derive(                             # what the three transformers have in common
-    COMMON,
-    model=Setting(""),
+    COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
-    zoom=VQ["zoom"],
-    flip=VQ["flip"],
-    size=Setting(256, "side of the pictures in pixels", 1),
-    vae=file("the trained tokenizer", required=True),
+    vae=file("the trained tokenizer", flags=("--vae", "--vq"), required=True),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
     sampling=Setting({}),                       # settings that sample.py uses with the model by default
     show=Setting(()),                           # classes or prompts that sample.py draws; none: spread over all classes
 )
-GENERATOR["vae"] = replace(GENERATOR["vae"], flags=("--vae", "--vq"))
 INIT_GAMMA = Setting(1e-3, "scale of the AdaLN gates at the start", 0)
 CACHE_CROPS = Setting("0", "tokenize N crops of each picture before training (1: its centre); 0: tokenize in each step",
-                      type=str, options={"metavar": "N"})
-T5 = Setting(None, "folder of the frozen text encoder; without it a small T5 on bytes is trained along", type=str,
-             options={"metavar": "DIR"})
+                      type=str, metavar="N")
+T5 = file("folder of the frozen text encoder; without it a small T5 on bytes is trained along", "DIR")
 
 VAR = derive(
     GENERATOR, batch_size=768, lr=3e-4, dtype="fp16", sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
-    init_gamma=INIT_GAMMA,
-    cache_crops=CACHE_CROPS,
+    init_gamma=INIT_GAMMA, cache_crops=CACHE_CROPS,
     depth=Setting(None, "number of blocks instead of the recipe's; width and heads grow with it", 1, type=int),
     scaling_laws=switch("the paper's experiment in small: train models of several depths and fit their losses as "
                         "powers of their sizes; writes a table and a picture"),
@@ -203,7 +191,6 @@ VAR_RECIPES = {
     "d36": derive(VAR_LARGE, model="var_d36", size=512, init_gamma=5e-6, wd_end=0.08),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Infinity. The authors' script has a base rate of 6e-3, which users found far too high. Steps and rates are the
 # paper's, as far as it gives them.
 
@@ -213,12 +200,11 @@ INFINITY = derive(
     dtype="bf16", checkpointing=True, captions=True, sampling=dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97),
     init_gamma=replace(INIT_GAMMA, default=5e-6),
     pixels=Setting("0.06M", "size of all pictures, whatever their aspect: 0.06M, 0.25M, 0.60M or 1M", type=str,
-                   options={"metavar": "SIZE"}),
+                   metavar="SIZE"),
     strength=Setting(0.3, "bitwise self-correction: largest probability of a flipped bit; 0: none", 0, 1),
     reweight=yes_no(False, "weigh the tokens of coarse scales more"),
     scales=Setting(0, "train the first so many scales only; 0: all", 0),
-    short_captions=SHORT_CAPTIONS,
-    t5=T5,
+    short_captions=SHORT_CAPTIONS, t5=T5,
 )
 INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02,
@@ -236,14 +222,13 @@ INFINITY_RECIPES = {                            # each stage of the larger model
     "8B_1024": derive(INFINITY, model="infinity_8b", pixels="1M", steps=60000, lr=2e-5),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # LlamaGen
 
 LLAMAGEN = derive(
     GENERATOR, epochs=300, batch_size=256, schedule="const", warmup=0.0, clip=1.0, dtype="bf16",
     sampling=dict(cfg=4.0, top_k=2000, top_p=1.0, temperature=1.0),
     cache_crops=replace(CACHE_CROPS, default="ten", help=CACHE_CROPS.help + "; ten: ten crops of each of two sizes, as "
-                        "the authors did; flip: the centre and its mirror image", options={"metavar": "N|ten|flip"}),
+                        "the authors did; flip: the centre and its mirror image", metavar="N|ten|flip"),
     dropout=Setting(0.1, "of embeddings and branches", 0, 0.9),
     short_captions=replace(SHORT_CAPTIONS, default=0.3),
     pixels=Setting(None),                       # pictures are squares
@@ -272,7 +257,6 @@ LLAMAGEN_RECIPES = {
     "t2i_stage2": derive(LLAMAGEN_TEXT, model="t2i_XL_stage2_512", size=512, steps=50000),
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # SyncNet, with the authors' rate, clipping and precision. The paper recommends 1024 pairs per step. How long they
 # trained is not known.
 
@@ -281,16 +265,16 @@ SYNCNET = derive(
     COMMON, steps=50000, batch_size=1024, lr=1e-5, schedule="const", warmup=0.0, wd=0.01, betas=(0.9, 0.999), clip=1.0,
     dtype="fp16",
     model=Setting("16_pixel_attn", "a network of syncnet.CONFIGS; talking_head_plain is Wav2Lip's kind",
-                  options={"metavar": "NAME"}),
+                  metavar="NAME"),
     init=file("start from these weights"),
     frames=Setting(None, "frames of a clip", 1, type=int),
     embedding=Setting(None, "length of the embeddings", 1, type=int),
     attention=yes_no(None, "--no-attention: residual blocks alone"),
-    moments=Setting(1, "clips of each video in a batch, of which all K * K pairs count; 1: one pair, as in the paper", 1,
-                    options={"metavar": "K"}),
+    moments=Setting(1, "clips of each video in a batch, of which all K * K pairs count; 1: one pair, as in the paper",
+                    1, metavar="K"),
     contrast_steps=Setting(0, "with --moments: first steps with a contrastive loss, which has no plateau", 0),
     audio_offset=Setting(0, "spoil the data: shift the sound of each video, by at most so many frames", 0,
-                         options={"metavar": "FRAMES"}),
+                         metavar="FRAMES"),
     unaligned=switch("spoil the synthetic videos: head and camera move"),
     videos=replace(VIDEOS, default=800),
     val_pairs=Setting(2048, "pairs to validate with", 1),
@@ -307,26 +291,20 @@ SYNCNET_RECIPES = {
     **{name: derive(SYNCNET, model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
 # Stand-ins of the demo for networks that others trained: an audio encoder, and TREPA's video encoder
 
-WHISPER = derive(COMMON, steps=2000, lr=2e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
-                 model=Setting("talking_head"),
-                 videos=replace(VIDEOS, help="number of synthetic voices"))
-VIDEOMAE = derive(COMMON, steps=1000, batch_size=8, lr=1e-3, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99,
-                  model=Setting("talking_head"),
-                  videos=replace(VIDEOS, default=400))
+STAND_IN = derive(COMMON, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99, model=Setting("talking_head"))
+WHISPER = derive(STAND_IN, steps=2000, lr=2e-3, videos=replace(VIDEOS, help="number of synthetic voices"))
+VIDEOMAE = derive(STAND_IN, steps=1000, batch_size=8, lr=1e-3, videos=replace(VIDEOS, default=400))
 
-# ----------------------------------------------------------------------------------------------------------------------
 # LatentSync. The authors trained stage 1 for 14 days on 8 H100, stage 2 for one or two. The batch is that of all 8.
 
-STAGE = choice("1", ["1", "2", "2-efficient"], "1: the UNet without motion modules, on the noise loss; 2: attention and "
-               "motion modules, also on the decoded pixels; 2-efficient: fewer of them, without TREPA")
 LATENTSYNC = derive(
     COMMON, steps=200000, batch_size=192, lr=1e-5, schedule="const", warmup=0.0, wd=0.01, betas=(0.9, 0.999), clip=1.0,
     dtype="fp16", checkpointing=True,
     model=Setting("latentsync_1.5"),
-    stage=STAGE,
+    stage=choice("1", ["1", "2", "2-efficient"], "1: the UNet without motion modules, on the noise loss; 2: attention "
+                 "and motion modules, also on the decoded pixels; 2-efficient: fewer of them, without TREPA"),
     vae=file("the autoencoder; with --data demo: the demo's"),
     whisper=file("the audio encoder; with --data demo: the demo's"),
     syncnet=file("a StableSyncNet, for stage 2 and for validation; with --data demo: the demo's"),
@@ -334,7 +312,7 @@ LATENTSYNC = derive(
     videomae=file("the video encoder of TREPA, for stage 2; with --data demo: the demo's"),
     lpips=VQ["lpips"],
     init=file("start from these weights: a released file, or those of stage 1"),
-    stable_diffusion=Setting(None, "start from the UNet of Stable Diffusion 1.5", type=str, options={"metavar": "DIR"}),
+    stable_diffusion=file("start from the UNet of Stable Diffusion 1.5", "DIR"),
     frames=Setting(16, "frames of a clip", 1),
     drop_audio=Setting(0.0, "share of clips without sound, which trains the branch that guidance compares with", 0, 1),
     sync_weight=Setting(0.0, "weight of SyncNet's loss, in stage 2; 0: without it", 0),
@@ -344,21 +322,20 @@ LATENTSYNC = derive(
     val_videos=Setting(8, "videos that every validation repaints and scores", 1),
     val_clips=Setting(3),                       # clips of 16 frames of each of them
     sampling=Setting(dict(cfg=1.5)),
-    cache=Setting(None, "where features of the sound are kept; default: in --data", type=str,
-                  options={"metavar": "DIR"}),
+    cache=file("where features of the sound are kept; default: in --data", "DIR"),
     study=switch("stage 2 on the synthetic heads three times: without SyncNet, with it, and with TREPA as well; writes "
                  "a table and pictures"),
-    prepare=Setting(None, "do not train: make aligned clips of the videos in RAW_DIR and write them to --data, in "
-                    "--workers processes; an interrupted run continues", type=str, options={"metavar": "RAW_DIR"}),
+    prepare=file("do not train: make aligned clips of the videos in RAW_DIR and write them to --data, in --workers "
+                 "processes; an interrupted run continues", "RAW_DIR"),
     min_face=Setting(None, "leave out smaller faces, in pixels; default: the size of the clips", 1, type=int),
     min_confidence=Setting(None, "leave out clips with a lower confidence of --syncnet; default: 3, with a "
                            "StableSyncNet 0.3", type=float),
     max_offset=Setting(None, "leave out clips whose sound is off by more frames (default 6)", 0, 15, type=int),
-    quality=Setting(None, "leave out clips that this function gives less than --min-quality; it gets three frames, "
-                    "uint8 (h, w, 3)", type=str, options={"metavar": "MODULE:FUNCTION"}),
+    quality=file("leave out clips that this function gives less than --min-quality; it gets three frames, uint8 "
+                 "(h, w, 3)", "MODULE:FUNCTION"),
     min_quality=Setting(None, "default 40, the authors' for hyperIQA", type=float),
     piece=Setting(5, "length of the clips; the last of a shot may be up to twice as long (default 5)", 2,
-                  options={"metavar": "SECONDS"}),
+                  metavar="SECONDS"),
 )
 STAGE2 = dict(steps=20000, batch_size=32, sync_weight=0.05, trepa_weight=10.0, lpips_weight=0.1)
 # Without weights of VGG there is no LPIPS in the demo. Its video encoder sees differences between two clips of 1e-6 to
@@ -385,10 +362,6 @@ HEAD_COMPANIONS = {"vae": "talking_head_kl", "whisper": "talking_head_whisper", 
                    "videomae": "talking_head_videomae"}                     # flag of latentsync -> file in demo/
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From recipes to flags, and from flags to settings
-
-
 def add_flags(parser, model):
     """Add a flag for every setting of a model's recipes. A flag that is not given has the value None."""
     recipes = RECIPES[model]
@@ -401,9 +374,11 @@ def add_flags(parser, model):
         if not text:
             continue
         options = dict(setting.options)
+        if setting.metavar:
+            options["metavar"] = setting.metavar
         if "action" not in options and "choices" not in options:
             options["type"] = setting.type or type(setting.default)
-        flags = setting.flags or (f"--{name.replace('_', '-')}",)
+        flags = setting.flags or [f"--{name.replace('_', '-')}"]
         parser.add_argument(*flags, dest=name, default=None, help=text, **options)
 
 
@@ -433,8 +408,9 @@ def fill(args):
         if stage == "2-efficient":
             changes["trepa_weight"] = 0.0
         if given.get("data", "demo") == "demo":
-            companions = {flag: str(DEMO / f"{file}.safetensors") for flag, file in HEAD_COMPANIONS.items()}
-            changes |= {flag: file for flag, file in companions.items() if stage != "1" or flag != "videomae"}
+            for flag, file in HEAD_COMPANIONS.items():
+                if stage != "1" or flag != "videomae":
+                    changes[flag] = str(DEMO / f"{file}.safetensors")
     defaults = {name: setting.default for name, setting in RECIPES[model][recipe_name].items()}
     values = defaults | changes | given | {"recipe": recipe_name}
     if "study" in given and model == "latentsync":

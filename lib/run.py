@@ -49,17 +49,12 @@ def say(line):
         sys.stdout.flush()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 class Checkpoints:
     """The state of a run in FOLDER/STEP/: tensors and notes.json.
 
     torch.distributed.checkpoint writes the tensors while training goes on. Every process writes its share, and any
-    number of processes can read them. A folder gets its name when it is complete, so an incomplete one is never found.
-    The `keep` newest stay. A full disk does not end the run: `failed` says what was not written, the next save tries
-    again.
+    number of processes can read them. A folder gets its name when it is complete. The `keep` newest stay. A full disk
+    does not end the run: `failed` says what was not written, and the next save tries again.
     """
 
     def __init__(self, folder, keep):
@@ -119,30 +114,27 @@ class Checkpoints:
             raise OSError(error)
         if known:                                                           # no step was taken since it was written
             return
+        world = rank_and_world()[1]
         copies = {}
-        for name, x in self.share(tensors).items():
+        whole = 0                                                           # tensors so far that all processes have
+        for name, x in tensors.items():
+            if not isinstance(x, DTensor):
+                whole += 1
+                if whole % world != self.rank:                              # each process writes every world-th of them
+                    continue
             on_cpu = x.device.type == "cpu"
             copies[name] = x.detach().clone() if on_cpu else x.detach()     # async_save copies tensors of a GPU itself
         writer = dcp.FileSystemWriter(temporary)
         self.pending = temporary, dcp.async_save(copies, storage_writer=writer, process_group=self.group)
 
-    def share(self, tensors):
-        """What this process writes: its shards, and of the tensors that all processes have every world-th one."""
-        world = rank_and_world()[1]
-        whole = [name for name, x in tensors.items() if not isinstance(x, DTensor)]
-        of_others = {name for i, name in enumerate(whole) if i % world != self.rank}
-        return {name: x for name, x in tensors.items() if name not in of_others}
-
     def poll(self):
-        """Finish the checkpoint that is being written, if its files are complete."""
         if self.pending and self.pending[1].done():
             self.finish()
 
     def finish(self):
         """Wait until the checkpoint that is being written is complete."""
         if self.pending:
-            step = int(self.pending[0].name[1:])
-            self.attempt("state", self.rename, f"step {step}")
+            self.attempt("state", self.rename, f"step {int(self.pending[0].name[1:])}")
 
     def rename(self):
         """Give the written folder its name, and delete old ones."""
@@ -164,7 +156,6 @@ class Checkpoints:
     # reading
 
     def notes(self, path):
-        """The content of notes.json in a folder."""
         try:
             return json.loads((path / "notes.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
@@ -180,7 +171,6 @@ class Checkpoints:
             raise self.unusable(path, e) from None
 
     def unusable(self, path, error):
-        """The UserError for a damaged folder."""
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
         earlier = [p.name for p in self.complete() if p != path]
         way_out = f" to go on from step {int(earlier[-1])}" if earlier else " or choose another --out"
@@ -190,9 +180,9 @@ class Checkpoints:
 def named_tensors(learners, ema=None, saved=None):
     """All tensors of a run by name, to be saved or filled.
 
-    learners: {name: (module, optimizer)}. The optimizer's tensors get the name of the weight that they belong to, which
-    is shorter than what torch.distributed.checkpoint.state_dict makes of them, and which also works for weights that
-    have no gradient yet. saved: names in a checkpoint; the optimizer's tensors are created first.
+    learners: {name: (module, optimizer)}. The optimizer's tensors are named after the weight that they belong to, which
+    is shorter than torch.distributed.checkpoint.state_dict's names and also works for weights without a gradient so
+    far. saved: names in a checkpoint; the optimizer's tensors are created first.
     """
     tensors = {}
     if ema is not None:
@@ -223,10 +213,6 @@ class Best:
                 temporary.write_text(json.dumps({"step": step, "score": score}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log
-
-
 class Log:
     """log.csv with a row every few steps, curves.png, and TensorBoard's files if that package is installed.
 
@@ -253,7 +239,6 @@ class Log:
             self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=resume_step)
 
     def write(self, row):
-        """Append a row, a dict with some of the columns."""
         with open(self.path, "a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, self.columns).writerow({name: self.cell(value) for name, value in row.items()})
         if self.board:
@@ -309,10 +294,6 @@ class Meter:
             row["tokens_per_s"] = row["images_per_s"] * tokens
         self.start()
         return row
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals
 
 
 def ignore_signals(_=None):

@@ -1,13 +1,13 @@
 """Training data in tar files, as the webdataset package writes them.
 
-They are read with the standard library, because a run that continues in the middle of an epoch needs random access,
-which webdataset's own reader does not have.
+A run that continues in the middle of an epoch needs random access, which webdataset's own reader does not have.
 """
 import hashlib
 import io
 import json
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +32,6 @@ class TarEntry(NamedTuple):
     def __str__(self):
         return f"{self.tar}/{self.name}"
 
-    def read(self):
-        with open(self.tar, "rb") as f:
-            f.seek(self.start)
-            return f.read(self.size)
-
 
 class Sample(NamedTuple):
     """A picture in a tar file and the texts beside it."""
@@ -49,7 +44,11 @@ class Sample(NamedTuple):
 
 def open_entry(file):
     """What PIL can open for a path or a TarEntry."""
-    return io.BytesIO(file.read()) if isinstance(file, TarEntry) else file
+    if not isinstance(file, TarEntry):
+        return file
+    with open(file.tar, "rb") as f:
+        f.seek(file.start)
+        return io.BytesIO(f.read(file.size))
 
 
 def byte_size(file):
@@ -60,7 +59,7 @@ def byte_size(file):
 
 
 def index_tar(path):
-    """Where the files in a tar file lie: {"whole": True unless it is damaged, "members": [(name, start, size, what)]}.
+    """What lies where in a tar file: {"whole": whether it is undamaged, "members": [(name, start, size, what)]}.
 
     `what` is (w, h) for a picture and the text for a text file.
     """
@@ -71,30 +70,24 @@ def index_tar(path):
             for info in tar:
                 suffix = Path(info.name).suffix.lower()
                 if suffix in PICTURES:
-                    members.append((info.name, info.offset_data, info.size, picture_size(tar.extractfile(info))))
+                    what = (1, 1)                                           # of a damaged one, which is skipped later
+                    with suppress(*UNREADABLE), Image.open(tar.extractfile(info)) as picture:
+                        what = picture.size                                 # from its header
                 elif suffix in TEXTS:
-                    text = tar.extractfile(info).read().decode("utf-8", "replace")
-                    members.append((info.name, info.offset_data, info.size, text))
+                    what = tar.extractfile(info).read().decode("utf-8", "replace")
+                else:
+                    continue
+                members.append((info.name, info.offset_data, info.size, what))
     except (tarfile.TarError, EOFError):
         whole = False
     end = members[-1][1] + members[-1][2] + 1024 if members else 0          # a tar file ends with two empty blocks
     return {"whole": whole and end <= os.path.getsize(path), "members": members}
 
 
-def picture_size(file):
-    """(w, h) from the header of a picture; (1, 1) if it is damaged, so that it is skipped when it is read."""
-    try:
-        with Image.open(file) as picture:
-            return picture.size
-    except UNREADABLE:
-        return 1, 1
-
-
 def read_shards(root, notes):
     """The Samples in all ROOT/*.tar. A damaged tar file counts as far as it can be read.
 
-    Files that share a name up to its first dot belong together. Every tar file is read through once. Its index is kept
-    in the folder `notes`.
+    Files that share a name up to its first dot belong together. The index of every tar file is kept in `notes`.
     """
     tars = sorted(Path(root).glob("*.tar"))
     samples = []

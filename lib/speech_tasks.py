@@ -1,5 +1,6 @@
 """What SyncNet, LatentSync and the demo's stand-ins for Whisper and VideoMAE learn from a batch."""
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,15 @@ import latentsync
 import syncnet
 import vq
 from lib import videomae
-from lib.clips import clip_config
-from lib.console import DTYPES, UserError, rank_and_world
-from lib.data import first_readable, from_here
+from lib.clips import clip_config, clip_items
+from lib.console import DTYPES, MissingPackage, UserError, rank_and_world
 from lib.face_metrics import compare_faces, score_aligned
 from lib.faces import SHIFTS, check_judge
 from lib.losses import load_lpips
 from lib.parallel import all_gather_objects
 from lib.pictures import chart, grid, save_png, to_input, to_pixels
 from lib.tasks import Task
-from lib.video import VideoWriter, pyav
+from lib.video import VideoWriter
 from lib.weights import content_hash, find_checkpoint, warm_start
 from syncnet import FPS, SAMPLE_RATE
 
@@ -43,28 +43,21 @@ class SyncNetTask(Task):
         if self.args.init:
             warm_start(self.model, syncnet.load(self.args.init), f"--init {self.args.init}")
 
-    def loss_of_pairs(self, model, batch):
+    def loss_of(self, model, batch, generator):
         (frames, mel), labels, _ = batch
         frames = model.prepare(frames.to(self.device))
         return model.loss(frames, mel[:, None].to(self.device), labels.to(self.device))
 
     def loss(self, batch, step, generator):
         if self.args.moments == 1:
-            return self.loss_of_pairs(self.model, batch)
+            return self.loss_of(self.model, batch, generator)
         (frames, mel), _, _ = batch                                         # (B, K, F, 3, H, W), (B, K, 80, columns)
         videos = frames.shape[:2]
         frames = self.model.prepare(frames.to(self.device).flatten(0, 1)).unflatten(0, videos)
         return self.model.loss_of_moments(frames, mel[:, :, None].to(self.device), step < self.args.contrast_steps)
 
-    @torch.no_grad()
-    def validate(self, model):
-        """Mean loss and accuracy over pairs of the validation videos."""
-        def scores(batch, generator):
-            loss, metrics = self.loss_of_pairs(model, batch)
-            return metrics | {"loss": loss}
-        items = [(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]
-        size = self.val_batch_size()
-        return self.mean_scores(scores, [items[start:start + size] for start in range(0, len(items), size)])
+    def val_items(self):
+        return [[(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]]
 
     def picture(self, model):
         """Distance over shifts, of four validation videos."""
@@ -76,10 +69,6 @@ class SyncNetTask(Task):
 
     def save(self, model, path, dtype):
         syncnet.save(model, path, dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The demo's audio encoder and video encoder
 
 
 class MouthReader(torch.nn.Module):
@@ -96,33 +85,20 @@ class MouthReader(torch.nn.Module):
         last = self.whisper(F.pad(mel, (0, missing)))[:, :mel.shape[2] // 2, -1]
         return self.head(self.whisper.ln_post(last))
 
-    @torch.no_grad()
-    def init_weights(self, generator=None):
-        """PyTorch's default, drawn from `generator`."""
-        vq.init_default(self, generator)
-
 
 class WhisperTask(Task):
-    """`train.py whisper`: an audio encoder for the demo.
-
-    OpenAI's Whisper learned to write down speech. This one learns, from synthetic voices, what the mouth does.
-    """
+    """`train.py whisper`: an audio encoder for the demo, which learns from synthetic voices what the mouth does."""
 
     def setup(self, generator):
         self.model = vq.build(MouthReader, latentsync.WHISPERS[self.args.model]).to(self.device)
-        self.model.init_weights(generator)
+        with torch.no_grad():
+            vq.init_default(self.model, generator)
 
-    def loss_of(self, model, batch):
-        return F.mse_loss(model(batch[0].to(self.device)), batch[1].to(self.device))
+    def loss_of(self, model, batch, generator):
+        return F.mse_loss(model(batch[0].to(self.device)), batch[1].to(self.device)), {}
 
-    def loss(self, batch, step, generator):
-        return self.loss_of(self.model, batch), {}
-
-    @torch.no_grad()
-    def validate(self, model):
-        """Mean squared error on unseen voices."""
-        items = [(i, None) for i in range(len(self.val_set))]
-        return {"loss": self.loss_of(model, self.val_set.__getitems__(items)).item()}
+    def val_batches(self):
+        return [[(i, None) for i in range(len(self.val_set))]]
 
     @torch.no_grad()
     def picture(self, model):
@@ -130,16 +106,15 @@ class WhisperTask(Task):
         mel, mouth, _ = self.val_set.__getitems__([(0, None)])
         seconds = [i / 50 for i in range(mouth.shape[1])]
         predicted = model(mel.to(self.device))[0, :, 0].tolist()
-        return chart({"true": (seconds, mouth[0, :, 0].tolist()), "heard": (seconds, predicted)}, "an unseen voice", "s",
-                     "mouth open", y_range=(-0.2, 1.4))
+        curves = {"true": (seconds, mouth[0, :, 0].tolist()), "heard": (seconds, predicted)}
+        return chart(curves, "an unseen voice", "s", "mouth open", y_range=(-0.2, 1.4))
 
     def save(self, model, path, dtype):
         latentsync.save(model.whisper, path, dtype)
 
 
 class MaskedVideo(torch.nn.Module):
-    """A video encoder that sees a quarter of a clip, and a small decoder that fills in the rest (VideoMAE, arXiv
-    2203.12602).
+    """A video encoder that sees a quarter of a clip, and a decoder that fills in the rest (VideoMAE, arXiv 2203.12602).
 
     All frames show the same places, because a hidden place could otherwise be copied from the frame before.
     """
@@ -172,22 +147,14 @@ class MaskedVideo(torch.nn.Module):
         x = self.decoder.encode(x + self.decoder.positions)
         return self.pixels(self.norm(x)), patches, torch.zeros(B, L, device=x.device).scatter(1, index, 1.0)
 
-    @torch.no_grad()
-    def init_weights(self, generator=None):
-        """PyTorch's default, drawn from `generator`."""
-        vq.init_default(self, generator)
-
 
 class VideoMAETask(Task):
-    """`train.py videomae`: a video encoder for TREPA in the demo.
-
-    The released one was first trained by masked autoencoding and then to name actions. This one only does the first,
-    on synthetic heads.
-    """
+    """`train.py videomae`: a video encoder for TREPA in the demo, by masked autoencoding of synthetic heads."""
 
     def setup(self, generator):
         self.model = vq.build(MaskedVideo, videomae.VIDEOMAES[self.args.model]).to(self.device)
-        self.model.init_weights(generator)
+        with torch.no_grad():
+            vq.init_default(self.model, generator)
 
     def predict(self, model, batch, generator):
         clips = to_input(batch[0].flatten(0, 1), self.device).unflatten(0, batch[0].shape[:2])
@@ -196,18 +163,10 @@ class VideoMAETask(Task):
     def loss_of(self, model, batch, generator):
         predicted, target, seen = self.predict(model, batch, generator)
         error = (predicted - target).square().mean(2)
-        return (error * (1 - seen)).sum() / (1 - seen).sum()
+        return (error * (1 - seen)).sum() / (1 - seen).sum(), {}
 
-    def loss(self, batch, step, generator):
-        return self.loss_of(self.model, batch, generator), {}
-
-    @torch.no_grad()
-    def validate(self, model):
-        """Mean squared error of the hidden places, on unseen people."""
-        items = [(i % len(self.val_set), (i,)) for i in range(64)]
-        size = self.val_batch_size()
-        batches = [items[start:start + size] for start in range(0, len(items), size)]
-        return self.mean_scores(lambda batch, generator: {"loss": self.loss_of(model, batch, generator)}, batches)
+    def val_items(self):
+        return [[(i % len(self.val_set), (i,)) for i in range(64)]]
 
     @torch.no_grad()
     def picture(self, model):
@@ -228,10 +187,6 @@ class VideoMAETask(Task):
         videomae.save(model.videomae, path, dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# LatentSync
-
-
 class LatentSyncTask(Task):
     """`train.py latentsync`: the noise of true frames, given them masked, reference frames and the sound.
 
@@ -249,9 +204,9 @@ class LatentSyncTask(Task):
                     raise UserError(f"--{flag.replace('_', '-')}: belongs to --stage 2")
         most = latentsync.CONFIGS[args.model].motion_length
         if args.stage != "1" and args.frames > most:
-            raise UserError(f"--frames {args.frames}: expected at most {most}, which motion modules can tell apart")
+            raise UserError(f"--frames {args.frames}: expected at most {most}, the length of the motion modules")
         if args.trepa_weight and args.frames % 2:
-            raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose an even number")
+            raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose an even one")
         if args.init and args.stable_diffusion:
             raise UserError("--init and --stable-diffusion exclude each other")
         if args.prepare:
@@ -308,8 +263,8 @@ class LatentSyncTask(Task):
             self.syncnet = frozen(syncnet.load(find_checkpoint(args.syncnet)))
             check_judge(self.syncnet, f"--syncnet {args.syncnet}")
             if args.stage != "1" and args.sync_weight and self.syncnet.frames != config.frames:
-                raise UserError(f"--syncnet {args.syncnet}: is made for clips of {self.syncnet.frames} frames, but clips "
-                                f"have {config.frames}; choose --frames {self.syncnet.frames}, or another one")
+                raise UserError(f"--syncnet {args.syncnet}: is made for clips of {self.syncnet.frames} frames, but "
+                                f"clips have {config.frames}; choose --frames {self.syncnet.frames}, or another file")
         self.judge = self.syncnet
         if args.judge:
             self.judge = syncnet.load(find_checkpoint(args.judge), device=self.device).requires_grad_(False)
@@ -335,7 +290,7 @@ class LatentSyncTask(Task):
 
     @torch.no_grad()
     def prepare(self, batch, generator):
-        """(latents (B, 4, F, h, w), condition (B, 9, F, h, w), audio (B, F, A, C), true frames (B, F, 3, H, W), mel)."""
+        """(latents (B, 4, F, h, w), condition (B, 9, F, h, w), audio (B, F, A, C), frames (B, F, 3, H, W), mel)."""
         (clips, references), (audio, mel), _ = batch
         true = to_input(clips.flatten(0, 1), self.device)
         references = to_input(references.flatten(0, 1), self.device)
@@ -364,31 +319,31 @@ class LatentSyncTask(Task):
         """The precision of training, also when a validation runs outside of the loop."""
         return torch.autocast(self.device.type, DTYPES[self.args.dtype], enabled=self.args.dtype != "fp32")
 
-    @torch.no_grad()
+    def loss_of(self, model, batch, generator):
+        z, condition, audio, _, _ = self.prepare(batch, generator)
+        with self.autocast():
+            return model.loss(z, condition, audio, generator)[0], {}
+
+    def val_batches(self):
+        F = self.args.frames
+        items = [(i % len(self.val_set), (i,)) for i in range(max(1, 128 // F))]
+        size = max(1, 32 // F)
+        return [items[start:start + size] for start in range(0, len(items), size)]
+
     def validate(self, model):
         """The noise loss on unseen people, always with the same noise, and how well some of them are painted."""
-        def scores(batch, generator):
-            z, condition, audio, _, _ = self.prepare(batch, generator)
-            with self.autocast():
-                return {"loss": model.loss(z, condition, audio, generator)[0]}
-        items = [(i % len(self.val_set), (i,)) for i in range(max(1, 128 // self.args.frames))]
-        size = max(1, 32 // self.args.frames)
-        losses = self.mean_scores(scores, [items[start:start + size] for start in range(0, len(items), size)])
-        return losses | self.scores_of_painted(model, self.args.val_videos)
+        return super().validate(model) | self.scores_of_painted(model, self.args.val_videos)
 
     def paint(self, model, index):
-        """(painted, true faces (N, 3, H, W) in [-1, 1], sound) of one unseen video; without a model the true faces twice.
+        """(painted, true faces (N, 3, H, W) in [-1, 1], sound) of an unseen video; model=None returns true faces twice.
 
-        The sound is the video's own, but the reference shows other moments, so that nothing can be copied.
+        The reference shows other moments of the video, so that nothing can be copied.
         """
         F = self.args.frames
         clips = self.args.val_clips * -(-16 // F)
-        found = first_readable(lambda i: self.val_set.scene(i, (index,), clips), from_here(index, len(self.val_set)),
-                               self.val_set.name, [])
-        if found is None:
-            raise UserError(f"{self.val_set.name(0)} and {len(self.val_set) - 1} others: not one of these videos can be "
-                            f"used; each has to have sound and {3 * F} frames")
-        frames, references, audio, sound, start = found[1]
+        items = [(index, (index,))]
+        (scene,), _ = clip_items(self.val_set, items, lambda i, seed: self.val_set.scene(i, seed, clips))
+        frames, references, audio, sound, start = scene
         sound = sound[start * SAMPLE_RATE // FPS:]
         true = to_input(frames, self.device)
         if model is None:
@@ -415,20 +370,17 @@ class LatentSyncTask(Task):
         own = range(rank, min(videos, len(self.val_set)), world)
         for index in tqdm(own, desc="painting", unit="video", leave=False, disable=rank > 0):
             painted, true, sound = self.paint(model, index)
-            scores[index] = compare_faces(painted, true, self.mask) | self.sync_scores(painted, sound)
+            scores[index] = compare_faces(painted, true, self.mask)
+            if self.judge is not None:
+                faces = painted.add(1).mul(127.5).round().clamp(0, 255).byte()
+                try:
+                    score = score_aligned(self.judge, faces, sound)
+                    scores[index] |= {"sync_c": score.confidence, "offset": float(abs(score.offset))}
+                except ValueError:                                          # the clip is too short for it
+                    scores[index] |= {"sync_c": math.nan, "offset": math.nan}
         everyone = {index: score for part in all_gather_objects(scores) for index, score in part.items()}
         rows = [everyone[index] for index in sorted(everyone)]
         return {name: float(np.nanmean([row[name] for row in rows] or [math.nan])) for name in rows[0]}
-
-    def sync_scores(self, faces, sound):
-        """{"sync_c": confidence, "offset": absolute offset in frames} of faces (N, 3, H, W) in [-1, 1]."""
-        if self.judge is None:
-            return {}
-        try:
-            score = score_aligned(self.judge, faces.add(1).mul(127.5).round().clamp(0, 255).byte(), sound)
-        except ValueError:                                                  # the clip is too short for it
-            return {"sync_c": math.nan, "offset": math.nan}
-        return {"sync_c": score.confidence, "offset": float(abs(score.offset))}
 
     @torch.no_grad()
     def show(self, model, path):
@@ -441,19 +393,13 @@ class LatentSyncTask(Task):
             painted, true, sound = self.paint(model, index)
             rows += [true[:16:2], painted[:16:2]]
             if index == 0:
-                self.write_video(path.with_suffix(".mp4"), torch.cat([true, painted], 3), sound)
+                both = to_pixels(torch.cat([true, painted], 3).add(1).div(2))
+                writer = VideoWriter(path.with_suffix(".mp4"), *both.shape[1:3], sound=sound)
+                with suppress(MissingPackage), writer as video:
+                    for frame in both:
+                        video.write(frame)
         pictures = grid(to_pixels(torch.cat(rows).add(1).div(2)), len(rows[0]))
         save_png(path.with_suffix(".png"), pictures)
-
-    def write_video(self, path, faces, sound):
-        """Write faces (N, 3, H, W) in [-1, 1] as a video, if PyAV is installed; the picture is enough without it."""
-        try:
-            pyav()
-        except UserError:
-            return
-        with VideoWriter(path, *faces.shape[2:], sound=sound) as video:
-            for frame in to_pixels(faces.add(1).div(2)):
-                video.write(frame)
 
     def save(self, model, path, dtype):
         latentsync.save(model, path, dtype, tokenizer=self.latents, sampling=self.args.sampling, stage=self.args.stage)

@@ -50,8 +50,13 @@ def validations(folder):
         return [row for row in csv.DictReader(f) if row["val_loss"]]
 
 
+def curve(log, column):
+    """(steps, values) of a column of rows of a log."""
+    return [int(row["step"]) for row in log], [float(row[column]) for row in log]
+
+
 def study_syncnet(args, train):
-    """`train.py syncnet --study`: a short run of every setting in SYNCNET_STUDY; study.csv with all curves; a picture."""
+    """`train.py syncnet --study`: a short run of every setting in SYNCNET_STUDY, a table and a picture."""
     if args.frames or args.embedding or args.attention is not None:
         raise UserError("--study: varies --frames, --embedding and --attention itself; leave them out")
     out = check_writable(args.out)
@@ -65,7 +70,7 @@ def study_syncnet(args, train):
             train(changed(args, out / name, **changes, val_every=max(1, args.steps // 6)))
             log = validations(out / name)
             rows += [{"panel": panel, "setting": label} | row for row in log]
-            curves[label] = [int(row["step"]) for row in log], [float(row["val_loss"]) for row in log]
+            curves[label] = curve(log, "val_loss")
         charts.append(chart(curves, panel, "steps", "loss", [(math.log(2), "ln 2: always one half")], y_range=(0, 0.9),
                             size=(400, 300)))
     write_table(out / "study.csv", rows)
@@ -105,9 +110,7 @@ def study_latentsync(args, train):
     charts = []
     for name in ("sync_c", "flicker", "lmd"):
         if name in rows[0]:
-            lines = {}
-            for label, log in curves.items():
-                lines[label] = [int(row["step"]) for row in log], [float(row[f"val_{name}"]) for row in log]
+            lines = {label: curve(log, f"val_{name}") for label, log in curves.items()}
             charts.append(chart(lines, name, "steps", size=(400, 300)))
     columns = min(map(len, strips.values()))
     frames = torch.cat([strip[:columns] for strip in strips.values()])
@@ -120,8 +123,8 @@ def scaling_laws(args, train):
     """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small.
 
     Models of all depths in LADDER see the same batches. Their losses on unseen pictures are fitted as loss = a N^alpha,
-    where N is the number of parameters: a straight line between logarithms. Writes scaling.csv and scaling.png. --lr is
-    for the recipe's own depth; wider models need lower rates (muP, arXiv 2203.03466).
+    where N is the number of parameters. --lr is for the recipe's own depth; wider models need lower rates (muP, arXiv
+    2203.03466). Writes scaling.csv and scaling.png.
     """
     out = check_writable(args.out)
     usual_depth = var.CONFIGS[args.model].depth
@@ -133,8 +136,7 @@ def scaling_laws(args, train):
         last = validations(folder)[-1]
         parameters = sum(p.numel() for p in load_file(folder / "model.safetensors").values())
         row = {"depth": depth, "parameters": parameters, "steps": int(last["step"])}
-        for name in ("loss", "tail_loss", "accuracy", "tail_accuracy"):
-            row[name] = float(last[f"val_{name}"])
+        row |= {name: float(last[f"val_{name}"]) for name in ("loss", "tail_loss", "accuracy", "tail_accuracy")}
         rows.append(row)
     write_table(out / "scaling.csv", rows)
     save_png(out / "scaling.png", scaling_charts(rows), {"model": "var", "steps": args.steps})
@@ -162,7 +164,5 @@ def scaling_charts(rows):
 
 def power_law(sizes, values):
     """(alpha, log a, r) of values = a * sizes^alpha, by least squares between logarithms, whose correlation is r."""
-    x = np.log(sizes)
-    y = np.log(values)
-    alpha, offset = np.polyfit(x, y, 1)
-    return alpha, offset, np.corrcoef(x, y)[0, 1]
+    alpha, offset = np.polyfit(np.log(sizes), np.log(values), 1)
+    return alpha, offset, np.corrcoef(np.log(sizes), np.log(values))[0, 1]

@@ -20,14 +20,8 @@ PHONES = {
     "sh": (350, 1700, 2600, 0.0, 0.6, 3000, 0.2, -0.6, 0.9), "f": (350, 1100, 2400, 0.0, 0.25, 7000, 0.08, 0.2, 1.0),
     "pause": (500, 1500, 2500, 0.0, 0.0, 0, 0.0, 0.0, 0.0),
 }
-
-
 VOWELS = ("a", "e", "i", "o", "u", "schwa")
-
-
 CONSONANTS = ("m", "p", "b") * 2 + ("n", "l", "t", "k", "s", "sh", "f")                 # half of them close the lips
-
-
 RATE = 200                                                                  # rows of a plan per second
 
 
@@ -65,10 +59,8 @@ def speech_plan(rng, seconds):
 
 
 def synthesize(rng, plan):
-    """Sound (T * 16000 / RATE,) in [-1, 1] of a plan, by the source-filter model of speech.
-
-    Pulses of the vocal folds, and noise, go through filters that follow the plan.
-    """
+    """Sound (T * 16000 / RATE,) in [-1, 1] of a plan: pulses of the vocal folds, and noise, go through filters that
+    follow the plan (source-filter model)."""
     hop = SAMPLE_RATE // RATE
     T = len(plan)
     n = T * hop
@@ -108,9 +100,7 @@ class Canvas:
 
     def __init__(self, pose, size, rows, aligned=True):
         """pose: (T, 4), shift in x and y, angle, scale. rows: number of rows to draw, at the bottom of the square.
-
-        aligned: stretched to a square, as aligned faces are; otherwise as a camera sees it.
-        """
+        aligned: stretched to a square, as aligned faces are; otherwise as a camera sees it."""
         centres = (torch.arange(size) + 0.5) * 2 / size - 1                 # of pixels
         y, x = torch.meshgrid(centres[-rows:], centres, indexing="ij")
         dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
@@ -140,10 +130,6 @@ class Canvas:
         if coverage is not None:
             color = torch.as_tensor(color, dtype=torch.float32).view(3, 1, 1)
             self.picture += (coverage * opacity)[:, None] * (color - self.picture)
-
-    def light(self, gain):
-        """Multiply everything that was painted by a gain (T, h, w)."""
-        self.picture *= gain[:, None]
 
 
 def draw_head(rng, mouth, pose, size, rows, aligned=True):
@@ -178,7 +164,7 @@ def draw_head(rng, mouth, pose, size, rows, aligned=True):
     canvas.paint(head, skin)
     side = uniform(-0.35, 0.35)                                             # direction of the light
     above = uniform(-0.25, 0.05)
-    canvas.light(1 + head * (canvas.x * side + canvas.y * above))
+    canvas.picture *= (1 + head * (canvas.x * side + canvas.y * above))[:, None]
     if rng.random() < 0.3:                                                  # a beard
         canvas.paint(canvas.ellipse(0, 0.55, width * 0.75, 0.5, sharp=0.4) * head * uniform(0.2, 0.7), hair)
     # Eyes that blink, brows, nose, cheeks.
@@ -210,7 +196,7 @@ def draw_head(rng, mouth, pose, size, rows, aligned=True):
     shown = torch.as_tensor(np.maximum(teeth, 0.6 * opening).clip(0, 1)).float()[:, None, None]
     canvas.paint(inside * upper, np.ones(3) * 0.93, 0.9 * shown)
     flicker = 1 + 0.02 * torch.from_numpy(smooth(rng.standard_normal(T), 9)).float()
-    canvas.light((flicker * uniform(0.7, 1.1))[:, None, None])
+    canvas.picture *= (flicker * uniform(0.7, 1.1))[:, None, None, None]
     grain = torch.randn(canvas.picture.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
     return canvas.picture.add_(grain, alpha=uniform(0.005, 0.015)).mul_(255).round_().clamp_(0, 255).byte()
 

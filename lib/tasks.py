@@ -24,7 +24,7 @@ VAL_PICTURES = 1024                             # at most so many are validated
 
 
 class Task:
-    """What all tasks have in common. Subclasses have a model, loss, validate, picture (or show) and save.
+    """What all tasks have in common. Subclasses have setup, loss or loss_of, validate, picture (or show) and save.
 
     Several processes share a validation, and all of them get the same scores.
     """
@@ -53,6 +53,10 @@ class Task:
         """The validation metric to maximise, from a dict of all."""
         return -scores["loss"]
 
+    def loss(self, batch, step, generator):
+        """Mean loss and metrics of a micro-batch."""
+        return self.loss_of(self.model, batch, generator)
+
     def after_step(self, step, lr, generator):
         """What else a training step does, after the optimizer -> a dict of metrics for the log."""
         return {}
@@ -66,81 +70,41 @@ class Task:
 
     def identity(self):
         """Fingerprints of frozen networks, which a continued run must have the same."""
-        return {"tokenizer": vq.fingerprint(self.tokenizer)} if hasattr(self, "tokenizer") else {}
+        return {}
 
-    # for models of tokens
-
-    def cache_tokens(self, patch_nums):
-        """With --cache-crops, replace the data sets by their tokens."""
-        if self.args.cache_crops != "0":
-            options = (self.tokenizer, patch_nums)
-            place = (self.device, self.args.out)
-            self.train_set = TokenCache(self.train_set, *options, self.args.cache_crops, *place, "train")
-            self.val_set = TokenCache(self.val_set, *options, "1", *place, "val")
-
-    def tokens(self, batch, patch_nums):
-        """Token indices per scale, from cached tokens or from pictures."""
-        if batch[0].dim() == 2:
-            return batch[0].to(self.device).split([h * w for h, w in vq.as_pairs(patch_nums)], 1)
-        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
-            return self.tokenizer.tokenize(to_input(batch[0], self.device), patch_nums)
-
-    # validation and pictures
-
-    def val_batch_size(self):
-        """Items to validate at once: no more than are trained on at once."""
-        return max(1, min(32, self.args.batch_size // self.micro_batches))
+    def val_items(self):
+        """Lists of validation items. Items of different lists never share a batch."""
+        return [spread(len(self.val_set), VAL_PICTURES)]
 
     def val_batches(self):
-        """The validation items in batches."""
-        items = spread(len(self.val_set), VAL_PICTURES)
-        size = self.val_batch_size()
-        return [items[start:start + size] for start in range(0, len(items), size)]
+        """The validation items in batches, which are no larger than those of training."""
+        size = max(1, min(32, self.args.batch_size // self.micro_batches))
+        return [items[start:start + size] for items in self.val_items() for start in range(0, len(items), size)]
 
-    def map_batches(self, batches, function):
-        """[function(batch, generator)] for lists of validation items. The processes share the work. Collective."""
+    def map_batches(self, function):
+        """[function(batch, generator)] for all validation batches. The processes share the work. Collective."""
         rank, world = rank_and_world()
+        batches = self.val_batches()
         own = {}
         for k in range(rank, len(batches), world):
             batch = self.val_set.__getitems__(batches[k])
             own[k] = function(batch, torch.Generator(self.device).manual_seed(k))
-        results = {k: result for found in all_gather_objects(own) for k, result in found.items()}
+        results = {k: result for part in all_gather_objects(own) for k, result in part.items()}
         return [results[k] for k in range(len(batches))]
 
-    def mean_scores(self, scores, batches):
-        """Means over all items of what scores(batch, generator) returns, a dict of scalar tensors."""
-        def weighted(batch, generator):
-            return {name: value.item() for name, value in scores(batch, generator).items()}
-        results = self.map_batches(batches, weighted)
-        total = sum(map(len, batches))
+    @torch.no_grad()
+    def validate(self, model):
+        """Means over the validation items of the scalars that `loss_of` returns. Eval mode drops no conditions."""
+        def scores(batch, generator):
+            loss, metrics = self.loss_of(model, batch, generator)
+            metrics = metrics | {"loss": loss}
+            return {name: value.item() for name, value in metrics.items() if value.dim() == 0}
+        results = self.map_batches(scores)
+        sizes = [len(items) for items in self.val_batches()]
         means = {}
         for name in results[0]:
-            means[name] = sum(result[name] * len(items) for items, result in zip(batches, results)) / total
+            means[name] = sum(result[name] * size for size, result in zip(sizes, results)) / sum(sizes)
         return means
-
-    @torch.no_grad()
-    def drawn(self, n, draw):
-        """A grid of n samples of draw(slice, generators) -> (B, 3, h, w), four at a time to save memory."""
-        images = []
-        for start in range(0, n, 4):
-            part = slice(start, min(start + 4, n))
-            seeds = range(part.start, part.stop)
-            images.append(draw(part, [torch.Generator(self.device).manual_seed(seed) for seed in seeds]))
-        return grid(to_pixels(torch.cat(images)), 8)
-
-
-def check_crops(args):
-    """Raise UserError if --cache-crops is neither a number nor a view that this data set has."""
-    views = []
-    if args.model_name == "llamagen" and not args.captions and args.data != "demo":
-        views = list(PictureFolder.VIEWS)
-    if not args.cache_crops.isdigit() and args.cache_crops not in views:
-        names = "".join(f" or {name}" for name in views)
-        raise UserError(f"--cache-crops {args.cache_crops}: expected a number{names}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
 
 
 class TokenizerTask(Task):
@@ -176,8 +140,9 @@ class TokenizerTask(Task):
             warm_start(self.model, self.load(args.init), f"--init {args.init}")
         discriminator = None
         if args.disc_weight:
-            make = losses.PatchDiscriminator if args.disc == "patch" else lambda: losses.StyleDiscriminator(args.size)
-            discriminator = make().to(self.device)
+            patch = args.disc == "patch"
+            discriminator = losses.PatchDiscriminator() if patch else losses.StyleDiscriminator(args.size)
+            discriminator.to(self.device)
             discriminator.init_weights(generator)
             optimizer = torch.optim.AdamW(discriminator.parameters(), args.lr, args.betas, weight_decay=0.0)
             self.learners["discriminator"] = discriminator, optimizer
@@ -217,17 +182,22 @@ class TokenizerTask(Task):
         self.restarted = None
         if self.criterion.adversarial(step):
             metrics["disc"] = self.update_discriminator(lr)
+        starts = not self.has_codes and step + 1 >= args.warm_steps         # later, if that step was skipped
         restarts = args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * self.steps
-        if not self.has_codes and step + 1 >= args.warm_steps:              # later, if that step was skipped
-            self.has_codes = True
-            with self.shared_codebook(self.model) as model:
-                self.restarted = torch.ones_like(model.quantize.steps_unused, dtype=torch.bool)
-                model.quantize.init_codebook(self.features(model, generator), generator)
-        elif restarts:
-            with self.shared_codebook(self.model) as model:
-                unused = model.quantize.steps_unused                        # counted in forward passes
+        if not starts and not restarts:
+            return metrics
+        with self.shared_codebook(self.model) as model, torch.no_grad():
+            index = torch.randint(len(self.train_set), (128,), generator=generator, device=self.device).tolist()
+            pixels, _, _ = self.train_set.__getitems__([(i, (i,)) for i in index])
+            features = model.encode(to_input(pixels, self.device))          # codes are taken from these
+            unused = model.quantize.steps_unused                            # counted in forward passes
+            if starts:
+                self.has_codes = True
+                self.restarted = torch.ones_like(unused, dtype=torch.bool)
+                model.quantize.init_codebook(features, generator)
+            else:
                 self.restarted = unused > args.restart_after * self.micro_batches
-                count = model.quantize.restart_codes(self.features(model, generator), self.restarted, generator)
+                count = model.quantize.restart_codes(features, self.restarted, generator)
                 metrics["restarted"] = torch.tensor(float(count))
         return metrics
 
@@ -264,20 +234,13 @@ class TokenizerTask(Task):
         return torch.stack(losses_of_pairs).mean()
 
     @torch.no_grad()
-    def features(self, model, generator):
-        """Features of 128 random training pictures, from which codes are taken."""
-        index = torch.randint(len(self.train_set), (128,), generator=generator, device=self.device).tolist()
-        pixels, _, _ = self.train_set.__getitems__([(i, (i,)) for i in index])
-        return model.encode(to_input(pixels, self.device))
-
-    @torch.no_grad()
     def validate(self, model):
-        """Mean PSNR in dB over the validation pictures, and the share of codes that they use, in percent."""
+        """Mean PSNR in dB of the validation pictures, and the percentage of codes that they use."""
         def reconstruct(batch, generator):
             image = to_input(batch[0], self.device)
             indices = model.tokenize(image)
             return psnr(model.detokenize(indices), image).cpu(), torch.cat(indices, 1).cpu()
-        scores, tokens = zip(*self.map_batches(self.val_batches(), reconstruct))
+        scores, tokens = zip(*self.map_batches(reconstruct))
         usage = model.quantize.coverage([torch.cat(tokens)], model.config)
         return {"psnr": torch.cat(scores).mean().item(), "usage": usage}
 
@@ -319,7 +282,7 @@ class AutoencoderTask(TokenizerTask):
             image = to_input(batch[0], self.device)
             latents = model.encode(image).sample()
             return psnr(model.decode(latents).clamp(-1, 1), image).cpu(), latents.cpu()
-        scores, latents = zip(*self.map_batches(self.val_batches(), reconstruct))
+        scores, latents = zip(*self.map_batches(reconstruct))
         return {"psnr": torch.cat(scores).mean().item(), "std": torch.cat(latents).std().item()}
 
     @torch.no_grad()
@@ -335,16 +298,59 @@ class AutoencoderTask(TokenizerTask):
         model.config = config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transformers. Their tokenizers are frozen.
+class TransformerTask(Task):
+    """What the three transformers have in common. Their tokenizers are frozen.
+
+    Subclasses have `draw(model, what, generators)`, which samples pictures of classes or captions.
+    """
+
+    @staticmethod
+    def check_args(args):
+        views = []
+        if args.model_name == "llamagen" and not args.captions and args.data != "demo":
+            views = list(PictureFolder.VIEWS)
+        if not args.cache_crops.isdigit() and args.cache_crops not in views:
+            raise UserError(f"--cache-crops {args.cache_crops}: expected {' or '.join(['a number', *views])}")
+
+    def identity(self):
+        return {"tokenizer": vq.fingerprint(self.tokenizer)}
+
+    def cache_tokens(self, patch_nums):
+        """With --cache-crops, replace the data sets by their tokens."""
+        crops = self.args.cache_crops
+        if crops != "0":
+            options = dict(tokenizer=self.tokenizer, patch_nums=patch_nums, device=self.device, folder=self.args.out)
+            self.train_set = TokenCache(self.train_set, crops=crops, tag="train", **options)
+            self.val_set = TokenCache(self.val_set, crops="1", tag="val", **options)
+
+    def tokens(self, batch, patch_nums):
+        """Token indices per scale, from cached tokens or from pictures."""
+        if batch[0].dim() == 2:
+            return batch[0].to(self.device).split([h * w for h, w in vq.as_pairs(patch_nums)], 1)
+        with torch.autocast(self.device.type, enabled=False):               # half precision would change tokens
+            return self.tokenizer.tokenize(to_input(batch[0], self.device), patch_nums)
+
+    @torch.no_grad()
+    def picture(self, model):
+        """A sample of each of 32 classes, or of captions of training (upper half) and validation pictures."""
+        if self.args.captions:
+            what = [data.__getitems__([item])[1][0] for data in (self.train_set, self.val_set)
+                    for item in spread(len(data), 16)]
+        else:
+            what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
+        images = []
+        for start in range(0, len(what), 4):                                # few at a time, to save memory
+            few = what[start:start + 4]
+            seeds = range(start, start + len(few))
+            images.append(self.draw(model, few, [torch.Generator(self.device).manual_seed(seed) for seed in seeds]))
+        return grid(to_pixels(torch.cat(images)), 8)
 
 
-class VARTask(Task):
+class VARTask(TransformerTask):
     """`train.py var`: cross entropy of every token, given the class and all coarser scales."""
 
     metrics = ["accuracy", "tail_loss", "tail_accuracy"]
     val_metrics = ["loss", "accuracy", "tail_loss", "tail_accuracy"]
-    check_args = staticmethod(check_crops)
 
     @staticmethod
     def score(scores):
@@ -374,29 +380,14 @@ class VARTask(Task):
         self.tokens_per_picture = sum(p * p for p in self.patch_nums)
         self.cache_tokens(self.patch_nums)
 
-    def loss_of(self, model, batch, **options):
+    def loss_of(self, model, batch, generator):
         indices = self.tokens(batch, self.patch_nums)
         features = self.tokenizer.quantize.teacher_input(indices, self.patch_nums)
-        return model.loss(batch[1].to(self.device), torch.cat(tuple(indices), 1), features, **options)
+        labels = batch[1].to(self.device)
+        return model.loss(labels, torch.cat(tuple(indices), 1), features, generator=generator)
 
-    def loss(self, batch, step, generator):
-        return self.loss_of(self.model, batch, generator=generator)
-
-    @torch.no_grad()
-    def validate(self, model):
-        """Mean loss and accuracy over the validation pictures, without dropped classes."""
-        def scores(batch, generator):
-            loss, metrics = self.loss_of(model, batch, class_drop=0.0)
-            return metrics | {"loss": loss}
-        return self.mean_scores(scores, self.val_batches())
-
-    def picture(self, model):
-        """One sample of each of 32 classes, spread over the list."""
-        labels = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
-
-        def draw(part, generators):
-            return model.sample(self.tokenizer, labels[part], generator=generators, **self.args.sampling)
-        return self.drawn(len(labels), draw)
+    def draw(self, model, what, generators):
+        return model.sample(self.tokenizer, what, generator=generators, **self.args.sampling)
 
     def save(self, model, path, dtype):
         show = [c for c in self.args.show if c in self.classes]
@@ -404,9 +395,10 @@ class VARTask(Task):
                  tokenizer=vq.fingerprint(self.tokenizer))
 
 
-class InfinityTask(Task):
-    """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, some of whose bits are
-    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along."""
+class InfinityTask(TransformerTask):
+    """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, of which some bits are
+    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along.
+    """
 
     metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
     val_metrics = ["loss", "bit_accuracy", "token_accuracy"]
@@ -465,40 +457,20 @@ class InfinityTask(Task):
     def loss(self, batch, step, generator):
         return self.loss_of(self.model, batch, generator, reweight=self.args.reweight)
 
-    @torch.no_grad()
-    def validate(self, model):
-        """Means over the validation pictures, with bits flipped as in training and without dropped prompts."""
-        def scores(batch, generator):
-            loss, metrics = self.loss_of(model, batch, generator, text_drop=0.0)
-            return {name: loss if name == "loss" else metrics[name] for name in self.val_metrics}
-        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])
-        size = self.val_batch_size()
-        batches = []
-        for group in groups:                                                # pictures of one size
-            items = [(int(i), None) for i in group[:VAL_PICTURES // len(groups)]]
-            batches += [items[start:start + size] for start in range(0, len(items), size)]
-        return self.mean_scores(scores, batches)
+    def val_items(self):
+        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])        # of pictures of one size
+        return [[(int(i), None) for i in group[:VAL_PICTURES // len(groups)]] for group in groups]
 
-    def picture(self, model):
-        """Samples for captions of training (upper half) and validation pictures."""
-        captions = example_captions(self.train_set) + example_captions(self.val_set)
-
-        def draw(part, generators):
-            return model.sample(self.tokenizer, *self.encode(model, captions[part]), scales=self.scales(),
-                                generator=generators, **self.args.sampling)
-        return self.drawn(len(captions), draw)
+    def draw(self, model, what, generators):
+        return model.sample(self.tokenizer, *self.encode(model, what), scales=self.scales(), generator=generators,
+                            **self.args.sampling)
 
     def save(self, model, path, dtype):
         infinity.save(model, path, dtype, show=self.args.show, sampling=self.args.sampling,
                       tokenizer=vq.fingerprint(self.tokenizer), pixels=self.args.pixels)
 
 
-def example_captions(data):
-    """Captions of 16 pictures, spread over a data set."""
-    return [data.__getitems__([item])[1][0] for item in spread(len(data), 16)]
-
-
-class LlamaGenTask(Task):
+class LlamaGenTask(TransformerTask):
     """`train.py llamagen`: cross entropy of every token, given the class or text and all tokens before it.
 
     T5 is frozen and its features are computed once, unless a small T5 on bytes is trained along.
@@ -506,7 +478,6 @@ class LlamaGenTask(Task):
 
     metrics = ["accuracy"]
     val_metrics = ["loss", "accuracy"]
-    check_args = staticmethod(check_crops)
 
     def setup(self, generator):
         args = self.args
@@ -516,17 +487,14 @@ class LlamaGenTask(Task):
             raise UserError(f"--size {args.size}: expected a multiple of {stride}, the stride")
         side = args.size // stride
         config = llamagen.CONFIGS[args.model]
+        self.classes = [] if config.text_width else self.train_set.classes
         encoder = None
         t5 = None
-        text_width = 0
-        self.classes = getattr(self.train_set, "classes", [])
-        if config.text_width:
-            self.classes = []
-            if args.t5:
-                t5 = load_t5(args.t5, args.text_width, device=self.device)
-            else:
-                encoder = T5Encoder(BYTE_T5)
-            text_width = (encoder or t5).config.width
+        if config.text_width and args.t5:
+            t5 = load_t5(args.t5, args.text_width, device=self.device)
+        elif config.text_width:
+            encoder = T5Encoder(BYTE_T5)
+        text_width = (encoder or t5).config.width if config.text_width else 0
         config = replace(config, side=side, num_classes=len(self.classes), text_width=text_width, dropout=args.dropout,
                          vocab_size=self.tokenizer.config.vocab_size)
         self.model = vq.build(llamagen.LlamaGen, config, encoder).to(self.device)
@@ -534,8 +502,14 @@ class LlamaGenTask(Task):
         if args.init:
             warm_start(self.model, load_llamagen(args.init, side=side), f"--init {args.init}")
             check_fingerprint(self.tokenizer, args.vae, read_metadata(args.init), args.init)
-        if args.init_text:
-            self.start_encoder_from(args.init_text)
+        if args.init_text:                                                  # take the text encoder of an Infinity file
+            flag = f"--init-text {args.init_text}"
+            if encoder is None:
+                raise UserError(f"{flag}: this run trains no text encoder; use recipe emoji_text without --t5")
+            other = load_infinity(args.init_text).text_encoder
+            if other is None:
+                raise UserError(f"{flag}: has no text encoder")
+            warm_start(encoder, other, flag)
         try:
             self.model.check_pair(self.tokenizer)
         except ValueError as e:
@@ -543,22 +517,11 @@ class LlamaGenTask(Task):
         self.shape = ((side, side),)
         self.tokens_per_picture = side * side
         self.features = None
-        captions = sorted({caption for data in (self.train_set, self.val_set) for i in range(len(data))
-                           for caption in data.captions(i)}) if t5 is not None else []
-        self.cache_tokens(self.shape)
         if t5 is not None:
+            captions = sorted({caption for data in (self.train_set, self.val_set) for i in range(len(data))
+                               for caption in data.captions(i)})
             self.features = FeatureCache(captions, t5, config.text_slots, args.clean, args.out)
-
-    def start_encoder_from(self, path):
-        """--init-text: take over the text encoder in an Infinity file."""
-        encoder = self.model.text_encoder
-        other = load_infinity(path).text_encoder
-        if encoder is None:
-            raise UserError(f"--init-text {path}: this run trains no text encoder; it takes recipe emoji_text without "
-                            "--t5")
-        if other is None:
-            raise UserError(f"--init-text {path}: has no text encoder")
-        warm_start(encoder, other, f"--init-text {path}")
+        self.cache_tokens(self.shape)
 
     def condition(self, model, what):
         """Labels (B,) or captions -> conditions, and the mask of texts or None."""
@@ -568,39 +531,17 @@ class LlamaGenTask(Task):
             rows = [self.features[caption].to(self.device) for caption in what]
         else:
             features, mask = model.text_encoder.encode(what, model.config.text_slots)
-            lengths = mask.sum(1).tolist() if mask is not None else [features.shape[1]] * len(what)
-            rows = [f[:n] for f, n in zip(features, lengths)]
+            rows = features if mask is None else [f[:n] for f, n in zip(features, mask.sum(1).tolist())]
         text, mask = llamagen.left_pad(rows, model.config.text_slots)
         return text, mask.to(self.device)
 
-    def loss_of(self, model, batch, **options):
+    def loss_of(self, model, batch, generator):
         tokens, = self.tokens(batch, self.shape)
         cond, text_mask = self.condition(model, batch[1])
-        return model.loss(cond, tokens, text_mask, **options)
+        return model.loss(cond, tokens, text_mask, generator=generator)
 
-    def loss(self, batch, step, generator):
-        return self.loss_of(self.model, batch, generator=generator)
-
-    @torch.no_grad()
-    def validate(self, model):
-        """Mean loss and accuracy over the validation pictures, without dropped conditions."""
-        def scores(batch, generator):
-            loss, metrics = self.loss_of(model, batch, cond_drop=0.0)
-            return metrics | {"loss": loss}
-        return self.mean_scores(scores, self.val_batches())
-
-    @torch.no_grad()
-    def picture(self, model):
-        """One sample of each of 32 classes, or of captions of training (upper half) and validation pictures."""
-        if model.config.text_width:
-            what = example_captions(self.train_set) + example_captions(self.val_set)
-        else:
-            what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
-
-        def draw(part, generators):
-            return model.sample(self.tokenizer, *self.condition(model, what[part]), generator=generators,
-                                **self.args.sampling)
-        return self.drawn(len(what), draw)
+    def draw(self, model, what, generators):
+        return model.sample(self.tokenizer, *self.condition(model, what), generator=generators, **self.args.sampling)
 
     def save(self, model, path, dtype):
         show = [c for c in self.args.show if c in self.classes or not self.classes]

@@ -1,5 +1,4 @@
-"""Faces through a video: from detected boxes to tracks, and from tracks to the crops that the original SyncNet
-sees."""
+"""From detected boxes to tracks of faces, and from tracks to the crops that the original SyncNet sees."""
 import numpy as np
 import torch.nn.functional as F
 
@@ -14,12 +13,11 @@ def overlap(a, b):
 
 
 def face_tracks(boxes, cuts=(), least_overlap=0.5, longest_gap=25, shortest=50, smallest=100):
-    """Follows faces through a video: per frame a list of boxes (x0, y0, x1, y1) in pixels -> [(first frame, (n, 4))].
-    Numbers after the four of a box, such as its landmarks, are interpolated along with it.
+    """Follow faces through a video: per frame a list of boxes (x0, y0, x1, y1, ...) -> [(first frame, (n, 4))].
 
     A box continues the track whose last box it overlaps most, more than least_overlap, at most longest_gap frames ago
     and on the same side of all `cuts` (frames with which a new scene begins). Tracks have more than `shortest` frames
-    and a mean side above `smallest` pixels; gaps in them are filled linearly.
+    and a mean side above `smallest` pixels. Gaps are filled linearly, also for numbers after the four of a box.
     """
     tracks = []                                                             # each a list of (frame, box)
     for frame, frame_boxes in enumerate(boxes):
@@ -59,8 +57,7 @@ def smooth_track(boxes):
 def face_crop(frame, half, centre, share=0.4):
     """The kind of crop on which the original SyncNet was trained: uint8 (3, h, w) -> uint8 (3, 224, 224).
 
-    It reaches from `half` above the centre of the face to 1.8 * half below it, and 1.4 * half to both sides. Outside
-    of the picture it is grey (110).
+    It reaches from `half` above the centre to 1.8 * half below it, and 1.4 * half to both sides. Around is grey (110).
     """
     margin = int(half * (1 + 2 * share)) + 1
     centre = np.clip(centre, 0, frame.shape[:0:-1])                         # a track may leave the picture

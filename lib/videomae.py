@@ -81,25 +81,26 @@ class Block(nn.Module):
 
 
 class VideoMAE(nn.Module):
-    """A video transformer that was trained to fill in masked videos, then to name actions (VideoMAE v2, arXiv
-    2303.16727). Here it describes what happens in a clip by one vector. Module names are the official ones."""
+    """Video transformer (VideoMAE v2, arXiv 2303.16727), which describes what happens in a clip by one vector.
+
+    Module names are the official ones.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.checkpointing = False                                          # of activations, see vq.recompute
-        side, length = c.size // c.patch, c.frames // c.tubelet
+        tokens = c.frames // c.tubelet * (c.size // c.patch) ** 2
         kernel = (c.tubelet, c.patch, c.patch)
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv3d(3, c.width, kernel, kernel)
-        self.register_buffer("positions", frame_positions(length * side * side, c.width), persistent=False)
+        self.register_buffer("positions", frame_positions(tokens, c.width), persistent=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.fc_norm = nn.LayerNorm(c.width, eps=1e-6)
         self.head = nn.Linear(c.width, c.classes) if c.classes else None    # in the file, not needed here
 
     def patches(self, clips):
-        """The pixels of every token, frame pair by frame pair: (B, 3, F, H, W) in [-1, 1], F even -> (B, tokens,
-        3 * tubelet * patch * patch) in [0, 1]. The mean is not subtracted."""
+        """Clips (B, 3, F, H, W) in [-1, 1], F even -> pixels of all tokens (B, L, 3 * tubelet * patch^2) in [0, 1]."""
         c = self.config
         x = rearrange(clips, "b c f h w -> (b f) c h w")
         if x.shape[2:] != (c.size, c.size):
@@ -114,7 +115,6 @@ class VideoMAE(nn.Module):
         return x + resize_positions(self.positions, x.shape[1], self.config.size // self.config.patch)
 
     def encode(self, tokens):
-        """Any number of tokens (B, L, width) -> the same after all blocks."""
         for block in self.blocks:
             tokens = vq.recompute(self.checkpointing, block, tokens)
         return tokens
@@ -125,7 +125,6 @@ class VideoMAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """PyTorch's default, drawn from `generator`; the biases of the attention are zero."""
         vq.init_default(self, generator)
         for block in self.blocks:
             block.attn.q_bias.zero_()
@@ -133,21 +132,18 @@ class VideoMAE(nn.Module):
 
 
 def infer_config(state, path):
-    """The config of an official state dict. What shapes do not tell comes from the entry of VIDEOMAES with the same
-    width and depth. Raises vq.CheckpointError if there is none."""
+    """The config of an official state dict, with the help of the entry of VIDEOMAES with the same width and depth."""
     width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
     depth = sum(k.endswith(".attn.q_bias") for k in state)
     for known in VIDEOMAES.values():
         if (known.width, known.depth) == (width, depth):
             return replace(known, patch=patch, tubelet=tubelet, hidden=len(state["blocks.0.mlp.fc1.weight"]),
                            classes=len(state.get("head.weight", ())))
-    raise vq.CheckpointError(f"{path}: a VideoMAE of width {width} and depth {depth}, whose number of heads no "
-                             "tensor tells: pass config=")
+    raise vq.CheckpointError(f"{path}: a VideoMAE of width {width} and depth {depth} with an unknown number of heads")
 
 
 def load(path, config=None, dtype=torch.float32, device="cpu"):
-    """The video encoder in eval mode from vit_g_hybrid_pt_1200e_ssv2_ft.pth, or a file of ours. Raises
-    vq.CheckpointError."""
+    """The video encoder in eval mode, from a released file or one of ours. Raises vq.CheckpointError."""
     state, saved = vq.read_checkpoint(path, nested=(("model",), ("module",)))
     vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight",
                path=path, what="a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)")
