@@ -490,7 +490,8 @@ class _AdaLN(torch.autograd.Function):
         h = x if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
         mean, rstd = x.new_empty(2, B * L, dtype=torch.float32)
         _adaln_fwd[(B * L,)](x, residual, gate, scale, shift, weight, y, h, mean, rstd, L, C, eps, _batch_stride(gate),
-                             _batch_stride(scale), _batch_stride(shift), LAYER=layer, BLOCK=block, num_warps=_warps(block))
+                             _batch_stride(scale), _batch_stride(shift), LAYER=layer, BLOCK=block,
+                             num_warps=_warps(block))
         ctx.save_for_backward(x, h, scale, shift, weight, gate, mean, rstd)
         ctx.has_residual = residual is not None
         ctx.layer = layer

@@ -73,8 +73,8 @@ class T5Block(nn.Module):
         self.wo = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x, bias):
-        dtype = self.wo.weight.dtype                                        # for matrix products. x itself is float32: it
-        x = x + self.attn(self.norm1(x).to(dtype), bias)                    # grows beyond what float16 can hold
+        dtype = self.wo.weight.dtype                                        # x itself is float32, because it grows
+        x = x + self.attn(self.norm1(x).to(dtype), bias)                    # beyond what float16 can hold
         h = self.norm2(x).to(dtype)
         return x + self.wo(F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h))
 
