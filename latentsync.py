@@ -1,4 +1,4 @@
-"""LatentSync: a talking head says something else. Full definition of model and pipeline, all of it in this file.
+"""LatentSync: a talking head says something else. This file has model and pipeline; the autoencoder is in vq.py.
 
 A diffusion model repaints the lower half of a face, frame by frame, so that it fits a given speech. It is Stable
 Diffusion 1.5's UNet with three changes: besides the noisy latent its input has the masked picture and a reference
@@ -21,8 +21,8 @@ motion modules attend between the frames of a clip, which keeps them from flicke
 
 What to look out for when reading:
 - The audio of a frame is ten rows of Whisper's features, 0.2 s around it. A row holds 5 layers: the input of the first
-  of Whisper tiny's 4 blocks, and the output of each. The UNet may thus choose between the sound and the word. Whisper's
-  own attention has already mixed the whole piece of up to 30 s into each row.
+  of Whisper tiny's 4 blocks, and the output of each. Early layers are near to the sound, late ones to the words, and
+  the UNet may use both. Whisper's own attention has already mixed the whole piece of up to 30 s into each row.
 - Faces are aligned so that brows and nose stand still, and the mask hides most of what moves with speech. Otherwise
   the network would guess the mouth from cheeks and head instead of the audio (the paper's "shortcut"). For the same
   reason a SyncNet (syncnet.py) judges the decoded pixels in the second stage of training (section 3.3), see
@@ -36,15 +36,15 @@ What to look out for when reading:
 - All frames of a video start from one noise, drawn once, so that a face that does not move is painted alike.
 
 Letters: B clips, F frames of each (16), A audio features of a frame (10 rows x 5 layers = 50 for Whisper tiny), C
-width, h w size of a feature map, H W of a picture, T rows of audio features; in einops patterns h are heads, d
-numbers of a head. Paper: arXiv 2412.09262. Released weights: latentsync_unet.pt of ByteDance/LatentSync (1.0: 850 M
+width, h w size of a feature map, H W of a picture, T rows of audio features; in `attend` h are heads and d numbers
+of a head. Paper: arXiv 2412.09262. Released weights: latentsync_unet.pt of ByteDance/LatentSync (1.0: 850 M
 parameters, 256 pixels, no motion modules), ByteDance/LatentSync-1.5 (1267 M, 256) and ByteDance/LatentSync-1.6 (the
 same network at 512); with them whisper/tiny.pt, and stabilityai/sd-vae-ft-mse.
 
     unet, whisper = latentsync.load("latentsync_unet.pt"), latentsync.load_whisper("tiny.pt")
     autoencoder = vq.load_autoencoder("sd-vae-ft-mse")                      # version 1.6: load(..., resolution=512)
     align = latentsync.Aligner(unet.config.resolution)
-    frames = ((picture, align(points)) for picture, points in video)        # uint8 (H, W, 3); see three_points, or None
+    frames = ((picture, align(points)) for picture, points in video)        # uint8; points: three_points(...) or None
     for dubbed in latentsync.lipsync(unet, autoencoder, frames, latentsync.windows(whisper, sound), generator):
         dubbed.picture                                                      # uint8 (H, W, 3)
 """
@@ -68,7 +68,7 @@ SAMPLE_RATE = 16000
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a video UNet. Files determine all but heads, resolution, frames, velocity and motion_levels."""
+    """Sizes of a video UNet. A released file tells all but heads, resolution, frames, velocity and motion_levels."""
 
     widths: tuple = (320, 640, 1280, 1280)      # channels per level. All levels but the last halve the map
     layers: int = 2                             # per level on the way down, one more on the way up
@@ -91,13 +91,13 @@ class Config:
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """Sizes of Whisper's encoder. Files determine all but heads."""
+    """Sizes of Whisper's encoder. A released file tells all but heads."""
 
     mels: int = 80
     positions: int = 1500                       # 30 s
     width: int = 384
     heads: int = 6
-    layers: int = 4                             # transformer blocks
+    layers: int = 4                             # transformer blocks; a row of features has layers + 1
 
 
 CONFIGS = {
@@ -113,8 +113,8 @@ WHISPERS = {
     "small": WhisperConfig(width=768, heads=12, layers=12),
     "talking_head": WhisperConfig(positions=250, width=64, heads=2, layers=2),          # trained in demo/
 }
-# Stage of training -> it trains the parameters whose name contains one of these. Stage 1 trains all of a UNet with
-# motion="none". The efficient stage 2 has motion="up".
+# Stage of training -> parts of names. A stage trains the parameters whose name contains one of its parts. Stage 1 is
+# for a UNet with motion="none", and trains all of it. The efficient stage 2 is for one with motion="up".
 STAGES = {"1": ("",), "2": ("motion_modules.", "attentions."), "2-efficient": ("motion_modules.", "attn2.")}
 
 
@@ -215,8 +215,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(C, C, 1)
 
     def forward(self, x, audio=None):
-        """x (N, C, h, w), audio (N, A, c_audio): one window per frame. None leaves the attention to audio out, whereas
-        zeros would still add the bias of its output."""
+        """x (N, C, h, w), audio (N, A, c_audio): one window per frame. If audio is None, the attention to it is left
+        out. If audio is zeros, the bias of that attention's output is still added."""
         h = self.proj_in(vq.norm_silu(self.norm, x, silu=False))
         tokens = rearrange(h, "n c h w -> n (h w) c")
         tokens = tokens + self.attn1(self.norm1(tokens))
@@ -236,7 +236,7 @@ def sinusoids(t, C):
 def frame_positions(length, C):
     """Table (1, length, C): sine and cosine of the frame's number * 10000 ** (-2 i / C) at channels 2 i and 2 i + 1."""
     frequency = torch.exp(torch.arange(0, C, 2).double() * (-math.log(10000.0) / C))
-    angle = torch.arange(length).double()[:, None] * frequency              # float32 is too coarse for thousands
+    angle = torch.arange(length).double()[:, None] * frequency              # float32 is too coarse for long tables
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None].float()
 
 
@@ -279,7 +279,8 @@ class MotionModule(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to the size of the map that is joined next, twice as large or one less, then a convolution."""
+    """Resize to the size of the map that is joined next, by nearest neighbour, then convolve. That size is twice the
+    present one, or one less where the way down rounded up."""
 
     def __init__(self, C):
         super().__init__()
@@ -297,8 +298,10 @@ class Level(nn.Module):
         c = config
         n = len(c_ins)
         self.resnets = nn.ModuleList(ResBlock(c_in, C, 4 * c.widths[0]) for c_in in c_ins)
-        self.attentions = nn.ModuleList(SpatialTransformer(C, c.heads, c.audio_width) for _ in range(n * attends))
-        self.motion_modules = nn.ModuleList(MotionModule(C, c.motion_heads, c.motion_length) for _ in range(n * moves))
+        self.attentions = nn.ModuleList(SpatialTransformer(C, c.heads, c.audio_width)
+                                        for _ in range(n if attends else 0))
+        self.motion_modules = nn.ModuleList(MotionModule(C, c.motion_heads, c.motion_length)
+                                            for _ in range(n if moves else 0))
 
     def layer(self, j, x, time, audio):
         """Layer j: x (B F, C, h, w), time (B, c_time), audio (B F, A, c_audio) or None."""
@@ -333,7 +336,8 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(4 * C, 4 * C)
 
     def forward(self, t):                                                   # (B,) -> (B, 4 C)
-        return self.linear_2(F.silu(self.linear_1(sinusoids(t, self.C).to(self.linear_1.weight.dtype))))
+        waves = sinusoids(t, self.C).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,7 +381,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)      # tokens are views of maps then, and convolutions are faster
 
     def forward(self, x, t, audio=None):
-        """Noise (B, 4, F, h, w) in latents, or their velocity.
+        """The predicted noise (B, 4, F, h, w), or the velocity if config.velocity.
 
         x: (B, 13, F, h, w), channels: noisy latents, mask (1: keep), masked latents, reference latents
         t: (B,) or a number, 0 .. 999
@@ -388,8 +392,8 @@ class UNet(nn.Module):
     def forward_with_deep(self, x, t, audio=None, deep=None):
         """(noise, deep), where deep is the output of all layers but the last. Other arguments are those of `forward`.
 
-        `deep` changes little from one denoising step to the next. DeepCache (arXiv 2312.00858) passes in that of an
-        earlier step, which leaves 1/15 of the work.
+        `deep` changes little from one denoising step to the next. DeepCache (arXiv 2312.00858) passes in the `deep` of
+        an earlier step, and only 1/15 of the work is left.
         """
         B = len(x)
         time = self.time_embedding(torch.as_tensor(t, device=x.device).expand(B))
@@ -418,7 +422,8 @@ class UNet(nn.Module):
                 skips.append(x)
         x = vq.recompute(self.checkpointing, self.mid_block, x, time, audio)
         for i, level in enumerate(self.up_blocks):
-            for j in range(len(level.resnets) - (i == last)):
+            layers = len(level.resnets) - 1 if i == last else len(level.resnets)
+            for j in range(layers):
                 x = torch.cat([x, skips.pop()], 1)
                 x = vq.recompute(self.checkpointing, level.layer, j, x, time, audio)
             if i < last:
@@ -443,9 +448,9 @@ class UNet(nn.Module):
         """(loss, clean): mean squared error of the predicted noise (or velocity), a scalar, and the clean latents
         (B, 4, F, h, w) that the prediction implies.
 
-        The first is the loss of stage 1, and keeps weight 1 in stage 2, where `Supervision` adds losses on the second.
+        In stage 1 `loss` is the whole loss. In stage 2 it keeps weight 1, and `Supervision` adds losses on `clean`.
         z: (B, 4, F, h, w) scaled latents of the target frames; condition: (B, 9, F, h, w) from `encode_condition`;
-        audio: as for `forward`; t: (B,), and noise, as z: drawn from `generator`, on z's device, unless given.
+        audio: as for `forward`. t (B,) and noise (like z) are drawn from `generator`, on z's device, unless given.
         """
         if t is None:
             t = torch.randint(1000, (len(z),), generator=generator, device=z.device)
@@ -471,7 +476,9 @@ ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2).cumprod(0)
 def _alpha(t, like):
     """ALPHAS[t], a number or (B,), shaped to go with `like` (B, ...)."""
     alpha = ALPHAS.to(like.device)[t]
-    return alpha.view(-1, *[1] * (like.dim() - 1)) if alpha.dim() else alpha
+    if alpha.dim():
+        alpha = alpha.view(-1, *[1] * (like.dim() - 1))
+    return alpha
 
 
 def add_noise(z, noise, t):
@@ -489,8 +496,9 @@ def remove_noise(z, noise, t):
 def velocity(z, noise, t):
     """sqrt(alpha) noise - sqrt(1 - alpha) z, (B, ...): what some networks predict instead of noise (arXiv 2202.00512).
 
-    Near t = 999, where the colors are decided, an error in the predicted noise is an error in the picture 12 times as
-    large, so only a large network gets colors right, after long training. The velocity there is the picture itself.
+    The first steps decide the colors. There, at t = 951 .. 999, an error in the predicted noise makes an error in the
+    picture that is 11 to 15 times as large, so only a large network learns the colors, after long training. The
+    velocity there is almost the picture itself, with its sign changed.
     """
     alpha = _alpha(t, z)
     return alpha.sqrt() * noise - (1 - alpha).sqrt() * z
@@ -511,16 +519,16 @@ def mixed_noise(shape, generator=None, device=None, share=1.0):
 
 
 def time_steps(count):
-    """The time steps of a sampler with `count` steps, 1 .. 999: 951, 901, ... 1 for 20. Else ValueError."""
+    """The time steps of a sampler with `count` steps: 951, 901 ... 1 for 20. ValueError if not 1 .. 999."""
     if not 1 <= count <= 999:
         raise ValueError(f"{count} steps: expected 1 .. 999")
     return [1 + i * (1000 // count) for i in reversed(range(count))]
 
 
 def ddim_step(z, noise, t, count):
-    """The latents one of `count` steps earlier than t (DDIM, arXiv 2010.02502, eq. 12, eta 0).
+    """One of `count` steps: latents z at t -> latents at the time step before (DDIM, arXiv 2010.02502, eq. 12, eta 0).
 
-    z and its noise imply a clean picture; less of the same noise is added to it.
+    z and its noise imply a clean picture. The step adds the same noise to it again, but less.
     """
     before = max(t - 1000 // count, 0)                                      # 0 in the last step: a little noise stays
     return add_noise(remove_noise(z, noise, t), noise.float(), before)
@@ -530,7 +538,7 @@ def denoise(unet, z, condition, audio, steps=20, cfg=1.5, cache_every=1):
     """Yields the latents (1, 4, F, h, w) after each step, float32; the last ones are the result.
 
     z: noise (1, 4, F, h, w); condition: (1, 9, F, h, w); audio: (1, F, A, audio_width); cfg: guidance scale, 1 or less
-    for none; cache_every: run the deep part of the network in every such step only, 3 for DeepCache.
+    for none; cache_every: 3 runs the deep part of the network in every third step only (DeepCache), 1 in every step.
     """
     guided = cfg > 1
     if guided:                                                              # both branches as one batch
@@ -610,7 +618,7 @@ class Supervision:
         return torch.cat(decoded).unflatten(0, (len(z), -1))
 
     def __call__(self, z, target, mel=None, has_audio=None):
-        """(weighted sum, {"sync", "lpips", "trepa"} without weights), scalars.
+        """(weighted sum, {"sync", "lpips", "trepa": the loss before its weight}), all scalars.
 
         z: (B, 4, F, h, w), the clean latents from UNet.loss; target: frames (B, F, 3, H, W) in [-1, 1]; mel: (B, 1,
         80, columns), SyncNet's window of the clip's audio; has_audio: (B,) 1 or 0, whether the UNet got the audio.
@@ -720,11 +728,12 @@ class Whisper(nn.Module):
         angle = torch.arange(config.positions)[:, None] * frequency
         self.register_buffer("positional_embedding", torch.cat([angle.sin(), angle.cos()], 1))
         self.blocks = nn.ModuleList(WhisperBlock(C, config.heads) for _ in range(config.layers))
-        self.ln_post = nn.LayerNorm(C)                                      # before the recogniser's decoder: not used
+        self.ln_post = nn.LayerNorm(C)                                      # for the recogniser's decoder: unused here
 
     def forward(self, mel):
         """(B, mels, 2 * positions) -> (B, positions, layers + 1, C): the input of block 1, and the output of each."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))
+        x = F.gelu(self.conv2(x))
         x = x.transpose(1, 2) + self.positional_embedding
         outputs = [x]
         for block in self.blocks:
@@ -741,8 +750,9 @@ class Whisper(nn.Module):
         mel = log_mel(sound, self.config.mels)
         size = 2 * self.config.positions
         for part in mel.split(size, 1):
-            part = part.to(self.conv1.weight.device)
-            yield self(F.pad(part, (0, size - part.shape[1]))[None])[0, :part.shape[1] // 2]
+            rows = part.shape[1] // 2
+            part = F.pad(part.to(self.conv1.weight.device), (0, size - part.shape[1]))
+            yield self(part[None])[0, :rows]
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -804,9 +814,9 @@ RIGHT_STEPS = ("000000100000000000001000000000000010000001010101011011011011"
 def face_mask(size=256):
     """The mask of all released models, (size, size) float32: 1 where the picture is kept, 0 where it is repainted.
 
-    At 256 pixels it is 0 or 1, with 40.7 % zeros: the mask covers the cheeks from row 95 down, but not the nose, and
-    from row 128 down everything to the chin, where it narrows. The cheeks show how the jaw moves. The mask is fixed:
-    one that followed the mouth would itself show how the mouth moves. Other sizes are resized from 256 pixels.
+    At 256 pixels it is 0 or 1, and 40.7 % are zeros. From row 95 down it hides the cheeks but not the nose, from row
+    128 down everything, and at the chin it narrows. It hides the cheeks because they show how the jaw moves. It stays
+    in place because a mask that followed the mouth would show how the mouth moves. Other sizes are resized from 256.
     """
     mask = np.ones((256, 256), np.float32)
     mask[95:128, 9:247] = 0
@@ -824,13 +834,14 @@ def face_mask(size=256):
 
 def lanczos_resize(pictures, size):
     """(..., h, w) in 0 .. 255 -> (..., size, size), rounded: Lanczos over 4 pixels to each side, with weights that are
-    multiples of 1 / 2048, as in OpenCV for bytes. On the way down it skips pixels: it has no anti-aliasing."""
+    multiples of 1 / 2048, as in OpenCV for bytes. When it shrinks it skips pixels: no anti-aliasing."""
     def weights(n):
         centre = (torch.arange(size, dtype=torch.float64) + 0.5) * n / size - 0.5
         taps = centre.floor()[:, None] + torch.arange(-3, 5)
         distance = centre[:, None] - taps
         w = torch.sinc(distance) * torch.sinc(distance / 4)
-        w = ((w / w.sum(1, keepdim=True)).float() * 2048).round().double() / 2048      # float32: ties as in OpenCV
+        w = (w / w.sum(1, keepdim=True)).float()                            # float32: ties as in OpenCV
+        w = (w * 2048).round().double() / 2048
         return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
     down, across = (weights(n).float().to(pictures) for n in pictures.shape[-2:])           # mps has no float64
     return (down @ pictures @ across.T + 0.5).floor().clamp(0, 255)
@@ -854,7 +865,8 @@ def three_points(landmarks):
     if n == 5:
         left, right, nose = p[..., 0, :], p[..., 1, :], p[..., 2, :]
         up = (left + right) / 2 - nose
-        up *= 0.33 * np.linalg.norm(right - left, axis=-1, keepdims=True) / np.linalg.norm(up, axis=-1, keepdims=True)
+        height = 0.33 * np.linalg.norm(right - left, axis=-1, keepdims=True)
+        up *= height / np.linalg.norm(up, axis=-1, keepdims=True)
         return np.stack([left + up, right + up, nose], -2)
     if n == 106:
         left, right = mean(43, 48, 49, 51, 50), mean(101, 102, 103, 104, 105)
@@ -871,7 +883,8 @@ class Aligner:
 
     align(points (3, 2)) -> tensor (2, 3), or None for None. The map takes pixels (x, y, 1) of the frame to pixels of
     a canvas of size `canvas` (height, width), on which brows and nose stand at fixed places. The canvas is higher
-    than wide, 280 x 210, and is later squeezed into a square of 256. Raises ValueError for points that coincide.
+    than wide, 280 x 210 at resolution 256, and is later squeezed into a square. Every video needs an Aligner of its
+    own. Raises ValueError for points that coincide.
     """
 
     def __init__(self, resolution):
@@ -895,8 +908,9 @@ class Aligner:
         R = Vt.T @ U.T
         if R.det() < 0:                                                     # a reflection: take the nearest rotation
             R = Vt.T * torch.tensor([1, -1]) @ U.T
-        # The original's smoothing, kept for its numbers. It averages the distance of the noses over frames, and adds
-        # it to the translation although it is in units of s2 and not rotated. For upright heads it is below a pixel.
+        # The original smooths like this; we keep it to get the same numbers. `misfit` leads from one nose to the other.
+        # Its average over frames is added to the translation, although it is in units of s2 and not rotated. For
+        # upright heads it is below a pixel.
         misfit = target[2] - source[2]
         self.bias = misfit if self.bias is None else 0.2 * self.bias + 0.8 * misfit
         move = c2 - s2 / s1 * (R @ c1) + self.bias
@@ -916,8 +930,8 @@ def homogeneous(matrix):
 def warp(picture, matrix, size, fill):
     """Moves a picture (C, h, w) by a map (2, 3) of its pixels (x, y, 1) -> (C, *size), bilinear; `fill` outside.
 
-    The steps are those of kornia, in float32. Callers truncate the result to whole numbers, so where it is very near
-    to one (saturated colors) the last bit decides.
+    The steps are those of kornia, in float32. Callers truncate the result to whole numbers. Where it is very near to a
+    whole number, as in saturated colors, the last bit decides.
     """
     def to_unit(h, w):                                                      # pixels to -1 .. 1, corners to corners
         return torch.tensor([[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]])
@@ -951,7 +965,7 @@ def paste_back(picture, face, matrix, canvas):
     back = inverse(matrix) - torch.tensor([[0, 0, x0], [0, 0, y0]])
     size = y1 - y0, x1 - x0
     face = F.interpolate(face[None].float(), canvas, mode="bicubic", antialias=True, align_corners=False)[0]
-    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255         # the fill becomes white, as there
+    face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255         # the original fills with white too
     covered = warp(torch.ones(1, *canvas, device=face.device), back, size, fill=0.0)
     covered = erode(covered, 2)                         # without the pixels that the face covers only in part
     radius = int(float(covered.sum()) ** 0.5) // 20
@@ -985,9 +999,9 @@ def blur(x, radius):
 
 
 Dubbed = namedtuple("Dubbed", "picture source face masked generated")
-Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the frame before. face, masked,
-generated: the aligned face, its masked version, and the repainted one with the surroundings of the mask, all (3,
-resolution, resolution) in about [-1, 1]; None where there was no face and the frame is unchanged."""
+Dubbed.__doc__ = """One frame of the result. picture: uint8 (H, W, 3); source: the same frame of the given video.
+face, masked, generated: the aligned face, the same under the mask, and the repainted face, which outside of the mask is
+the given one, all (3, resolution, resolution) in about [-1, 1]; None if there was no face: the frame is unchanged."""
 
 
 @dataclass
@@ -1012,7 +1026,7 @@ class Frame:
 
 @torch.no_grad()
 def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options):
-    """Dubs a video: yields Dubbed, as many as the shorter of the two inputs has. Holds one clip of frames at a time.
+    """Dubs a video: yields a Dubbed per frame, until frames or sound end. Holds one clip of frames at a time.
 
     frames: iterable of (picture uint8 (H, W, 3), its map from an Aligner of the UNet's resolution). A map of None
     means that there is no face: the frame stays as it is, and the frames before and after it are neighbours in the
@@ -1032,7 +1046,7 @@ def lipsync(unet, autoencoder, frames, sound, generator, *, overlap=0, **options
     z = torch.randn(1, c.out_channels, 1, side, side, generator=generator, device=device)       # one for all frames
     options = dict(z=z, mask=face_mask(c.resolution).to(device), generator=generator) | options
     stream = zip(frames, sound)
-    pending = []                                                            # painted frames that the next clip repeats
+    pending = []                                                            # painted frames that the next clip repaints
     while fresh := list(islice(stream, c.frames - len(pending))):
         clip = pending + [Frame(picture, matrix, audio) for (picture, matrix), audio in fresh]
         _paint_clip(unet, autoencoder, clip, len(pending), canvas, warp_device, options)
@@ -1062,7 +1076,9 @@ def _paint_clip(unet, autoencoder, clip, repeated, canvas, warp_device, options)
         frame = clip[i]
         if i < repeated and frame.generated is not None:                    # the share of this clip grows with i
             generated = torch.lerp(frame.generated, generated, (i + 1) / (repeated + 1))
-        frame.face, frame.masked, frame.generated = face, masked_face, generated
+        frame.face = face
+        frame.masked = masked_face
+        frame.generated = generated
 
 
 @torch.no_grad()
@@ -1080,7 +1096,7 @@ def paint(unet, autoencoder, faces, audio, z, mask, generator, steps=20, cfg=1.5
     condition = rearrange(condition.float(), "f c h w -> 1 c f h w")
     z = z.expand(-1, -1, len(faces), -1, -1)
     for z in denoise(unet, z, condition, audio[None], steps, cfg, cache_every):
-        pass
+        pass                                                                # only the last latents count
     z = rearrange(z, "1 c f h w -> f c h w")
     painted = torch.cat([autoencoder.decode(part) for part in z.split(decode_batch)])
     return painted * (1 - mask) + faces * mask, masked
@@ -1099,7 +1115,8 @@ def encode_condition(autoencoder, masked, references, mask, generator, encode_ba
         mean = torch.cat([posterior.mean for posterior in posteriors])
         std = torch.cat([posterior.std for posterior in posteriors])
         latents.append(vq.Posterior(mean, std, posteriors[0].scaling).sample(generator))        # one draw for all
-    return torch.cat([F.interpolate(mask.expand(len(masked), 1, *mask.shape), latents[0].shape[2:]), *latents], 1)
+    mask = F.interpolate(mask.expand(len(masked), 1, *mask.shape), latents[0].shape[2:])
+    return torch.cat([mask, *latents], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1140,11 +1157,12 @@ def infer_config(state, path):
     widths = tuple(len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
     known = next((config for config in CONFIGS.values() if config.widths == widths), None)
     if known is None:
-        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}, whose number of heads no tensor tells: "
-                                 "pass config=")
+        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}; no tensor tells its number of heads: pass "
+                                 "config=")
     motion = "none"
-    if any(".motion_modules." in key for key in state):
-        motion = "all" if any(key.startswith("down_blocks.") and ".motion_modules." in key for key in state) else "up"
+    with_motion = [key for key in state if ".motion_modules." in key]
+    if with_motion:
+        motion = "all" if any(key.startswith("down_blocks.") for key in with_motion) else "up"
     tables = [v.shape[1] for k, v in state.items() if k.endswith("pos_encoder.pe")]
     return replace(known, layers=count("down_blocks.0.resnets.{}.conv1.weight"),
                    audio_width=state[f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight"].shape[1],
@@ -1155,7 +1173,7 @@ def infer_config(state, path):
 def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
     """A UNet in eval mode from a released file of version 1.0, 1.5 or 1.6, a training checkpoint, or a file of ours.
 
-    resolution: of the faces, 256 or 512, which no released file tells: those of 1.5 and 1.6 have the same shapes.
+    resolution: side of the faces, 256 or 512. No released file tells it: those of 1.5 and 1.6 have the same shapes.
     Raises vq.CheckpointError.
     """
     state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
@@ -1183,7 +1201,7 @@ def _tables(model):
 
 
 def start_from_stable_diffusion(model, path):
-    """Fills a UNet with the weights of Stable Diffusion 1.5's, a folder or file in diffusers' layout, where they fit.
+    """Fills a UNet with the weights of Stable Diffusion 1.5's UNet where they fit. path: a folder or file of diffusers.
 
     The first convolution, which had 4 input channels, is set to zero. The keys and values that attended to text are
     not used: those for audio keep their values, and so do the motion modules. Raises vq.CheckpointError.

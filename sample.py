@@ -5,7 +5,7 @@
     python sample.py var --ckpt var_d16.pth --classes 207 360       the released model; downloaded if it is not here
     python sample.py var --ckpt var_d30.pth --image cat.png --edit in --box 0.1 0.1 0.8 0.8
     python sample.py var --ckpt var_d16.pth -n 50000 --npz d16.npz --cfg 1.5 --top-p 0.96       for the ADM evaluator
-    python sample.py var --bench --compile --random-weights var_d16         speed, against what this machine can do
+    python sample.py var --bench --compile --random-weights var_d16         speed, beside the limits of this machine
     python sample.py infinity --prompt "grinning cat face"          text -> emoji
     python sample.py infinity --ckpt infinity_2b_reg.pth --prompt "a red fox in the snow" --aspect 1.5
     python sample.py llamagen --classes heart cat-face --cfg 1.5 4  class -> emoji, token by token
@@ -23,7 +23,7 @@ from lib.flags import FLAGS
 
 
 def parse_args(argv=None):
-    """The command line -> a Namespace. usage=SUPPRESS makes argparse's own errors one line, as all others are."""
+    """The command line -> a Namespace. With usage=SUPPRESS argparse's errors take one line, like all other errors."""
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
     commands = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
@@ -70,11 +70,11 @@ from triton_ops import REGISTRY
 # ----------------------------------------------------------------------------------------------------------------------
 # python sample.py var
 
-VAR_DEFAULTS = dict(cfg=4.0, top_k=900, top_p=0.95)                         # the authors', for good-looking pictures
+VAR_DEFAULTS = dict(cfg=4.0, top_k=900, top_p=0.95)                         # the authors' values for good pictures
 
 
 def sample_var(args):
-    """Draw classes: a grid, or one file per picture. Or --edit, --npz, --bench, --list-classes."""
+    """Draw classes into a grid or one file per picture, or do what --edit, --npz, --bench or --list-classes asks."""
     check_generator_args(args)
     check_ranges(("--cfg", args.cfg, 0, None))
     check_npz(args, "--edit", "--steps-grid")
@@ -108,7 +108,7 @@ def sample_var(args):
     options = VAR_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "top_k", "top_p")
     options["more_smooth"] = args.smooth
     settings = {"model": "var", "checkpoint": name, "seed": args.seed} | options
-    before = []                                                             # pictures that stand before the drawn ones
+    before = []                                                             # pictures shown before the drawn ones
     if args.edit:
         side = tokenizer.config.stride * patch_nums[-1]
         image = to_tensor(cover(given_picture, side, side), device)
@@ -122,25 +122,27 @@ def sample_var(args):
             labels = [total] * len(labels)                                  # in- and out-painting use the null class
 
     def draw(numbers, model=model, tokenizer=tokenizer, all_scales=False):
-        """Pictures (B, 3, h, w) in [0, 1] of these numbers, or a list with one of each scale."""
+        """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that, one entry per scale."""
         return model.sample(tokenizer, torch.tensor([labels[i] for i in numbers]), all_scales=all_scales,
                             generator=generators(args, numbers, device), **options)
     if args.bench:
-        n = len(labels[:args.n or 1])
+        n = min(args.n or 1, len(labels))
         sampling = [(var, "sample_logits"), (var, "filter_logits"), (var, "exponential_noise")]
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(p * p for p in patch_nums)
         return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, n)
-    models = next(iter(faster(model, tokenizer, device).values())) if args.compile else (model, tokenizer)
+    pair = model, tokenizer
+    if args.compile:
+        pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
     if args.npz:
         settings["dtype"] = str(machine.dtype)
-        return write_npz(args, lambda numbers: draw(numbers, *models), len(labels), settings, loaded.files)
+        return write_npz(args, lambda numbers: draw(numbers, *pair), len(labels), settings, loaded.files)
 
     # Draw, batch by batch, and save.
     start = time.perf_counter()
     pictures = []
     for numbers in in_batches(range(len(labels)), args.batch_size):
-        images = draw(numbers, *models, all_scales=args.steps_grid)
+        images = draw(numbers, *pair, all_scales=args.steps_grid)
         for i, strip in zip(numbers, filmstrips(images, args.steps_grid)):
             frames = to_pixels(strip)
             pictures += list(frames)
@@ -152,7 +154,8 @@ def sample_var(args):
         classes = ", ".join(dict.fromkeys(class_name(names, label) for label in labels))
         scales = [f"{p}x{p}" for p in patch_nums] if args.steps_grid else []
         titles = ["given", "kept"] if before else []
-        save_sheet(out, (before if not scales else []) + pictures, scales, titles, settings | {"classes": classes})
+        sheet = pictures if scales else before + pictures
+        save_sheet(out, sheet, scales, titles, settings | {"classes": classes})
     print(machine.summary((tokenizer, model), seconds, out if single else f"{len(labels)} files in {out}"))
 
 
@@ -163,11 +166,11 @@ INFINITY_DEFAULTS = dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97)
 FACE_SUFFIX = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
 PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
           "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son",
-          "daughter")                                                       # anywhere in a prompt, also inside words
+          "daughter")                                                       # also found inside other words
 
 
 def sample_infinity(args):
-    """Draw prompts: a grid, one file per picture, or a folder for --prompts. Or --save-features, --bench."""
+    """Draw prompts into a grid, one file per picture, or a folder (--prompts), or do --save-features or --bench."""
     check_generator_args(args)
     check_prompt_args(args)
     check_pixels(args.pixels)
@@ -243,7 +246,7 @@ def sample_infinity(args):
         options |= {"given_bits": tokenizer.tokenize(image, sizes), "keep_scales": args.keep}
 
     def draw(numbers, model=model, tokenizer=tokenizer, all_scales=False):
-        """Pictures (B, 3, h, w) in [0, 1] of these numbers, or a list with one of each scale."""
+        """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that, one entry per scale."""
         rows = [features[items[i]] for i in numbers]
         text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         text_mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
@@ -254,25 +257,27 @@ def sample_infinity(args):
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(h * w for h, w in scales)
         return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, args.n)
-    models = next(iter(faster(model, tokenizer, device).values())) if args.compile else (model, tokenizer)
+    pair = model, tokenizer
+    if args.compile:
+        pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
 
     # Draw, batch by batch, and save. Pictures that are there already are kept.
     start = time.perf_counter()
     prompts.write_geneval(out)
-    texts_of = [settings | {"seed": args.seed + i, "prompt": item} for i, item in enumerate(items)]
+    png_texts = [settings | {"seed": args.seed + i, "prompt": item} for i, item in enumerate(items)]
     todo = list(range(len(items)))
     if args.prompts and not args.one_generator:                             # pictures of one generator need each other
-        todo = [i for i in todo if not is_drawn(prompts.path(out, i, args.n), texts_of[i])]
-    pictures = []
+        todo = [i for i in todo if not is_drawn(prompts.path(out, i, args.n), png_texts[i])]
+    pictures = []                                                           # of the sheet
     for numbers in in_batches(todo, args.batch_size):
-        images = draw(numbers, *models, all_scales=args.steps_grid)
+        images = draw(numbers, *pair, all_scales=args.steps_grid)
         for i, strip in zip(numbers, filmstrips(images, args.steps_grid)):
             frames = to_pixels(strip)
             pictures += list(frames)
             if not single:
                 path = prompts.path(out, i, args.n)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(path, grid(frames, len(frames), enlarge=1), texts_of[i])
+                save_png(path, grid(frames, len(frames), enlarge=1), png_texts[i])
     seconds = (time.perf_counter() - start) / len(items)
     if single:
         titles = [f"{h}x{w}" for h, w in scales] if args.steps_grid else []
@@ -281,7 +286,7 @@ def sample_infinity(args):
 
 
 def origin(args, machine, tokenizer):
-    """What else a picture depends on: a folder must not be completed with pictures of another origin."""
+    """What else a picture depends on. It is saved with the picture, so that no folder mixes pictures of two origins."""
     return {"dtype": str(machine.dtype).removeprefix("torch."), "tokenizer": vq.fingerprint(tokenizer),
             "features": args.features, "t5": args.t5, "clean": not getattr(args, "no_clean", True)}
 
@@ -291,9 +296,9 @@ def origin(args, machine, tokenizer):
 
 
 def sample_llamagen(args):
-    """Draw classes or prompts: a grid, one file per picture, or a folder for --prompts.
+    """Draw classes or prompts into a grid, one file per picture, or a folder (--prompts).
 
-    Or --npz, --save-features, --bench, --list-classes.
+    Or do what --npz, --save-features, --bench or --list-classes asks.
     """
     check_generator_args(args)
     check_prompt_args(args)
@@ -355,7 +360,9 @@ def sample_llamagen(args):
         if args.save_features:
             save_features(features, args.save_features)
             return print(f"features of {len(features)} prompts -> {args.save_features}")
-        items = [text for text in (texts[:1] if args.bench else texts) for _ in range(n)]
+        if args.bench:
+            texts = texts[:1]
+        items = [text for text in texts for _ in range(n)]
         descriptions = [{"prompt": item} for item in items]
 
     def condition(numbers):
@@ -365,13 +372,13 @@ def sample_llamagen(args):
         return llamagen.left_pad([features[items[i]] for i in numbers], config.text_slots)
 
     def draw(numbers, model=model, tokenizer=tokenizer, progress_frames=0):
-        """Pictures (B, 3, h, w) in [0, 1] of these numbers, or a list of the picture in progress."""
+        """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that while they grow."""
         return model.sample(tokenizer, *condition(numbers), generator=generators(args, numbers, device),
                             cfg=torch.tensor([cfgs[i % len(cfgs)] for i in numbers]), size=args.eval_size,
                             progress_frames=progress_frames, **options)
     if args.bench:
         def rivals():
-            """The loop as it is usually written, without decoder. Its speed-up is below 1 if ours is faster."""
+            """Time the loop as it is usually written, without the decoder. A speed-up below 1 means ours is faster."""
             if reads_text or len(cfgs) > 1 or options["cfg_interval"] != -1:
                 return {}
             labels = condition(range(n))[0].to(device)
@@ -383,15 +390,17 @@ def sample_llamagen(args):
             return {key: value | {"what": "tokens"} for key, value in results.items()}
         sampling = [(llamagen, "sample_logits"), (llamagen, "exponential_noise")]
         return bench_generator(args, name, draw, model, tokenizer, machine, sampling, [], config.side**2, n, rivals)
-    models = next(iter(faster(model, tokenizer, device).values())) if args.compile else (model, tokenizer)
-    if args.npz:
-        return write_npz(args, lambda numbers: draw(numbers, *models), len(items), settings, loaded.files, add=0.5)
+    pair = model, tokenizer
+    if args.compile:
+        pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
+    if args.npz:                                                            # 0.5: LlamaGen's authors round
+        return write_npz(args, lambda numbers: draw(numbers, *pair), len(items), settings, loaded.files, add=0.5)
 
     # Draw, batch by batch, and save. Pictures that are there already are kept.
     start = time.perf_counter()
-    texts_of = []
+    png_texts = []
     for i, description in enumerate(descriptions):
-        texts_of.append(settings | {"seed": args.seed + i} | description | {"cfg": cfgs[i % len(cfgs)]})
+        png_texts.append(settings | {"seed": args.seed + i} | description | {"cfg": cfgs[i % len(cfgs)]})
     todo = list(range(len(items)))
     paths = []
     if reads_text and not single:
@@ -400,16 +409,16 @@ def sample_llamagen(args):
     elif not single:
         paths = [out / f"{i:05d}.png" for i in todo]
     if args.prompts and not args.one_generator:                             # pictures of one generator need each other
-        todo = [i for i in todo if not is_drawn(paths[i], texts_of[i])]
+        todo = [i for i in todo if not is_drawn(paths[i], png_texts[i])]
     pictures = []
     for numbers in in_batches(todo, args.batch_size):
-        images = draw(numbers, *models, progress_frames=8 if args.steps_grid else 0)
+        images = draw(numbers, *pair, progress_frames=8 if args.steps_grid else 0)
         for i, strip in zip(numbers, filmstrips(images, args.steps_grid)):
             frames = to_pixels(strip, add=0.5)
             pictures += list(frames)
             if not single:
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
-                save_png(paths[i], grid(frames, len(frames), enlarge=1), texts_of[i])
+                save_png(paths[i], grid(frames, len(frames), enlarge=1), png_texts[i])
     seconds = (time.perf_counter() - start) / len(items)
     if single:
         titles = [f"{k}/8" for k in range(1, 9)] if args.steps_grid else []
@@ -424,7 +433,8 @@ def sample_llamagen(args):
 
 
 def sample_vq(args):
-    """Reconstruct pictures: the originals above, what is left of them below; with --steps-grid after every scale."""
+    """Reconstruct pictures. The originals stand above, what the tokenizer keeps of them below; with --steps-grid, after
+    every scale."""
     machine = Machine(args)
     device = machine.device
     out, single = check_out(args.out, "out/vq.png")
@@ -439,10 +449,11 @@ def sample_vq(args):
     for picture in tqdm(originals, unit="picture", leave=False, disable=len(originals) < 8):
         picture, patch_nums = fit(picture, config, args.keep_size)
         image = to_tensor(picture, device)
-        there, indices = timed(lambda: tokenizer.tokenize(image, patch_nums), device)
-        back, decoded = timed(lambda: tokenizer.detokenize(indices, patch_nums, all_scales=args.steps_grid), device)
-        decoded = decoded if args.steps_grid else [decoded]
-        seconds += there + back
+        encoding, indices = timed(lambda: tokenizer.tokenize(image, patch_nums), device)
+        decoding, decoded = timed(lambda: tokenizer.detokenize(indices, patch_nums, all_scales=args.steps_grid), device)
+        if not args.steps_grid:
+            decoded = [decoded]
+        seconds += encoding + decoding
         tokens.append(torch.cat(indices, 1))
         scores.append(psnr(decoded[-1], image).item())
         rows.append(to_pixels(torch.cat([image, *decoded]).add(1).div(2)))
@@ -466,15 +477,15 @@ def sample_vq(args):
 
 
 def fit(picture, config, keep_size):
-    """A PIL picture at a size that the tokenizer takes, and the schedule for it."""
+    """A PIL picture, resized or cropped to a size that the tokenizer takes, and the schedule for it."""
     stride = config.stride
     last, _ = vq.as_pairs(config.patch_nums)[-1]
     if not keep_size:
         return cover(picture, stride * last, stride * last), config.patch_nums
-    if not config.vocab_size:                                               # bits: the next smaller size of a schedule
+    if not config.vocab_size:                                               # bits: the largest schedule that fits
         aspect = picture.height / picture.width
         fits = [p for p in vq.PIXELS if vq.schedule(aspect, p)[-1][0] * 16 <= picture.height] or ["0.06M"]
-        cells = 16 // stride                                                # per cell of a schedule and side
+        cells = 16 // stride                                                # along a cell of a schedule, 16 pixels
         patch_nums = [(cells * h, cells * w) for h, w in vq.schedule(aspect, fits[-1])]
         h, w = patch_nums[-1]
         return cover(picture, h * stride, w * stride), patch_nums
@@ -560,19 +571,19 @@ def sample_latentsync(args):
         if out.resolve() in (path.resolve(), speech.resolve()):
             raise UserError(f"--out {out}: would replace what it is made from; choose another name")
         if len(sound) < SAMPLE_RATE // FPS:
-            raise UserError(f"{speech}: {len(sound) * 1000 // SAMPLE_RATE} ms of sound; expected 40, a frame, at least")
+            raise UserError(f"{speech}: {len(sound) * 1000 // SAMPLE_RATE} ms of sound; expected 40 or more, one frame")
 
     # Load.
     machine = Machine(args)
     device = machine.device
-    if args.dtype == "auto" and device.type == "cuda":                      # as the original decides
+    if args.dtype == "auto" and device.type == "cuda":                      # the original's rule
         machine.dtype = torch.float16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float32
         machine.dtype_why = "as the original has it here"
     load = dubbing.random_models if args.random_weights else dubbing.load_models
     name, cfg, unet, autoencoder, whisper = load(args)
     unet = unet.to(device, machine.dtype)
     autoencoder = autoencoder.to(device, machine.dtype)
-    whisper = whisper.to(device)                                            # small, and exact in float32
+    whisper = whisper.to(device)                                            # it is small, so it stays in float32
     dubbing.set_frames(unet, args)
 
     def dub(frames, windows, unet=unet):
@@ -590,11 +601,12 @@ def sample_latentsync(args):
     count = latentsync.count_frames(latentsync.count_rows(len(sound), whisper.config.positions))
     judge = dubbing.load_judge(args, device)
     face_maps = dubbing.FaceMaps(video, device, args, unet.config.resolution, count)
-    shown = []                                                              # number of every frame in the video
+    shown = []                                                              # the video's frame behind each dubbed one
     without_face = 0
     start = time.perf_counter()
 
     def frames():
+        # A video that is shorter than the speech goes back and forth.
         for number, picture in dubbing.forth_and_back(video, count):
             shown.append(number)
             yield picture, face_maps(number)
@@ -618,7 +630,7 @@ def sample_latentsync(args):
 
 
 def sample_ops(args):
-    """Print what the ops have to move, or with --bench how fast they are."""
+    """Print how many bytes each op has to move, or with --bench how fast it is."""
     check_json(args, args.bench is not None)
     if args.bench is None:
         return print(*bench_ops.ops_table(), sep="\n")

@@ -1,7 +1,7 @@
-"""SyncNet: does this mouth say this sound? Full definition of two networks, all of it in this file.
+"""SyncNet: does this mouth say this sound? This file defines two networks; blocks shared with tokenizers are in vq.py.
 
 Both networks turn a short clip of a face into one vector and the sound of the same moment into another, and measure
-how near the two are. They share the idea but not the scale: a score of one network means nothing to the other.
+how near the two are. The scores of one network cannot be compared with those of the other.
 
 **StableSyncNet** (LatentSync, arXiv 2412.09262, section 3.3) supervises training: its gradient tells a generator how
 to move the lips.
@@ -21,12 +21,12 @@ After a ReLU no number is negative, so neither is the cosine. It is taken as the
 belong together, and trained by binary cross entropy. In half of the training pairs they do not: the frames come from
 another moment of the same video, so that identity, light and microphone give nothing away.
 
-The paper's finding: what SyncNet training needs in order to converge. The loss soon falls to ln 2 = 0.69, the loss of
-answering "one half" to everything. It stays there for thousands of steps, or for ever, if batches are small, if sound
+The paper found what a SyncNet needs to converge. The loss soon falls to ln 2 = 0.69, which is the loss of the answer
+"one half" to everything. It stays there for thousands of steps, or for ever, if batches are small, if sound
 and picture of the training videos are out of step, if faces are not aligned, or if clips are short (too little to
 hear) or long (too hard to start with). Large batches, clean data and 16 frames break the plateau; so does another
-loss at the start (`loss_of_moments`). `train.py syncnet --study` shows this on a small scale, Wav2Lip's plain
-convolutions included.
+loss at the start (`loss_of_moments`). `train.py syncnet --study` shows this on a small scale, also for Wav2Lip's plain
+convolutions.
 
 **OriginalSyncNet** (Chung and Zisserman, "Out of time", 2016) is the judge of the lip-sync literature. It compares 5
 frames with 0.2 s of MFCCs, and was trained so that vectors of matching pairs lie near each other. `score` slides it
@@ -67,15 +67,15 @@ class Config:
     """Sizes of a StableSyncNet. `visual` and `audio` hold one tuple per level of the encoder.
 
     A level is (width, factor, attention): it makes the map smaller by `factor`, a number or (height, width). In a
-    plain network it is (width, kernel, stride, padding, residual blocks after it). The last width is D, the last map
-    1 x 1.
+    plain network it is (width, kernel, stride, padding, residual blocks after it). The last width is D. The last map
+    is 1 x 1.
     """
 
     visual: tuple
     audio: tuple
     frames: int = 16                            # F
     picture: tuple = (128, 256)                 # height, width that the visual encoder sees
-    latent: bool = False                        # per frame 4 channels of a face's latent, not 3 of its lower half
+    latent: bool = False                        # True: the input is the whole face's latent, 4 channels a frame
     plain: bool = False                         # Wav2Lip's convolutions and batch norms: the paper's ablation
 
     @property
@@ -90,6 +90,7 @@ class Config:
 
 
 def _levels(widths, factors, attention=()):
+    """Levels with these widths and factors. attention: the numbers of the levels that have attention."""
     return tuple((width, factor, i in attention) for i, (width, factor) in enumerate(zip(widths, factors)))
 
 
@@ -99,14 +100,15 @@ CONFIGS = {
     "16_pixel_attn": Config(_levels(*_VISUAL, attention={4, 5}), _levels(*_AUDIO, attention={3, 4})),       # released
     "16_pixel": Config(_levels(*_VISUAL), _levels(*_AUDIO)),
     "16_latent": Config(_levels((64, 128, 256, 256, 512, 1024), (2, 2, 2, 1, 2, 2)),
-                        _levels((32, 64, 128, 256, 512, 1024), ((2, 1), 2, 2, 2, 2, (2, 3))), 16, (32, 32), True),
+                        _levels((32, 64, 128, 256, 512, 1024), ((2, 1), 2, 2, 2, 2, (2, 3))),
+                        picture=(32, 32), latent=True),
     "25_pixel": Config(_levels((128, 128, 256, 256, 512, 512, 1024, 1024), ((1, 2), 2, 2, 2, 2, 2, 2, 2)),
-                       _levels((64, 128, 256, 256, 512, 1024), (2, 2, 2, 2, 2, 2)), 25),
+                       _levels((64, 128, 256, 256, 512, 1024), (2, 2, 2, 2, 2, 2)), frames=25),
     "5_pixel_wav2lip": Config(
         ((32, 7, 1, 3, 0), (64, 5, (1, 2), 1, 2), (128, 3, 2, 1, 3), (256, 3, 3, 1, 2), (512, 3, 2, 1, 2),
          (1024, 3, 2, 1, 2), (1024, 3, 2, 1, 0), (1024, 3, 1, 0, 0), (1024, 1, 1, 0, 0)),
         ((32, 3, 1, 1, 2), (64, 3, (3, 1), 1, 2), (128, 3, 3, 1, 2), (256, 3, (3, 2), 1, 2), (512, 3, 1, 1, 2),
-         (1024, 3, 1, 0, 0), (1024, 1, 1, 0, 0)), 5, plain=True),
+         (1024, 3, 1, 0, 0), (1024, 1, 1, 0, 0)), frames=5, plain=True),
     # trained in demo/
     "talking_head": Config(_levels((32, 32, 64, 96, 128, 256), ((1, 2), 2, 2, 2, 2, 2), {3}),
                            _levels((32, 32, 64, 96, 128, 256), ((2, 1), 2, 2, 2, 2, 2), {3}), picture=(32, 64)),
@@ -114,7 +116,7 @@ CONFIGS = {
         ((32, 5, (1, 2), 2, 0), (32, 3, 2, 1, 1), (64, 3, 2, 1, 1), (96, 3, 2, 1, 1), (128, 3, 2, 1, 1),
          (128, 2, 1, 0, 0), (128, 1, 1, 0, 0)),
         ((32, 3, (2, 1), 1, 1), (32, 3, 2, 1, 1), (64, 3, 2, 1, 1), (96, 3, (2, 3), 1, 1), (128, 3, 2, 1, 1),
-         (128, 3, 1, 0, 0), (128, 1, 1, 0, 0)), 16, (32, 64), plain=True),
+         (128, 3, 1, 0, 0), (128, 1, 1, 0, 0)), picture=(32, 64), plain=True),
 }
 
 
@@ -134,7 +136,8 @@ def windows(audio, size, hop, first, count, before=0):
     low, high = max(start, 0), min(start + length, len(audio))
     piece = np.zeros(length)
     if high > low:
-        x = np.concatenate([audio[low - 1:low] if low else [0.0], audio[low:high]]).astype(np.float64)
+        before_low = audio[low - 1:low] if low else [0.0]
+        x = np.concatenate([before_low, audio[low:high]]).astype(np.float64)
         piece[low - start:high - start] = x[1:] - 0.97 * x[:-1]
     return np.lib.stride_tricks.sliding_window_view(piece, size)[::hop]
 
@@ -149,10 +152,11 @@ def mel_spectrogram(audio, first=0, columns=None):
     """The input of StableSyncNet: sound, an array (n,) in [-1, 1] -> tensor (80, columns) float32 in [-4, 4], from
     column `first` on.
 
-    By default these are all 1 + n // 200 columns. A part has the numbers of the whole, and only it is computed.
-    Whisper's spectrogram differs: it has other windows, reflects the ends, and uses powers.
+    The whole spectrogram has 1 + n // 200 columns. Only the columns asked for are computed, and they have the same
+    numbers as in the whole. Whisper's spectrogram differs: it has other windows, reflects the ends, and uses powers.
     """
-    columns = 1 + len(audio) // MEL_HOP - first if columns is None else columns
+    if columns is None:
+        columns = 1 + len(audio) // MEL_HOP - first
     pieces = windows(audio, MEL_WINDOW, MEL_HOP, first, columns, before=MEL_WINDOW // 2)            # centred
     magnitude = np.abs(np.fft.rfft(pieces * HANN))
     level = 20 * np.log10(np.maximum(1e-5, magnitude @ MEL_FILTERS.T)) - 20         # dB, so that loud speech is near 0
@@ -183,7 +187,8 @@ def mfcc(audio, first=0, columns=None):
     bands. The first coefficient is the logarithm of the energy.
     """
     available = 1 + max(0, math.ceil((len(audio) - MFCC_WINDOW) / MFCC_HOP))
-    columns = available - first if columns is None else columns
+    if columns is None:
+        columns = available - first
     power = np.abs(np.fft.rfft(windows(audio, MFCC_WINDOW, MFCC_HOP, first, columns), 512)) ** 2 / 512
     edges = np.linspace(0, 2595 * math.log10(1 + 8000 / 700), 28)           # in mel, up to half the sample rate
     edges = np.floor(513 * 700 * (10 ** (edges / 2595) - 1) / SAMPLE_RATE)
@@ -195,7 +200,7 @@ def mfcc(audio, first=0, columns=None):
     bands = np.log(np.maximum(power @ bands.T, np.finfo(float).eps))        # (columns, 26)
     n, k = np.arange(26), np.arange(13)[:, None]
     dct = np.cos(np.pi * k * (2 * n + 1) / 52) * np.where(k == 0, (1 / 26) ** 0.5, (2 / 26) ** 0.5)
-    cepstrum = bands @ dct.T * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))        # "lifted": higher ones weigh more
+    cepstrum = bands @ dct.T * (1 + 11 * np.sin(np.pi * np.arange(13) / 22))        # liftering: higher ones weigh more
     cepstrum[:, 0] = np.log(np.maximum(power.sum(1), np.finfo(float).eps))
     return torch.from_numpy(cepstrum.T.astype(np.float32))
 
@@ -330,7 +335,7 @@ def lower_halves(faces, config):
     if faces.shape[2:] != (width, width):
         faces = F.interpolate(faces.float(), (width, width), mode="bicubic", antialias=True)
         faces = faces.round().clamp(0, 255).byte()
-    return faces[:, :, -height:]                                            # rows 128 .. 255
+    return faces[:, :, -height:]                                            # rows 128 .. 255 of 256
 
 
 class StableSyncNet(nn.Module):
@@ -348,7 +353,7 @@ class StableSyncNet(nn.Module):
 
     def prepare(self, frames):
         """Aligned faces, uint8 (B, F, 3, h, w) of any size, or their lower halves (B, F, 3, H, W) -> (B, 3F, H, W) in
-        [-1, 1]. Channels are frame by frame, then rgb. For a config with `latent` the caller makes the input:
+        [-1, 1]. Channels: rgb of frame 0, of frame 1 ... For a config with `latent` the caller makes the input:
         (B, 4F, 32, 32), latents of whole faces times 0.18215."""
         halves = lower_halves(frames.flatten(0, 1), self.config).to(self.dtype).div(127.5).sub(1)
         return rearrange(halves, "(b f) c h w -> b (f c) h w", f=self.config.frames)
@@ -401,9 +406,11 @@ class StableSyncNet(nn.Module):
                 weight = torch.where(match > 0, 0.5 * K, 0.5 * K / (K - 1))         # weight of a pair, 1 on average
                 loss = F.binary_cross_entropy(cosine, match, weight)
         right = ((cosine > 0.5) == (match > 0.5)).float()
-        return loss, {"accuracy": ((right * match).sum() / K + (right * (1 - match)).sum() / (K * K - K)) / (2 * B)}
+        of_matching = (right * match).sum() / K                             # both summed over the B videos
+        of_others = (right * (1 - match)).sum() / (K * K - K)
+        return loss, {"accuracy": (of_matching + of_others) / (2 * B)}
 
-    # what `score` needs, of both networks
+    # `score` uses the next six members; OriginalSyncNet has them too.
 
     @property
     def frames(self):
@@ -416,7 +423,8 @@ class StableSyncNet(nn.Module):
     def embed_clips(self, faces):
         """All clips of successive faces, uint8 (N + F - 1, 3, h, w) -> (N, D)."""
         halves = lower_halves(faces, self.config)                           # each frame is in F clips, but resized once
-        return self.embed_frames(self.prepare(rearrange(halves.unfold(0, self.frames, 1), "n c h w f -> n f c h w")))
+        clips = rearrange(halves.unfold(0, self.frames, 1), "n c h w f -> n f c h w")
+        return self.embed_frames(self.prepare(clips))
 
     def embed_sound(self, audio, first, count):
         """Embeddings (at most count, D) of the sound (n,) of the clips from `first` on; fewer where the sound ends."""
@@ -462,14 +470,14 @@ class OriginalSyncNet(nn.Module):
     """The judge: 5 frames of a face crop, 224 x 224, and 20 columns of MFCCs -> 1024 numbers each. Evaluation only."""
 
     SPARE = 1                                                               # the original leaves the last clip out
-    PADDING = 0.0                                                           # and compares with zeros beyond the ends
+    PADDING = 0.0                                                           # it compares with zeros beyond the ends
     frames = 5
     CLIP_SAMPLES = 5 * SAMPLES_PER_FRAME                                    # 3200, 0.2 s
 
     def __init__(self):
         super().__init__()
         self.audio_convs = nn.Sequential(
-            *_conv2d(1, 64, 3, padding=1), nn.MaxPool2d(1, 1),              # no effect, but the file numbers layers so
+            *_conv2d(1, 64, 3, padding=1), nn.MaxPool2d(1, 1),              # no effect, but file keys count it
             *_conv2d(64, 192, 3, padding=1), nn.MaxPool2d(3, (1, 2)),
             *_conv2d(192, 384, 3, padding=1),
             *_conv2d(384, 256, 3, padding=1),
@@ -498,7 +506,8 @@ class OriginalSyncNet(nn.Module):
         faces = faces.to(next(self.parameters()))
         if faces.shape[2:] != (224, 224):
             faces = F.interpolate(faces, (224, 224), mode="bilinear", align_corners=False)
-        return self.embed_frames(rearrange(faces.flip(1).unfold(0, 5, 1), "n c h w f -> n c f h w"))
+        clips = faces.flip(1).unfold(0, 5, 1)                               # blue first, (n, c, h, w, 5)
+        return self.embed_frames(rearrange(clips, "n c h w f -> n c f h w"))
 
     def embed_sound(self, audio, first, count):
         """Embeddings (at most count, 1024) of the sound (n,) in [-1, 1] of the clips from `first` on. As in the
@@ -512,7 +521,8 @@ class OriginalSyncNet(nn.Module):
         low = max(0, start - MFCC_HOP)                  # pre-emphasis of the first sample needs the one before it
         samples = np.round(np.asarray(audio[low:end], np.float64) * 32768).clip(-32768, 32767)
         columns = mfcc(samples, (start - low) // MFCC_HOP, 4 * count + 16)          # 4 columns a frame, windows of 20
-        return self.embed_audio(columns.unfold(1, 20, 4).transpose(0, 1)[:, None].to(like))
+        pieces = columns.unfold(1, 20, 4).transpose(0, 1)                   # (count, 13, 20)
+        return self.embed_audio(pieces[:, None].to(like))
 
     @staticmethod
     def distance(vision, audio):
@@ -551,7 +561,7 @@ def embed_video(model, frames, audio, batch_size=16):
         held += islice(frames, batch_size + overlap - len(held))
         n = max(0, len(held) - overlap)
         sound = model.embed_sound(audio, first, n)
-        vision = sound[:0]
+        vision = sound[:0]                                                      # none, of the right width
         if len(sound):
             vision = model.embed_clips(torch.stack(held[:len(sound) + model.frames - 1]).to(device))
         at_end = n < batch_size or len(sound) < n
@@ -597,7 +607,7 @@ def score(model, frames, audio, max_shift=15, batch_size=16):
 
 
 def combine(scores):
-    """(offset, confidence, distance) of several faces, as LatentSync's authors do it: means, the offset's as an int."""
+    """(offset, confidence, distance) of several faces: means, as LatentSync's authors do. The offset is truncated."""
     offset, confidence, distance = (sum(score[i] for score in scores) / len(scores) for i in range(3))
     return int(offset), confidence, distance
 
@@ -660,7 +670,8 @@ def _levels_of(state, encoder):
     """[(width, attention, whether the map becomes smaller)] of the levels of an encoder in a file."""
     levels = []
     n = 0
-    while (block := f"{encoder}_encoder.down_blocks.{n}.") + "norm1.weight" in state:
+    while f"{encoder}_encoder.down_blocks.{n}.norm1.weight" in state:
+        block = f"{encoder}_encoder.down_blocks.{n}."
         if block + "conv1.weight" in state:
             levels.append((len(state[block + "conv1.weight"]), False, block + "downsample_conv.weight" in state))
         elif levels:                                                        # attention belongs to the level before it
@@ -677,7 +688,7 @@ def _same_plan(found, levels):
 
 
 def _with_factors(found, levels):
-    """Levels of a file as those of a Config, with the factors of `levels`."""
+    """The levels found in a file in the form of a Config, with the factors of `levels`."""
     return tuple((width, factor, attention) for (width, attention, _), (_, factor, _) in zip(found, levels))
 
 

@@ -1,4 +1,4 @@
-"""Train every model: one loop from batch to optimizer, the same for all of them.
+"""Train a model. One loop from batch to optimizer serves all of them.
 
     python train.py vq                                              the demo's tokenizer; under an hour on two cores
     python train.py var --vae runs/vq/model.safetensors
@@ -9,12 +9,12 @@
     python train.py infinity --recipe 2B_256 --data DIR --vae infinity_vae_d32reg.pth --t5 flan-t5-xl
     torchrun --nproc-per-node 8 train.py var ...                    data parallel
 
-DIR holds one folder of pictures per class. For text it holds *.tsv files (picture path, tab, caption) or the originals'
-*.jsonl, and pictures of all aspect ratios. A run writes into --out: model.safetensors, which sample.py reads, state/,
-from which --resume auto continues, log.csv, curves.png and samples/. On a CPU a continued run gives the same numbers
-bit for bit; it may also continue with another number of processes.
+DIR holds one folder of pictures per class. For text it holds *.tsv files (picture path, tab, caption), or *.jsonl files
+in the format of Infinity's authors; pictures may have any aspect ratio. A run writes into --out: model.safetensors,
+which sample.py reads, state/, from which --resume auto continues, log.csv, curves.png and samples/. On a CPU a
+continued run gives bit for bit the numbers of a run without a break. It may continue with another number of processes.
 
-Where to look: lib/recipes.py has all settings, lib/tasks.py and lib/speech_tasks.py have what is particular to a model,
+Where to look: lib/recipes.py has all settings, lib/tasks.py and lib/speech_tasks.py have what differs between models,
 lib/parallel.py has DDP and FSDP, lib/run.py has checkpoints, log and signals.
 """
 import argparse
@@ -27,8 +27,9 @@ def parse_args(argv=None):
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, **style)
     models = parser.add_subparsers(dest="model_name", metavar="MODEL", required=True)
-    for model, of_model in recipes.RECIPES.items():
-        recipes.add_flags(models.add_parser(model, help=f"recipes: {', '.join(of_model)}", **style), model)
+    for model, its_recipes in recipes.RECIPES.items():
+        subparser = models.add_parser(model, help=f"recipes: {', '.join(its_recipes)}", **style)
+        recipes.add_flags(subparser, model)
     return recipes.fill(parser.parse_args(argv))
 
 
@@ -80,8 +81,8 @@ def task_of(args):
 def train(args):
     """Train a model.
 
-    A step is a function of its number and of the state that the step before left. Each micro-batch draws random numbers
-    from (seed, step, micro-batch), so the result does not depend on the number of processes, except for the order of
+    A step depends only on its number and on the state that the step before left. The random numbers of a micro-batch
+    are seeded with (seed, step, its number in the batch). The number of processes therefore changes only the order of
     sums.
     """
     # Where it runs.
@@ -93,7 +94,7 @@ def train(args):
     parallel.join(device)
     out = open_folder(args)
 
-    # Where it stopped last time. The number of micro-batches in a batch never changes during a run.
+    # Where it stopped last time. A continued run keeps its number of micro-batches per batch, whatever --accum says.
     checkpoints = Checkpoints(out / "state", args.keep)
     resume_from = checkpoints.newest() if args.resume == "auto" else None
     notes = checkpoints.notes(resume_from) if resume_from else {}
@@ -119,8 +120,9 @@ def train(args):
         engine = parallel.data_parallel(model, task.loss, task.unused_weights)
     exported = model if ema is None else ema                                # what is validated, drawn and exported
     optimizer = torch.optim.AdamW(parameter_groups(model), args.lr, args.betas, eps=1e-8, fused=True)
+    # Start, growth and cap (below) of the scale are those of VAR's authors. Only fp16 is scaled.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**11, growth_interval=1000, enabled=args.dtype == "fp16")
-    learners = {"model": (model, optimizer)} | task.learners
+    learners = {"model": (model, optimizer)} | task.learners                    # {name: (module, optimizer)}
     tensors = functools.partial(named_tensors, learners, ema)
 
     # Continue, if it is the same run.
@@ -136,7 +138,7 @@ def train(args):
         skipped = notes["skipped"]
     last_step = min(task.steps, step + args.stop_after) if args.stop_after else task.steps
 
-    # Data from the present step on. Readers are processes of their own if there are files to read.
+    # Data from the present step on. Only data sets that read files get processes for reading.
     order = functools.partial(order_of_batches, task.train_set, args, micro_batches=micro_batches, rank=rank,
                               world=world)
     workers = args.workers if getattr(task.train_set, "READS_FILES", False) else 0
@@ -158,15 +160,15 @@ def train(args):
         shared = f" on {world} processes ({'FSDP' if args.fsdp else 'DDP'})" if world > 1 else ""
         print(f"{device} ({device_why}){shared}, {args.dtype}, {parameters:,} parameters, {len(task.train_set):,} "
               f"{train_set.kinds}, steps {step} to {task.steps}", flush=True)
-    hidden = None if rank == 0 else True                                    # None: hidden unless there is a terminal
+    hidden = None if rank == 0 else True                                    # None: shown only in a terminal
     bar = tqdm(total=task.steps, initial=step, disable=hidden, smoothing=0.05)
     signal_number = 0
+    warmup_steps = args.warmup * task.steps
     model.train()
     with StopOnSignal() as stop, checkpoints, explain_dead_readers():
         while step < last_step and not signal_number:
             # Forward and backward, one micro-batch after the other.
             step_started = time.perf_counter()
-            warmup_steps = args.warmup * task.steps
             lr = args.lr * learning_rate(step, task.steps, args.schedule, warmup_steps, args.warmup_from, args.final_lr)
             set_rates(optimizer, lr, weight_decay(step, task.steps, args.wd, args.wd_end))
             parts = []                                                      # loss and metrics of each micro-batch
@@ -179,18 +181,19 @@ def train(args):
                 with parallel.gradient_sync(engine, last=i == accum - 1), count_flops(meter, args.compile):
                     with autocast():
                         loss, metrics = engine(batch, step, generator)      # calls task.loss
-                    scaler.scale(loss / accum).backward()                   # the last one averages over processes
+                    scaler.scale(loss / accum).backward()                   # the last call averages over processes
                 parts.append({"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()})
             row = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
-            # Clip and update. A gradient that is not finite, if only in one micro-batch, spoils the average of all.
+            # Clip and update. One micro-batch whose gradient is not finite makes the average not finite. Then this step
+            # changes no weight, but it counts as a step.
             scaler.unscale_(optimizer)
             grad_norm = parallel.unshard(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
             if math.isfinite(grad_norm):                                    # the norm is the same on all processes
                 skipped_in_a_row = 0
                 scaler.step(optimizer)
-                seed_draws(generator, args.seed, step, micro_batches)       # draws that all processes share
-                row |= task.after_step(step, lr, generator)                 # such as the discriminator's turn
+                seed_draws(generator, args.seed, step, micro_batches)       # all processes draw the same
+                row |= task.after_step(step, lr, generator)                 # such as the discriminator's update
                 if ema is not None:
                     update_ema(ema, model, args.ema, step)
                     task.sync_ema(ema)
@@ -209,7 +212,7 @@ def train(args):
             meter.seconds += time.perf_counter() - step_started
             bar.update()
 
-            # Report. What cannot be computed again is saved first; it is written while the rest goes on.
+            # Report. The checkpoint comes first, because it cannot be computed again. It is written in the background.
             checkpoints.poll()
             due = functools.partial(is_due, step, last_step)
             if any(map(due, (args.log_every, args.val_every, args.sample_every, args.save_every))):
@@ -226,8 +229,10 @@ def train(args):
                 say(f"step {step}: " + ", ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
                 row |= {f"val_{name}": value for name, value in scores.items()}
                 score = task.score(scores)
-                if score > best.score and export(checkpoints, task, exported, out / "best.safetensors", args):
-                    checkpoints.attempt("best.json", lambda: best.write(step, score))
+                if score > best.score:
+                    written = export(checkpoints, task, exported, out / "best.safetensors", args)
+                    if written:
+                        checkpoints.attempt("best.json", lambda: best.write(step, score))
             if due(args.sample_every):
                 picture = out / "samples" / f"{step:07d}"
                 with parallel.full_model(exported) as full:
@@ -248,14 +253,16 @@ def train(args):
             export(checkpoints, task, exported, out / "model.safetensors", args)
         bar.close()
         checkpoints.finish()
-        unreadable = sorted(set().union(*all_gather_objects(unreadable)))
-        if unreadable and rank == 0:
-            report_broken(unreadable, task.train_set)
-            lines = "\n".join(unreadable) + "\n"
+        broken = sorted(set().union(*all_gather_objects(unreadable)))       # of all processes
+        if broken and rank == 0:
+            report_broken(broken, task.train_set)
+            lines = "\n".join(broken) + "\n"
             checkpoints.attempt("unreadable.txt", lambda: (out / "unreadable.txt").write_text(lines))
         if rank == 0:
             checkpoints.attempt("curves.png", log.draw)
-            how = "interrupted" if signal_number else "stopped" if last_step < task.steps else "done"
+            how = "stopped" if last_step < task.steps else "done"
+            if signal_number:
+                how = "interrupted"
             more = "; go on with --resume auto" if step < task.steps else ""
             print(f"{how} at step {step} of {task.steps}, {time.perf_counter() - started:.0f} s; weights in "
                   f"{out}/model.safetensors{more}", flush=True)
@@ -271,11 +278,12 @@ def train(args):
 
 
 def learning_rate(step, steps, schedule, warmup_steps, warmup_from, final):
-    """Learning rate / peak at a step: linear warm-up, a plateau, then a fall to `final`.
+    """The learning rate at a step, as a share of its peak: a linear warm-up, a plateau, then a fall to `final`.
 
-    lin, lin0, lin00: a straight line after a plateau of 15, 5 or 0 % of the steps after the warm-up
-    exp: geometric after a plateau of 15 %; cos: half a cosine; const: no fall
-    linT, such as lin0.8: two lines that meet at share T of the steps, half-way between 1 and a single line
+    Of the steps after the warm-up:
+    lin, lin0, lin00: a plateau of 15, 5 or 0 %, then a straight line
+    exp: a plateau of 15 %, then a geometric fall; cos: half a cosine; const: no fall
+    linT, such as lin0.8: two straight lines that meet at share T, at the mean of 1 and of what one line gives there
     Raises UserError for other names.
     """
     if step < warmup_steps:
@@ -303,13 +311,14 @@ def learning_rate(step, steps, schedule, warmup_steps, warmup_from, final):
 
 
 def weight_decay(step, steps, start, end):
-    """Half a cosine from start to end over the whole run; end 0 means no change."""
+    """The weight decay at a step: half a cosine from `start` to `end` over the whole run. If `end` is 0 it stays."""
     end = end or start
     return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * step / max(steps - 1, 1)))
 
 
 def parameter_groups(model):
-    """AdamW groups: matrices decay. Vectors, and what the model names in NO_DECAY (positions, scales), do not."""
+    """Groups for AdamW: matrices decay. Vectors do not, nor does what NO_DECAY of the model names (positions, scales).
+    """
     spared = getattr(model, "NO_DECAY", ())
     decaying = []
     others = []
@@ -317,7 +326,8 @@ def parameter_groups(model):
         if not p.requires_grad:
             continue
         decays = p.ndim > 1 and not name.endswith("bias") and not any(word in name for word in spared)
-        (decaying if decays else others).append(p)
+        group = decaying if decays else others
+        group.append(p)
     return [{"params": decaying, "decay": 1.0}, {"params": others, "decay": 0.0}]
 
 
@@ -330,7 +340,8 @@ def set_rates(optimizer, lr, wd):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Exponential moving average of the weights, with a shorter memory in the first steps. Buffers are copied."""
+    """Update the exponential moving average of the weights. Its memory is shorter in the first steps. Buffers are
+    copied."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
@@ -338,7 +349,7 @@ def update_ema(ema, model, decay, step):
 
 
 def seed_draws(generator, seed, step, micro_batch):
-    """Set the generator to the draws of a step and micro-batch."""
+    """Seed the generator for a micro-batch of a step."""
     generator.manual_seed(int(np.random.default_rng((seed, step, micro_batch)).integers(2**63)))
 
 
@@ -351,7 +362,7 @@ def micro_batches_per_process(args, micro_batches, world):
     accum, left = divmod(micro_batches, world)
     if left:
         raise UserError(f"{args.out}: this run cuts a batch into {micro_batches} micro-batches, which {world} "
-                        f"processes cannot share; start a number of them that divides {micro_batches}")
+                        f"processes cannot share; start a number of processes that divides {micro_batches}")
     if args.batch_size % micro_batches:
         processes = f" times {world} processes" if world > 1 else ""
         raise UserError(f"--batch-size {args.batch_size}: not divisible by --accum {accum}{processes}")
@@ -359,7 +370,7 @@ def micro_batches_per_process(args, micro_batches, world):
 
 
 def describe_run(args, task):
-    """What a continued run must have the same, as it comes back from a JSON file.
+    """The settings that a continued run may not change, as a JSON file gives them back.
 
     Raises UserError if the processes of this run do not agree.
     """
@@ -368,7 +379,9 @@ def describe_run(args, task):
     settings = recipes.compared(args) | sizes | task.identity()
     settings |= {"data": task.train_set.fingerprint, "validation data": task.val_set.fingerprint}
     settings = json.loads(json.dumps(settings, default=str))
-    different = {name for one in all_gather_objects(settings) for name in one if one[name] != settings[name]}
+    different = set()
+    for theirs in all_gather_objects(settings):
+        different |= {name for name in theirs if theirs[name] != settings[name]}
     if different:
         raise UserError(f"processes do not see the same {', '.join(sorted(different))}: all machines need the same "
                         "--data, --out and weights")
@@ -376,7 +389,7 @@ def describe_run(args, task):
 
 
 def refuse_other_settings(path, then, now):
-    """Raise UserError if a checkpoint is of a run with other settings, with every setting that differs."""
+    """Raise UserError if a checkpoint comes from a run with other settings. The message lists those that differ."""
     changed = [f"{name} was {then.get(name)}, now {now.get(name)}"
                for name in {**then, **now} if then.get(name) != now.get(name)]
     if changed:
@@ -384,7 +397,7 @@ def refuse_other_settings(path, then, now):
 
 
 def is_due(step, last_step, every):
-    """Whether something that happens every N steps happens now. At the last step everything happens."""
+    """Whether something that happens after every `every` steps happens now. After the last step everything does."""
     return step == last_step or (every > 0 and step % every == 0)
 
 
@@ -396,7 +409,7 @@ def save(checkpoints, tensors, settings, step, micro_batches, skipped, scaler):
 
 
 def export(checkpoints, task, model, path, args):
-    """Write the file that sample.py reads -> whether it worked. Collective; rank 0 writes."""
+    """Write the file that sample.py reads -> whether it worked. All processes must call it; rank 0 writes."""
     worked = True
     with parallel.full_model(model) as full:
         if rank_and_world()[0] == 0:
@@ -406,7 +419,7 @@ def export(checkpoints, task, model, path, args):
 
 
 def mean_over_processes(row):
-    """Means of the metrics of all processes. Collective."""
+    """Means of the metrics over all processes. All processes must call it."""
     rows = all_gather_objects({name: value.float().cpu() for name, value in row.items()})
     return {name: torch.stack([one[name] for one in rows]).mean(0) for name in rows[0]}
 
@@ -419,14 +432,14 @@ def describe_step(row, steps):
 
 
 def explain_skipped(data, batches, losses, count, step):
-    """The message when too many steps in a row had no finite gradient. Collective."""
-    name = getattr(data, "name", "number {}".format)
+    """The message when too many steps in a row had no finite gradient. All processes must call it."""
+    name_of = getattr(data, "name", "number {}".format)
     guilty = [items for items, loss in zip(batches, losses) if not math.isfinite(loss)]
-    names = [name(i) for items in guilty for i, _ in items]
-    names = [name for found in all_gather_objects(names) for name in found]
-    of_items = f", whose loss was not finite for {', '.join(names[:8])}" if names else ""
-    return (f"no finite gradient in {count} steps in a row, up to step {step + 1}{of_items}; look at these, lower --lr "
-            "or use --dtype bf16; --resume auto goes on from the last checkpoint")
+    own_names = [name_of(i) for items in guilty for i, _ in items]
+    names = [name for found in all_gather_objects(own_names) for name in found]
+    of_items = f"; in the last one the loss was not finite for {', '.join(names[:8])}: look at these" if names else ""
+    return (f"no finite gradient in {count} steps in a row, up to step {step + 1}{of_items}; lower --lr or use --dtype "
+            "bf16; --resume auto goes on from the last checkpoint")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -436,7 +449,7 @@ def explain_skipped(data, batches, losses, count, step):
 def check_args(args):
     """Raise UserError for what argparse does not check."""
     check_ranges(*recipes.out_of_range(args))
-    learning_rate(1, 2, args.schedule, 0, 0, 1)                             # raises if it does not exist
+    learning_rate(1, 2, args.schedule, 0, 0, 1)                             # raises if --schedule is unknown
     task_of(args).check_args(args)
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
@@ -445,14 +458,15 @@ def check_args(args):
 
 
 def bench(args):
-    """`train.py MODEL --bench`: a run in a temporary folder, of which one step is timed."""
+    """`train.py MODEL --bench`: time one step of a run in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        train(argparse.Namespace(**vars(args) | {"out": folder, "resume": "no"}))
+        settings = vars(args) | {"out": folder, "resume": "no"}
+        train(argparse.Namespace(**settings))
 
 
 def main(args):
     """Train, or do what a flag asks for instead."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # torch.distributed.checkpoint says so
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # of torch.distributed.checkpoint
     check_args(args)
     study = studies.study_latentsync if args.model_name == "latentsync" else studies.study_syncnet
     commands = {"evaluate": evaluate_syncnet, "prepare": prepare, "study": functools.partial(study, train=train),

@@ -322,7 +322,7 @@ def test_files_that_do_not_fit(dub_parts, dub_files, tmp_path):
         latentsync.load_whisper(dub_files / "dub.safetensors")
     state = latentsync.export(dub_parts[0])
     torch.save({"state_dict": state}, tmp_path / "a.pt")
-    with pytest.raises(vq.CheckpointError, match=r"widths \(32, 64\), whose number of heads no tensor tells"):
+    with pytest.raises(vq.CheckpointError, match=r"widths \(32, 64\); no tensor tells its number of heads"):
         latentsync.load(tmp_path / "a.pt")
     del state["mid_block.resnets.0.conv1.weight"]
     torch.save({"state_dict": state}, tmp_path / "a.pt")
