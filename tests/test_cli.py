@@ -271,6 +271,7 @@ def test_bench_reports_share_flops_and_writes_json(tiny, capsys):
     assert "share of the limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compile_draws_the_same_pictures(tiny, monkeypatch):
     """torch.compile gets the blocks, and each is one graph. A fast back end stands in for 40 s of compiling."""
     argv, out = tiny
@@ -331,6 +332,7 @@ def test_backend_that_is_not_there(argv, monkeypatch, capsys):
     assert complaint(capsys, sample, *argv) == "error: OPS_BACKEND=gpu: expected auto, torch or triton"
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler(tiny, tmp_path):
     argv, out = tiny
     env = os.environ | {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

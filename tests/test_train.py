@@ -108,6 +108,7 @@ def test_ctrl_c_saves_the_run(tmp_path):
     assert list((tmp_path / "a" / "state").glob("0*")) and (tmp_path / "a" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(pictures, files, tmp_path, monkeypatch):
     """torchrun with gloo: without dropping, the mean of two half batches' gradients is the whole batch's."""
     code = ("import sys; sys.path[:0] = [{0!r}, {0!r} + '/tests']; import helpers, train, var;"
