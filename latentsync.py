@@ -528,9 +528,10 @@ def time_steps(count):
 def ddim_step(z, noise, t, count):
     """One of `count` steps: latents z at t -> latents at the time step before (DDIM, arXiv 2010.02502, eq. 12, eta 0).
 
-    z and its noise imply a clean picture. The step adds the same noise to it again, but less.
+    z and its noise imply a clean picture. The step adds the same noise to it again, but less. The last step ends at
+    t = 0, where a little noise stays, because the original sets the scheduler's option set_alpha_to_one to False.
     """
-    before = max(t - 1000 // count, 0)                                      # 0 in the last step: a little noise stays
+    before = max(t - 1000 // count, 0)
     return add_noise(remove_noise(z, noise, t), noise.float(), before)
 
 
@@ -1203,8 +1204,9 @@ def _tables(model):
 def start_from_stable_diffusion(model, path):
     """Fills a UNet with the weights of Stable Diffusion 1.5's UNet where they fit. path: a folder or file of diffusers.
 
-    The first convolution, which had 4 input channels, is set to zero. The keys and values that attended to text are
-    not used: those for audio keep their values, and so do the motion modules. Raises vq.CheckpointError.
+    The first convolution had 4 input channels and has 13 here, so its weights do not fit. It starts at zero, as in the
+    original. The keys and values that attended to text are not used: those for audio keep their values, and so do the
+    motion modules. Raises vq.CheckpointError.
     """
     state, _ = vq.read_checkpoint(path)
     vq.require(state, "conv_in.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,

@@ -266,7 +266,7 @@ def sample_infinity(args):
     prompts.write_geneval(out)
     png_texts = [settings | {"seed": args.seed + i, "prompt": item} for i, item in enumerate(items)]
     todo = list(range(len(items)))
-    if args.prompts and not args.one_generator:                             # pictures of one generator need each other
+    if args.prompts and not args.one_generator:                             # one generator draws all or none
         todo = [i for i in todo if not is_drawn(prompts.path(out, i, args.n), png_texts[i])]
     pictures = []                                                           # of the sheet
     for numbers in in_batches(todo, args.batch_size):
@@ -408,7 +408,7 @@ def sample_llamagen(args):
         paths = [prompts.path(out, i, n) for i in todo]
     elif not single:
         paths = [out / f"{i:05d}.png" for i in todo]
-    if args.prompts and not args.one_generator:                             # pictures of one generator need each other
+    if args.prompts and not args.one_generator:                             # one generator draws all or none
         todo = [i for i in todo if not is_drawn(paths[i], png_texts[i])]
     pictures = []
     for numbers in in_batches(todo, args.batch_size):
@@ -441,7 +441,10 @@ def sample_vq(args):
     ckpt = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors"
     tokenizer = vq.load(ckpt, dtype=machine.dtype).to(device)
     config = tokenizer.config
-    originals = [read_picture(file) for file in args.image] if args.image else demo_tiles()[0][19::240]
+    originals = [read_picture(file) for file in args.image]
+    if not originals:
+        tiles, _ = demo_tiles()
+        originals = tiles[19::240]                                          # eight, of different kinds
     rows = []
     scores = []
     tokens = []

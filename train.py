@@ -128,7 +128,7 @@ def train(args):
     # Continue, if it is the same run.
     step = 0
     skipped = 0                                                             # steps whose gradient was not finite
-    skipped_in_a_row = 0
+    skipped_in_a_row = 0                                                    # counts from here, overflows of fp16 too
     settings = describe_run(args, task)
     if resume_from:
         refuse_other_settings(resume_from, notes["settings"], settings)
