@@ -268,7 +268,7 @@ def sample_infinity(args):
     todo = list(range(len(items)))
     if args.prompts and not args.one_generator:                             # one generator draws all or none
         todo = [i for i in todo if not is_drawn(prompts.path(out, i, args.n), png_texts[i])]
-    pictures = []                                                           # of the sheet
+    pictures = []                                                           # for the sheet
     for numbers in in_batches(todo, args.batch_size):
         images = draw(numbers, *pair, all_scales=args.steps_grid)
         for i, strip in zip(numbers, filmstrips(images, args.steps_grid)):

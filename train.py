@@ -253,7 +253,7 @@ def train(args):
             export(checkpoints, task, exported, out / "model.safetensors", args)
         bar.close()
         checkpoints.finish()
-        broken = sorted(set().union(*all_gather_objects(unreadable)))       # of all processes
+        broken = sorted(set().union(*all_gather_objects(unreadable)))       # on all processes
         if broken and rank == 0:
             report_broken(broken, task.train_set)
             lines = "\n".join(broken) + "\n"
@@ -466,7 +466,7 @@ def bench(args):
 
 def main(args):
     """Train, or do what a flag asks for instead."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # of torch.distributed.checkpoint
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # from torch.distributed.checkpoint
     check_args(args)
     study = studies.study_latentsync if args.model_name == "latentsync" else studies.study_syncnet
     commands = {"evaluate": evaluate_syncnet, "prepare": prepare, "study": functools.partial(study, train=train),

@@ -21,7 +21,7 @@ from lib.text import encode_texts
 class TokenCache:
     """A data set of pictures as token indices (B, L) of a frozen tokenizer. Items and conditions stay the same.
 
-    crops: "1" for the centre crop, another number for so many random crops of each picture, or a name of
+    crops: "1" for the centre crop, another number for that number of random crops per picture, or a name of
     PictureFolder.VIEWS for all of those. The tokens lie in files of SHARD items each, which the processes share out.
     """
 

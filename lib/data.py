@@ -29,7 +29,7 @@ def held_out(items, train):
 
 
 def spread(n, most):
-    """At most so many of n items, evenly spread, for __getitems__."""
+    """Up to `most` of n items, evenly spread, for __getitems__."""
     count = min(n, most)
     return [(i * n // count, None) for i in range(count)]
 
@@ -219,7 +219,7 @@ class CaptionedPictures:
     root: a .tsv or .jsonl file, or a folder of such files, or of tar files with a caption as .txt, or a line as .json,
     beside each picture. A line of a .tsv is: picture path, tab, caption. A line of a .jsonl is, as in Infinity,
     {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}, or, as in LlamaGen,
-    {"image_path", "text" (a list, of which the first counts)}. Paths are relative to the file. Broken lines are skipped
+    {"image_path", "text" (a list, whose first entry counts)}. Paths are relative to the file. Broken lines are skipped
     and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a square of
     `size` pixels, then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
     """

@@ -38,7 +38,7 @@ from lib.video import VIDEOS, Video, VideoWriter, pyav, read_sound, videos_in
 from lib.weights import find_checkpoint
 from syncnet import FPS, SAMPLE_RATE
 
-SMALLEST_FACE = 50                              # faces below so many pixels are not counted
+SMALLEST_FACE = 50                              # pixels. Smaller faces are not counted
 
 
 class Rejected(Exception):
@@ -130,7 +130,7 @@ def points_of_one_face(piece, options, device):
     faces, cuts = find_faces(piece, device, every, instead="NAME.npz with landmarks beside NAME.mp4")
     if cuts:
         raise Rejected(f"another shot begins at frame {piece.start + cuts[0]}")
-    sides = []                                                              # of the faces in every examined frame
+    sides = []                                                              # sides of the faces in every examined frame
     for found in faces[::every]:
         longer = [max(box[2] - box[0], box[3] - box[1]) for box in found]
         sides.append([side for side in longer if side >= SMALLEST_FACE])
@@ -321,7 +321,7 @@ def prepare(args):
     paths = {str(path.relative_to(raw)): path for path in videos_in(raw)}
     if not paths:
         raise UserError(f"--prepare {raw}: no videos in it; expected {', '.join(sorted(VIDEOS))}")
-    for leftover in out.rglob(f".{'[0-9a-f]' * 12}.*.mp4"):                 # of a run that was killed
+    for leftover in out.rglob(f".{'[0-9a-f]' * 12}.*.mp4"):                 # left by a run that was killed
         leftover.unlink()
     settings = [f"of {raw.resolve()}", f"{options.resolution} pixels", f"{options.piece} s", f"face {options.min_face}"]
     if options.syncnet:

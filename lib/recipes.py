@@ -21,7 +21,7 @@ class Setting:
     help: str = ""                              # no help: no flag, only a recipe sets it
     low: float = None                           # lowest value; None: not checked
     high: float = None
-    type: Callable = None                       # of the flag's value; None: the type of the default
+    type: Callable = None                       # type of the flag's value. None: the type of the default
     metavar: str = None
     flags: tuple = ()                           # names of the flag; by default --name-of-setting
     options: dict = field(default_factory=dict)     # more arguments of argparse: choices, nargs, action
@@ -78,7 +78,7 @@ COMMON = {
     "final_lr": Setting(0.1, "last learning rate / peak", 0, 1),
     "wd": Setting(0.05, "weight decay at the start", 0),
     "wd_end": Setting(0.0, "weight decay at the end (0: the same)", 0),
-    "betas": Setting((0.9, 0.95)),                                          # of AdamW
+    "betas": Setting((0.9, 0.95)),                                          # AdamW's
     "clip": Setting(2.0, "largest global gradient norm", 0),
     "ema": Setting(0.0, "decay of the moving average of weights that is exported; 0: none", 0, 1),
     "dtype": choice("fp32", DTYPES, "precision of the matrix products"),
@@ -96,8 +96,8 @@ COMMON = {
     "sample_every": Setting(500, "steps between two pictures", 0),
     "save_every": Setting(500, "steps between two checkpoints", 0),
     "keep": Setting(2, "number of checkpoints to keep", 1, metavar="N"),
-    "max_skipped": Setting(10, "stop after so many steps in a row whose gradient was not finite", 1, metavar="N"),
-    "stop_after": Setting(0, "save and stop after so many steps; --resume auto continues", 0, metavar="STEPS"),
+    "max_skipped": Setting(10, "stop after N steps in a row whose gradient was not finite", 1, metavar="N"),
+    "stop_after": Setting(0, "save and stop after this number of steps; --resume auto continues", 0, metavar="STEPS"),
     "bench": switch("do not train: time a step, and its matrix products alone"),
     "json": file("with --bench: write its numbers"),
 }
@@ -124,7 +124,7 @@ VQ = derive(
     lpips=file("torchvision's vgg16 weights, and the linear heads of LPIPS", ("VGG16", "HEADS"), nargs=2),
     init=file("start from this tokenizer"),
     warm_steps=Setting(0, "steps without quantization before the codebook is initialised (with --init none)", 0),
-    restart_after=Setting(1000, "restart codes that were unused for so many steps; 0: never", 0),
+    restart_after=Setting(1000, "restart codes that were unused for this number of steps; 0: never", 0),
     restart_until=Setting(0.7),                 # share of the steps after which no code is restarted
 )
 EMOJI = dict(size=32, epochs=0, lr=1e-3, schedule="lin00", final_lr=0.01, betas=(0.9, 0.99), clip=2.0, ema=0.0,
@@ -203,7 +203,7 @@ INFINITY = derive(
                    metavar="SIZE"),
     strength=Setting(0.3, "bitwise self-correction: largest probability of a flipped bit; 0: none", 0, 1),
     reweight=yes_no(False, "weigh the tokens of coarse scales more"),
-    scales=Setting(0, "train the first so many scales only; 0: all", 0),
+    scales=Setting(0, "train only this number of scales, coarse ones first; 0: all", 0),
     short_captions=SHORT_CAPTIONS, t5=T5,
 )
 INFINITY_EMOJI = derive(
@@ -232,7 +232,7 @@ LLAMAGEN = derive(
     dropout=Setting(0.1, "of embeddings and branches", 0, 0.9),
     short_captions=replace(SHORT_CAPTIONS, default=0.3),
     pixels=Setting(None),                       # pictures are squares
-    text_width=Setting(2048),                   # of the features of --t5
+    text_width=Setting(2048),                   # width of the features of --t5
     t5=T5,
     clean=yes_no(True, "clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)"),
     init_text=file("start the text encoder on bytes from the one in this Infinity file"),
@@ -270,10 +270,10 @@ SYNCNET = derive(
     frames=Setting(None, "frames of a clip", 1, type=int),
     embedding=Setting(None, "length of the embeddings", 1, type=int),
     attention=yes_no(None, "--no-attention: residual blocks alone"),
-    moments=Setting(1, "clips of each video in a batch, of which all K * K pairs count; 1: one pair, as in the paper",
+    moments=Setting(1, "K clips of each video in a batch, whose K * K pairs all count; 1: one pair, as in the paper",
                     1, metavar="K"),
     contrast_steps=Setting(0, "with --moments: first steps with a contrastive loss, which has no plateau", 0),
-    audio_offset=Setting(0, "spoil the data: shift the sound of each video, by at most so many frames", 0,
+    audio_offset=Setting(0, "spoil the data: shift the sound of each video, by at most this number of frames", 0,
                          metavar="FRAMES"),
     unaligned=switch("spoil the synthetic videos: head and camera move"),
     videos=replace(VIDEOS, default=800),

@@ -64,7 +64,7 @@ class Checkpoints:
         self.pending = None                                                 # (temporary folder, future) being written
         self.failed = {}                                                    # {file: why it could not be written}
         self.group = None
-        if dist.is_initialized():                                           # of its own, so that training never waits
+        if dist.is_initialized():                                           # a group of its own: training never waits
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def complete(self):
@@ -103,7 +103,7 @@ class Checkpoints:
         error = None
         if self.rank == 0 and not known:
             try:
-                for leftover in self.folder.glob(".[0-9]*"):                # of a run that was killed
+                for leftover in self.folder.glob(".[0-9]*"):                # left by a run that was killed
                     shutil.rmtree(leftover)
                 temporary.mkdir(parents=True)
                 (temporary / "notes.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
@@ -277,7 +277,7 @@ class Meter:
     def __init__(self, device, dtype, memory):
         self.limit = product_speed(device, dtype)                           # FLOP/s of a large matrix product
         self.memory = memory
-        self.flops = 0                                                      # of one micro-batch; 0: not counted yet
+        self.flops = 0                                                      # FLOP per micro-batch. 0: not counted
         self.start()
 
     def start(self):
@@ -318,7 +318,7 @@ class StopOnSignal:
     """Within a `with`, Ctrl-C and SIGTERM are noted instead of ending the process. A second Ctrl-C ends it at once."""
 
     def __enter__(self):
-        self.number = 0                                                     # of the signal that arrived
+        self.number = 0                                                     # number of the signal that arrived
         self.when = 0.0
         self.old = [(s, signal.signal(s, self.note)) for s in (signal.SIGINT, signal.SIGTERM)]
         return self

@@ -70,7 +70,7 @@ def index_tar(path):
             for info in tar:
                 suffix = Path(info.name).suffix.lower()
                 if suffix in PICTURES:
-                    what = (1, 1)                                           # of a damaged one, which is skipped later
+                    what = (1, 1)                                           # damaged: it is skipped later
                     with suppress(*UNREADABLE), Image.open(tar.extractfile(info)) as picture:
                         what = picture.size                                 # from its header
                 elif suffix in TEXTS:

@@ -194,7 +194,7 @@ class LatentSyncTask(Task):
     """
 
     MOTION = {"1": "none", "2": "all", "2-efficient": "up"}                 # levels with motion modules
-    STEPS = 10                                                              # of diffusion, in validations
+    STEPS = 10                                                              # diffusion steps in validations
 
     @staticmethod
     def check_args(args):

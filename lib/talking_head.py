@@ -101,7 +101,7 @@ class Canvas:
     def __init__(self, pose, size, rows, aligned=True):
         """pose: (T, 4), shift in x and y, angle, scale. rows: number of rows to draw, at the bottom of the square.
         aligned: stretched to a square, as aligned faces are; otherwise as a camera sees it."""
-        centres = (torch.arange(size) + 0.5) * 2 / size - 1                 # of pixels
+        centres = (torch.arange(size) + 0.5) * 2 / size - 1                 # centres of the pixels
         y, x = torch.meshgrid(centres[-rows:], centres, indexing="ij")
         dx, dy, angle, scale = (pose[:, i, None, None] for i in range(4))
         x = (x - dx) / scale / (self.WIDE if aligned else 1)
@@ -261,6 +261,6 @@ def talking_scene(seed, seconds, size=128):
 
 
 def shift_sound(sound, frames):
-    """Delay a sound (n,) by so many frames of video (negative: advance it). Silence fills the gap."""
+    """Delay a sound (n,) by a number of video frames (negative: advance it). Silence fills the gap."""
     late = round(frames * SAMPLE_RATE / FPS)
     return np.pad(sound, (max(late, 0), max(-late, 0)))[max(-late, 0):][:len(sound)]

@@ -20,7 +20,7 @@ from lib.pictures import grid, psnr, save_png, to_input, to_pixels
 from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
 from lib.weights import check_fingerprint, check_pair, read_metadata, warm_start
 
-VAL_PICTURES = 1024                             # at most so many are validated
+VAL_PICTURES = 1024                             # largest number that is validated
 
 
 class Task:
@@ -40,7 +40,7 @@ class Task:
         self.val_set = val_set
         self.device = device
         self.micro_batches = micro_batches                                  # in a batch, over all processes
-        self.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)      # of the whole run
+        self.steps = args.steps or args.epochs * -(-len(train_set) // args.batch_size)      # steps of the whole run
         self.learners = {}                      # {name: (module, optimizer)} that are trained besides the model
         self.setup(generator)
 
@@ -396,7 +396,7 @@ class VARTask(TransformerTask):
 
 
 class InfinityTask(TransformerTask):
-    """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, of which some bits are
+    """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, where some bits are
     flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along.
     """
 
@@ -458,7 +458,7 @@ class InfinityTask(TransformerTask):
         return self.loss_of(self.model, batch, generator, reweight=self.args.reweight)
 
     def val_items(self):
-        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])        # of pictures of one size
+        groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])        # one size each
         return [[(int(i), None) for i in group[:VAL_PICTURES // len(groups)]] for group in groups]
 
     def draw(self, model, what, generators):

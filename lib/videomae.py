@@ -89,7 +89,7 @@ class VideoMAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.checkpointing = False                                          # of activations, see vq.recompute
+        self.checkpointing = False                                          # recompute activations, see vq.recompute
         tokens = c.frames // c.tubelet * (c.size // c.patch) ** 2
         kernel = (c.tubelet, c.patch, c.patch)
         self.patch_embed = nn.Module()
