@@ -23,11 +23,12 @@ import llamagen
 from lib.console import save_json, synchronize, timed
 from triton_ops import backend
 
-# Older versions of PyTorch have no formula for the attention of CPUs.
-aten = torch.ops.aten
-if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
-    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(flop_counter.sdpa_flop)
-    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(flop_counter.sdpa_backward_flop)
+# Older versions of PyTorch have no formula for the attention of CPUs. get_raw: the formulas take tensors, not shapes.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+if CPU_ATTENTION not in flop_registry:
+    register_flop_formula(CPU_ATTENTION, get_raw=True)(flop_counter.sdpa_flop)
+    register_flop_formula(CPU_ATTENTION_BACKWARD, get_raw=True)(flop_counter.sdpa_backward_flop)
 
 
 class FlopCounter(TorchDispatchMode):
