@@ -22,8 +22,8 @@ How it differs from a textbook GPT:
   scale k. In training f_hat is computed from the true tokens, in sampling from those drawn so far.
 - Attention is full within a scale and causal between scales. Training uses a mask for this. Sampling needs none: a
   whole scale goes in at once, and the KV cache holds coarser scales only.
-- q and k are unit vectors, and each head has a learned inverse temperature. The keys have no bias: it would add the
-  same number to all scores of a query, which softmax ignores (exactly so without the normalisation).
+- q and k are unit vectors, and each head has a learned inverse temperature. The keys have no bias. Without the
+  normalisation, a key bias would add the same number to all scores of a query, and softmax ignores that.
 - The condition enters by AdaLN-Zero, as in DiT. In var_d36 and the demo model all blocks share one AdaLN layer.
 - Classifier-free guidance grows linearly over the scales, from none at 1x1.
 Progressive training (`pg` in the original code) is left out, because no released model used it.
