@@ -18,6 +18,7 @@
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
 import argparse
+import signal
 
 from lib.flags import FLAGS
 
@@ -28,11 +29,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
     commands = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
     for name, (what, add_flags) in FLAGS.items():
-        add_flags(commands.add_parser(name, help=what, **style).add_argument)
+        command = commands.add_parser(name, help=what, **style)
+        add_flags(command.add_argument)
+        command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # during the imports Ctrl-C ends the process without a traceback
     ARGS = parse_args()                         # before the imports that take seconds, so that --help answers at once
 
 import itertools
@@ -194,6 +198,8 @@ def sample_infinity(args):
     # Scales and settings.
     config = model.config
     pixels = args.pixels or metadata.get("pixels")
+    if args.pixels and metadata.get("pixels", "any") is None:
+        raise UserError(f"--pixels {args.pixels}: {name} draws pictures of one size only; leave it out")
     if pixels is None and args.aspect not in (None, 1.0):
         raise UserError(f"--aspect {args.aspect}: {name} draws squares of one size only")
     scales = tuple(vq.as_pairs(tokenizer.config.patch_nums))                # the tokenizer's own

@@ -18,6 +18,7 @@ Where to look: lib/recipes.py has all settings, lib/tasks.py and lib/speech_task
 lib/parallel.py has DDP and FSDP, lib/run.py has checkpoints, log and signals.
 """
 import argparse
+import signal
 
 from lib import recipes
 
@@ -30,10 +31,15 @@ def parse_args(argv=None):
     for model, its_recipes in recipes.RECIPES.items():
         subparser = models.add_parser(model, help=f"recipes: {', '.join(its_recipes)}", **style)
         recipes.add_flags(subparser, model)
-    return recipes.fill(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    contradiction = recipes.contradiction(args)
+    if contradiction:
+        parser.error(contradiction)
+    return recipes.fill(args)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # during the imports Ctrl-C ends the process without a traceback
     ARGS = parse_args()                         # before the imports that take seconds, so that --help answers at once
 
 import copy
@@ -45,7 +51,9 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,13 +64,15 @@ import vq
 from lib import parallel, studies
 from lib.bench import TrainingStep, bench_training_step, count_flops
 from lib.clips import open_data
-from lib.console import DTYPES, PeakMemory, UserError, check_ranges, choose_device, rank_and_world, run_command
+from lib.checkpoints import Checkpoints, named_tensors
+from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json, check_ranges, choose_device,
+                         rank_and_world, run_command, say)
 from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate_syncnet
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
-from lib.run import SAVE_DTYPES, Best, Checkpoints, Log, Meter, StopOnSignal, named_tensors, open_folder, say
+from lib.run import SAVE_DTYPES, Best, Log, Meter, StopOnSignal, open_folder
 from lib.speech_tasks import LatentSyncTask, SyncNetTask, VideoMAETask, WhisperTask
 from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, TokenizerTask, VARTask
 
@@ -91,13 +101,15 @@ def train(args):
     autocast = functools.partial(torch.autocast, device.type, dtype, args.dtype != "fp32")
     memory = PeakMemory(device)
     parallel.join(device)
-    out = open_folder(args)
+    out, lock = open_folder(args)                                           # `lock` keeps other runs out
 
     # Where it stopped last time. A continued run keeps its number of micro-batches per batch, whatever --accum says.
     checkpoints = Checkpoints(out / "state", args.keep)
-    resume_from = checkpoints.newest() if args.resume == "auto" else None
-    notes = checkpoints.notes(resume_from) if resume_from else {}
+    resume_from, notes = checkpoints.newest() if args.resume == "auto" else (None, {})
     micro_batches = notes.get("micro_batches", args.accum * world)
+    if micro_batches != args.accum * world:
+        say(f"note: this run goes on with {micro_batches} micro-batches per step, as it began; --accum and the number "
+            "of processes do not change that")
     accum = micro_batches_per_process(args, micro_batches, world)
 
     # What it learns, and from what. The seed gives all processes the same weights.
@@ -130,7 +142,7 @@ def train(args):
     skipped_in_a_row = 0                                                    # counts from here, overflows of fp16 too
     settings = describe_run(args, task)
     if resume_from:
-        refuse_other_settings(resume_from, notes["settings"], settings)
+        refuse_other_settings(resume_from, notes["settings"], settings, args.override or ())
         checkpoints.load(resume_from, lambda saved: tensors(saved=saved))
         scaler.load_state_dict(notes["scaler"])
         step = notes["step"]
@@ -165,6 +177,7 @@ def train(args):
     warmup_steps = args.warmup * task.steps
     model.train()
     with StopOnSignal() as stop, checkpoints, reading() as batches:
+        task.interrupted = lambda: bool(stop.number)
         while step < last_step and not signal_number:
             # Forward and backward, one micro-batch after the other.
             step_started = time.perf_counter()
@@ -222,9 +235,11 @@ def train(args):
             if due(args.save_every):
                 save(checkpoints, tensors(), settings, step, micro_batches, skipped, scaler)
                 export(checkpoints, task, exported, out / "model.safetensors", args)
+            scores = {}
             if due(args.val_every):
-                with parallel.full_model(exported) as full, autocast():
+                with suppress(Interrupted), parallel.full_model(exported) as full, autocast():
                     scores = task.validate(full.eval())
+            if scores:
                 say(f"step {step}: " + ", ".join(f"val {name} {value:.4g}" for name, value in scores.items()))
                 row |= {f"val_{name}": value for name, value in scores.items()}
                 score = task.score(scores)
@@ -234,8 +249,9 @@ def train(args):
                         checkpoints.attempt("best.json", lambda: best.write(step, score))
             if due(args.sample_every):
                 picture = out / "samples" / f"{step:07d}"
-                with parallel.full_model(exported) as full:
+                with suppress(Interrupted), parallel.full_model(exported) as full:
                     if rank == 0:
+                        picture.parent.mkdir(exist_ok=True)
                         checkpoints.attempt(str(picture), lambda: task.show(full.eval(), picture))
             if rank == 0 and (due(args.log_every) or due(args.val_every)):
                 checkpoints.attempt("a row of log.csv", lambda: log.write(row))
@@ -268,6 +284,9 @@ def train(args):
     not_saved = checkpoints.failed.get("state") or checkpoints.failed.get("model.safetensors")
     if not_saved:
         raise UserError(f"--out {out}: {not_saved}; make room and go on with --resume auto")
+    if not all(parallel.unshard(torch.isfinite(p).all()) for p in exported.parameters()):
+        raise UserError(f"--out {out}: the weights are not finite numbers any more; start again with a lower --lr, or "
+                        "with --dtype bf16 or fp32")
     if signal_number:
         sys.exit(128 + signal_number)
 
@@ -387,12 +406,17 @@ def describe_run(args, task):
     return settings
 
 
-def refuse_other_settings(path, then, now):
-    """Raise UserError if a checkpoint comes from a run with other settings. The message lists those that differ."""
+def refuse_other_settings(path, then, now, override=()):
+    """Raise UserError if a checkpoint comes from a run with other settings. The message lists those that differ.
+
+    override: names of settings that may differ.
+    """
+    allowed = {name.replace("-", "_") for name in override}
     changed = [f"{name} was {then.get(name)}, now {now.get(name)}"
-               for name in {**then, **now} if then.get(name) != now.get(name)]
+               for name in {**then, **now} if then.get(name) != now.get(name) and name not in allowed]
     if changed:
-        raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or another --out")
+        raise UserError(f"{path}: is of another run ({'; '.join(changed)}); give the same flags, or another --out, or "
+                        "change a flag on purpose with --override")
 
 
 def is_due(step, last_step, every):
@@ -450,6 +474,10 @@ def check_args(args):
     check_ranges(*recipes.out_of_range(args))
     learning_rate(1, 2, args.schedule, 0, 0, 1)                             # raises if --schedule is unknown
     task_of(args).check_args(args)
+    check_json(args, args.bench)
+    folder = Path(args.data).resolve()
+    if args.data != "demo" and folder in (Path(args.out).resolve(), *Path(args.out).resolve().parents):
+        raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
     if args.fsdp and rank_and_world()[1] == 1:
@@ -481,4 +509,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_command(main, ARGS)
+    run_command(main, ARGS, needs_output=False)

@@ -299,6 +299,17 @@ class VAR(nn.Module):
                        "tail_accuracy": correct[:, tail].mean()}
         return losses.mean(), metrics
 
+    def check_pair(self, tokenizer):
+        """Raises ValueError if the tokenizer cannot be the one of this model."""
+        t = tokenizer.config
+        c = self.config
+        if t.single_scale or not t.vocab_size:
+            kind = "one map of tokens per picture" if t.single_scale else "tokens of bits"
+            raise ValueError(f"has {kind}, but VAR needs the token maps of several scales, with a codebook")
+        if (t.vocab_size, t.z_channels) != (c.vocab_size, c.z_channels):
+            raise ValueError(f"has {t.vocab_size} codes of {t.z_channels} channels, but the model draws "
+                             f"{c.vocab_size} of {c.z_channels}")
+
     # sampling
 
     @torch.no_grad()

@@ -2,11 +2,14 @@
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import vq
 from triton_ops import BackendError, use_triton
@@ -18,46 +21,116 @@ class UserError(Exception):
     """A user error, printed as one line: what is wrong, what was expected, how to fix it. The exit code is 2."""
 
 
+class Interrupted(Exception):
+    """A signal arrived in the middle of a validation or of drawing, which is therefore given up."""
+
+
 class MissingPackage(UserError):
     """An optional package is needed."""
 
 
-def run_command(command, args):
+def run_command(command, args, needs_output=True):
     """Run command(args) and end the process with the right exit code.
 
     A user error becomes one line and exit code 2, Ctrl-C becomes exit code 130. Anything else is a bug and shows its
-    traceback.
+    traceback; --traceback shows all of them. needs_output: whether messages that could not be printed are an error.
     """
     keep_freed_memory()
-    try:
-        command(args)
-    except (UserError, vq.CheckpointError, BackendError) as e:
-        exit_with_error(e)
-    except torch.OutOfMemoryError as e:
-        exit_with_error("out of GPU memory: try a smaller --batch-size (latentsync: --decode, --frames), in training a "
-                        f"larger --accum, or --dtype bf16 ({str(e).splitlines()[0]})")
-    except RuntimeError as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
-        if "WORLD_SIZE" in os.environ and any(words in str(e) for words in ("by peer", "Broken pipe", "NCCL")):
-            exit_with_error("another process of this run has died; its own message above, or torchrun's below, says "
-                            f"why ({reason})")
-        if type(e).__name__ != "InductorError":                             # importing the class itself takes seconds
-            raise
-        exit_with_error("torch.compile failed; it needs a C++ compiler and room in its cache folder. Leave out "
-                        f"--compile ({reason})")
-    except OSError as e:                                                    # a full disk, a missing permission
-        if e.filename is None:
-            raise
-        exit_with_error(f"{e.filename}: {e.strerror}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:                   # as it is during the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with guarded_output() as output:
+        try:
+            command(args)
+            output.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except Exception as e:
+            message = explain(e)
+            if message is None or getattr(args, "traceback", False):
+                raise
+            exit_with_error(message)
+        if needs_output and output.error:
+            exit_with_error(f"standard output: {output.error.strerror}")
+
+
+def explain(error):
+    """The line that a user needs for an error that is not a bug; None for a bug."""
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, (UserError, vq.CheckpointError, BackendError)):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("out of GPU memory: try a smaller --batch-size (latentsync: --decode, --frames), in training a larger "
+                f"--accum, or --dtype bf16 ({reason})")
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: try a smaller --batch-size, in training a larger --accum or fewer --workers"
+    if "WORLD_SIZE" in os.environ and any(words in text for words in ("by peer", "Broken pipe", "NCCL")):
+        return f"another process of this run has died; its own message above, or torchrun's below, says why ({reason})"
+    if type(error).__name__ == "InductorError":                             # importing the class itself takes seconds
+        return ("torch.compile failed; it needs a C++ compiler and room in its cache folder. Leave out --compile "
+                f"({reason})")
+    if isinstance(error, OSError) and error.errno:                          # a full disk, a missing permission
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return None
 
 
 def exit_with_error(message):
     """Print a message as one line and exit with code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+class GuardedStream:
+    """A text stream that drops what it cannot write, because a message must not end a run.
+
+    error: the OSError of the first write that failed, or None. A closed pipe (`| head`) is not counted.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.error = None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *inputs):
+        try:
+            function(*inputs)
+        except OSError as e:
+            if not isinstance(e, BrokenPipeError):
+                self.error = self.error or e
+            # Whatever is still in the buffer goes nowhere, or the interpreter would complain about it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def guarded_output():
+    """Guard stdout and stderr for as long as a `with` lasts -> the GuardedStream of stdout.
+
+    Characters that the terminal's encoding lacks are printed as escapes. A stream that the shell has closed (`>&-`) is
+    replaced by one that drops everything.
+    """
+    before = sys.stdout, sys.stderr
+    guarded = []
+    for stream in before:
+        if stream is None:
+            stream = open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        guarded.append(GuardedStream(stream))
+    sys.stdout, sys.stderr = guarded
+    try:
+        yield sys.stdout
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def keep_freed_memory():
@@ -75,13 +148,25 @@ def keep_freed_memory():
     mallopt(-2, 2**26)                                                      # M_TOP_PAD: grow it by 64 MB
 
 
+def say(line):
+    """Print a line above the progress bar, on rank 0 only."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Device, precision, processes
 
 
 def rank_and_world():
-    """(rank of this process, number of processes), as torchrun sets them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank of this process, number of processes), as torchrun sets them; (0, 1) without torchrun. Raises UserError."""
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK={rank} WORLD_SIZE={world}: expected 0 <= RANK < WORLD_SIZE in the environment; torchrun "
+                        "sets both, without it unset them")
+    return int(rank), int(world)
 
 
 def choose_device(name):
@@ -187,14 +272,17 @@ class Machine:
 
 
 def check_ranges(*rows):
-    """Raise UserError for the first row (flag, value, lowest, highest or None) whose value is outside.
+    """Raise UserError for the first row (flag, value, lowest, highest) whose value is outside, or is not a number.
 
-    A value of None means that the flag was not given.
+    A highest of None means a billion, which keeps what is computed from the value in range. A value of None means that
+    the flag was not given.
     """
     for flag, value, low, high in rows:
-        if value is None or (low <= value and (high is None or value <= high)):
+        highest = 10**9 if high is None else high
+        if value is None or low <= value <= highest:
             continue
-        expected = f"at least {low}" if high is None else f"{low} .. {high}"
+        too_high = high is not None or value > highest
+        expected = f"{low} .. {highest}" if too_high else f"at least {low}"
         raise UserError(f"{flag} {value}: expected {expected}")
 
 

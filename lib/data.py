@@ -225,6 +225,7 @@ class CaptionedPictures:
     """
 
     READS_FILES = True
+    pixels_per_token = 16                       # and side; InfinityTask sets that of its tokenizer
 
     def __init__(self, root, pixels=None, short_captions=0.5, train=True, split=True, size=None, notes="."):
         self.root = Path(root)
@@ -339,7 +340,7 @@ class CaptionedPictures:
                 raise OSError(f"smaller than {self.size} pixels")           # the authors leave such pictures out, too
             h, w = self.size, self.size
         else:
-            h, w = (16 * cells for cells in vq.schedule(ratio, self.pixels)[-1])
+            h, w = (self.pixels_per_token * cells for cells in vq.schedule(ratio, self.pixels)[-1])
         picture = cover(picture, h, w)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 

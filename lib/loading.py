@@ -11,7 +11,7 @@ import vq
 from lib.console import UserError
 from lib.pictures import DEMO
 from lib.text import load_infinity, load_llamagen
-from lib.weights import check_fingerprint, check_pair, find_checkpoint, find_companion, read_metadata
+from lib.weights import check_fingerprint, check_kind, find_checkpoint, find_companion, read_metadata
 
 INFINITY_TOKENIZERS = {16: "infinity_vae_d16.pth", 24: "infinity_vae_d24.pth", 32: "infinity_vae_d32reg.pth",
                        56: "infinity_vae_d56_f8_14_patchify.pth", 64: "infinity_vae_d64.pth"}   # by the model's bits
@@ -55,14 +55,6 @@ def find_files(args, demo, load, fallback_of, flag):
     return model, metadata, Path(ckpt), Path(vae)
 
 
-def check_kind(model, tokenizer, vae, fallback, flag):
-    """Raise UserError if the tokenizer is of another kind than the model needs."""
-    try:
-        model.check_pair(tokenizer)
-    except ValueError as e:
-        raise UserError(f"{vae}: {e}; give {fallback} as {flag}") from None
-
-
 def load_var_pair(args, machine):
     """VAR and its tokenizer."""
     if args.random_weights:
@@ -82,7 +74,8 @@ def load_var_pair(args, machine):
     model, metadata, ckpt, vae = find_files(
         args, "emoji_var", lambda path: var.load(path, dtype=machine.dtype), fallback_of, "--vae")
     tokenizer = vq.load(vae, patch_nums=model.config.patch_nums, dtype=machine.dtype)
-    check_pair(tokenizer, vae, model.config, metadata, ckpt)
+    check_kind(model, tokenizer, vae, "give the tokenizer that it was trained with as --vae")
+    check_fingerprint(tokenizer, vae, metadata, ckpt)
     return Loaded(ckpt.name, model, tokenizer, metadata, (ckpt, vae)).to(machine.device)
 
 
@@ -110,7 +103,7 @@ def load_infinity_pair(args, machine):
     released = [known for known in INFINITY_PIXELS if ckpt.name.startswith(known)]
     metadata = {"pixels": INFINITY_PIXELS[released[-1]] if released else "1M"} | metadata
     tokenizer = vq.load(vae, dtype=machine.dtype)
-    check_kind(model, tokenizer, vae, fallback_of(model), "--vae")
+    check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vae")
     check_fingerprint(tokenizer, vae, metadata, ckpt)
     return Loaded(ckpt.name, model, tokenizer, metadata, (ckpt, vae)).to(machine.device)
 
@@ -139,7 +132,7 @@ def load_llamagen_pair(args, machine):
         args, "emoji_llamagen_t2i" if reads_text else "emoji_llamagen",
         lambda path: load_llamagen(path, side=side, dtype=machine.dtype, device=machine.device), fallback_of, "--vq")
     tokenizer = vq.load(vae)
-    check_kind(model, tokenizer, vae, fallback_of(model), "--vq")
+    check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vq")
     check_fingerprint(tokenizer, vae, metadata, ckpt)
     model.config = with_size(model.config, args.size, tokenizer.config.stride)
     return Loaded(ckpt.name, model, tokenizer, metadata, (ckpt, vae)).to(machine.device)

@@ -9,6 +9,7 @@ writes files, draws and prints. Validation is shared. A function that says "coll
 or the others wait for ever.
 """
 import copy
+import os
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -20,15 +21,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.console import rank_and_world
+from lib.console import UserError, rank_and_world
 
 TIMEOUT = timedelta(hours=1)                    # rank 0 may draw pictures while the others wait
 CALLED_DIRECTLY = ("modulation", "condition", "layer")      # methods of blocks that read weights besides forward
 
 
 def join(device):
-    """Connect to the other processes, if there are any: NCCL for tensors on GPUs, gloo for everything else."""
+    """Connect to the other processes, if there are any: NCCL for tensors on GPUs, gloo for everything else.
+
+    Raises UserError if the environment does not say where they are.
+    """
     if rank_and_world()[1] > 1 and not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} without MASTER_ADDR and MASTER_PORT in the "
+                            "environment: start processes with torchrun, or unset WORLD_SIZE and RANK")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 

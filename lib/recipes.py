@@ -5,6 +5,7 @@ A recipe is a dict of settings. COMMON and the dicts per model hold Setting obje
 change defaults by `derive`. A setting without help has no flag. Flags on the command line override the recipe.
 """
 import argparse
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -57,35 +58,40 @@ def derive(base, **changes):
 
 # Settings that a continued run may change: where it runs and what it reports, but not what it computes. All others,
 # and the content of data and files, must be the same.
-MAY_DIFFER = {"data", "val_data", "out", "resume", "accum", "device", "workers", "compile", "fsdp", "checkpointing",
-              "log_every", "val_every", "sample_every", "save_every", "save_dtype", "keep", "max_skipped", "stop_after",
+MAY_DIFFER = {"data", "val_data", "out", "resume", "override", "traceback", "accum", "device", "workers", "compile",
+              "fsdp", "checkpointing", "log_every", "val_every", "sample_every", "save_every", "save_dtype", "keep", "max_skipped", "stop_after",
               "bench", "json", "cache"}
+INSTEAD_OF_TRAINING = ("bench", "evaluate", "prepare", "scaling_laws", "study")
+OF_PREPARE = ("min_face", "min_confidence", "max_offset", "quality", "min_quality", "piece")
 
 COMMON = {
     "data": Setting("demo", metavar="DIR"),                                 # its help differs from model to model
     "val_data": file("held-out data; default: every 20th item of --data", "DIR"),
     "out": file("default: runs/MODEL", "DIR"),
     "resume": choice("no", ["no", "auto"], "auto: continue the run in --out if there is one"),
+    "override": Setting(None, "with --resume auto: settings that this time have other values on purpose, such as lr "
+                        "or steps", type=str, metavar="SETTING", options={"nargs": "+"}),
     "steps": Setting(0, "optimizer steps (or --epochs)", 0),
-    "epochs": Setting(0, "passes over the training data, instead of --steps", 0),
-    "batch_size": Setting(16, "items per optimizer step, over all processes and --accum", 1),
-    "accum": Setting(1, "backward passes per optimizer step and process", 1),
-    "lr": Setting(1e-4, "peak learning rate, for the whole batch (papers give it per 256 items)", 0),
+    "epochs": Setting(0, "passes over the training data, instead of --steps", 0, 10**6),
+    "batch_size": Setting(16, "items per optimizer step, over all processes and --accum", 1, 10**6),
+    "accum": Setting(1, "backward passes per optimizer step and process", 1, 10**6),
+    "lr": Setting(1e-4, "peak learning rate, for the whole batch (papers give it per 256 items)", 0, 10),
     "schedule": Setting("lin0", "fall of the learning rate: lin, lin0, lin00 (a line after a plateau of 15, 5 or 0 %% "
                         "of the steps), lin0.8 (two lines), cos, exp or const", metavar="NAME"),
     "warmup": Setting(0.02, "share of the steps in which the learning rate rises", 0, 1),
     "warmup_from": Setting(0.005),                                          # where it starts, relative to the peak
     "final_lr": Setting(0.1, "last learning rate / peak", 0, 1),
-    "wd": Setting(0.05, "weight decay at the start", 0),
-    "wd_end": Setting(0.0, "weight decay at the end (0: the same)", 0),
+    "wd": Setting(0.05, "weight decay at the start", 0, 100),
+    "wd_end": Setting(0.0, "weight decay at the end (0: the same)", 0, 100),
     "betas": Setting((0.9, 0.95)),                                          # AdamW's
-    "clip": Setting(2.0, "largest global gradient norm", 0),
+    "clip": Setting(2.0, "largest global gradient norm", 1e-6),
     "ema": Setting(0.0, "decay of the moving average of weights that is exported; 0: none", 0, 1),
     "dtype": choice("fp32", DTYPES, "precision of the matrix products"),
     "save_dtype": choice("fp32", [*DTYPES, "fp8"], "precision of model.safetensors"),
     "device": choice("auto", ["auto", "cuda", "mps", "cpu"], "where to train"),
-    "seed": Setting(0, "of all random draws", 0),
-    "workers": Setting(4, "processes that read data", 0),
+    "seed": Setting(0, "of all random draws", 0, 2**63 - 1),
+    "workers": Setting(min(4, os.cpu_count() or 1), "processes that read data (default: one per core, at most 4)", 0,
+                       1000),
     "shuffle": Setting(10000, "size of the shuffle buffer for data in tar files", 1, metavar="N"),
     "checkpointing": yes_no(False, "recompute activations in the backward pass: slower, less memory"),
     "compile": switch("torch.compile for the blocks of the model"),
@@ -100,14 +106,17 @@ COMMON = {
     "stop_after": Setting(0, "save and stop after this number of steps; --resume auto continues", 0, metavar="STEPS"),
     "bench": switch("do not train: time a step, and its matrix products alone"),
     "json": file("with --bench: write its numbers"),
+    "traceback": switch("show where in the code an error arose"),
 }
 
 # Tokenizers and autoencoders. VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's.
 
+PATCH_NUMS = Setting(None, "sides of the token maps of all scales, coarse to fine, instead of the recipe's", type=int,
+                     metavar="N", options={"nargs": "+"})
 VQ = derive(
     COMMON, epochs=40, batch_size=128, schedule="const", wd=0.0, clip=1.0, ema=0.9999, dtype="bf16",
     model=Setting("vae_ch160v4096z32"),
-    size=Setting(256, "side of the pictures in pixels", 1),
+    size=Setting(256, "side of the pictures in pixels", 1, 8192),
     zoom=Setting((1.125, 1.125)),               # the shorter edge is resized to this times the size, then cut
     flip=Setting(False),                        # mirror half of the pictures
     captions=Setting(False),
@@ -123,6 +132,8 @@ VQ = derive(
     adaptive=Setting(True),                     # scale the adversarial gradient to the reconstruction's
     lpips=file("torchvision's vgg16 weights, and the linear heads of LPIPS", ("VGG16", "HEADS"), nargs=2),
     init=file("start from this tokenizer"),
+    decoder_only=switch("with --init: train the decoder alone; tokens stay as they are"),
+    patch_nums=PATCH_NUMS,
     warm_steps=Setting(0, "steps without quantization before the codebook is initialised (with --init none)", 0),
     restart_after=Setting(1000, "restart codes that were unused for this number of steps; 0: never", 0),
     restart_until=Setting(0.7),                 # share of the steps after which no code is restarted
@@ -161,7 +172,7 @@ GENERATOR = derive(                             # what the three transformers ha
     sampling=Setting({}),                       # settings that sample.py uses with the model by default
     show=Setting(()),                           # classes or prompts that sample.py draws; none: spread over all classes
 )
-INIT_GAMMA = Setting(1e-3, "scale of the AdaLN gates at the start", 0)
+INIT_GAMMA = Setting(1e-3, "scale of the AdaLN gates at the start", 0, 100)
 CACHE_CROPS = Setting("0", "tokenize N crops of each picture before training (1: its centre); 0: tokenize in each step",
                       type=str, metavar="N")
 T5 = file("folder of the frozen text encoder; without it a small T5 on bytes is trained along", "DIR")
@@ -169,7 +180,8 @@ T5 = file("folder of the frozen text encoder; without it a small T5 on bytes is 
 VAR = derive(
     GENERATOR, batch_size=768, lr=3e-4, dtype="fp16", sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
     init_gamma=INIT_GAMMA, cache_crops=CACHE_CROPS,
-    depth=Setting(None, "number of blocks instead of the recipe's; width and heads grow with it", 1, type=int),
+    depth=Setting(None, "number of blocks instead of the recipe's; width and heads grow with it", 1, 100, type=int),
+    patch_nums=PATCH_NUMS,
     scaling_laws=switch("the paper's experiment in small: train models of several depths and fit their losses as "
                         "powers of their sizes; writes a table and a picture"),
 )
@@ -267,8 +279,8 @@ SYNCNET = derive(
     model=Setting("16_pixel_attn", "a network of syncnet.CONFIGS; talking_head_plain is Wav2Lip's kind",
                   metavar="NAME"),
     init=file("start from these weights"),
-    frames=Setting(None, "frames of a clip", 1, type=int),
-    embedding=Setting(None, "length of the embeddings", 1, type=int),
+    frames=Setting(None, "frames of a clip", 1, 1000, type=int),
+    embedding=Setting(None, "length of the embeddings", 1, 10**5, type=int),
     attention=yes_no(None, "--no-attention: residual blocks alone"),
     moments=Setting(1, "K clips of each video in a batch, whose K * K pairs all count; 1: one pair, as in the paper",
                     1, metavar="K"),
@@ -313,7 +325,7 @@ LATENTSYNC = derive(
     lpips=VQ["lpips"],
     init=file("start from these weights: a released file, or those of stage 1"),
     stable_diffusion=file("start from the UNet of Stable Diffusion 1.5", "DIR"),
-    frames=Setting(16, "frames of a clip", 1),
+    frames=Setting(16, "frames of a clip", 1, 1000),
     drop_audio=Setting(0.0, "share of clips without sound, which trains the branch that guidance compares with", 0, 1),
     sync_weight=Setting(0.0, "weight of SyncNet's loss, in stage 2; 0: without it", 0),
     trepa_weight=Setting(0.0, "weight of TREPA, in stage 2; 0: without it", 0),
@@ -329,11 +341,11 @@ LATENTSYNC = derive(
                  "processes; an interrupted run continues", "RAW_DIR"),
     min_face=Setting(None, "leave out smaller faces, in pixels; default: the size of the clips", 1, type=int),
     min_confidence=Setting(None, "leave out clips with a lower confidence of --syncnet; default: 3, with a "
-                           "StableSyncNet 0.3", type=float),
+                           "StableSyncNet 0.3", -10**6, type=float),
     max_offset=Setting(None, "leave out clips whose sound is off by more frames (default 6)", 0, 15, type=int),
     quality=file("leave out clips that this function gives less than --min-quality; it gets three frames, uint8 "
                  "(h, w, 3)", "MODULE:FUNCTION"),
-    min_quality=Setting(None, "default 40, the authors' for hyperIQA", type=float),
+    min_quality=Setting(None, "default 40, the authors' for hyperIQA", -10**6, type=float),
     piece=Setting(5, "length of the clips; the last of a shot may be up to twice as long (default 5)", 2,
                   metavar="SECONDS"),
 )
@@ -353,6 +365,7 @@ LATENTSYNC_RECIPES = {
 RECIPES = {"vq": VQ_RECIPES, "var": VAR_RECIPES, "infinity": INFINITY_RECIPES, "llamagen": LLAMAGEN_RECIPES,
            "syncnet": SYNCNET_RECIPES, "whisper": {"talking_head": WHISPER}, "videomae": {"talking_head": VIDEOMAE},
            "latentsync": LATENTSYNC_RECIPES}
+RECIPE_NAMES = {name for recipes in RECIPES.values() for recipe in recipes.values() for name in recipe}
 CLASSES = "a folder with one folder of pictures per class"
 CAPTIONS = "*.tsv or *.jsonl files with captions"
 FACES = "videos of aligned faces, with sound"
@@ -380,6 +393,33 @@ def add_flags(parser, model):
             options["type"] = setting.type or type(setting.default)
         flags = setting.flags or [f"--{name.replace('_', '-')}"]
         parser.add_argument(*flags, dest=name, default=None, help=text, **options)
+
+
+def contradiction(args):
+    """What is wrong with a combination of parsed flags, of which those that were not given are None; or None."""
+    given = {name: value for name, value in vars(args).items() if value not in (None, False)}
+
+    def flags(names):
+        return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    empty = [name for name, value in given.items() if value == ""]
+    if empty:
+        return f"{flags(empty)}: an empty text is no value; leave the flag out, or give one"
+    instead = [name for name in INSTEAD_OF_TRAINING if name in given]
+    if len(instead) > 1:
+        return f"{flags(instead)}: each of these runs instead of training; give one of them"
+    if given.get("steps") and given.get("epochs"):
+        return "--steps, --epochs: both say how long to train; give one of them"
+    if "override" in given and given.get("resume") != "auto":
+        return "--override: goes with --resume auto"
+    unknown = [name for name in given.get("override", []) if name.replace("-", "_") not in RECIPE_NAMES]
+    if unknown:
+        return f"--override {unknown[0]}: no setting of that name"
+    lonely = [name for name in OF_PREPARE if name in given]
+    if lonely and "prepare" not in given:
+        return f"{flags(lonely)}: goes with --prepare"
+    if "val_data" in given and given.get("data", "demo") == "demo":
+        return "--val-data: goes with --data; the demo's data have a validation part of their own"
+    return None
 
 
 def fill(args):

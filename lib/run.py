@@ -1,199 +1,79 @@
 """What a training run leaves behind and how it ends: checkpoints, log, timing, signals."""
 import csv
+import errno
 import importlib.util
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
-import sys
+import socket
 import time
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import vq
 from lib.bench import product_speed
-from lib.console import DTYPES, UserError, check_writable, rank_and_world
-from lib.parallel import TIMEOUT, all_gather_objects, all_reduce_max
+from lib.console import DTYPES, UserError, check_writable, rank_and_world, say
+from lib.parallel import all_reduce_max
 from lib.pictures import chart, save_png, sheet_of_charts
 
 SAVE_DTYPES = DTYPES | {"fp8": torch.float8_e4m3fn}
-NOT_WRITTEN = (OSError, RuntimeError, ValueError, SafetensorError, dcp.api.CheckpointException)     # a full disk
-NOT_READABLE = (OSError, RuntimeError, KeyError, EOFError, ValueError, AttributeError, pickle.UnpicklingError,
-                dcp.api.CheckpointException)
+RESULTS = ("model.safetensors", "best.safetensors", "log.csv")
 
 
 def open_folder(args):
-    """Create --out. Raises UserError if it cannot be written, or if another run's results would be lost in it."""
+    """Create --out -> (its path, the open file that keeps other runs out of it; None on ranks other than 0).
+
+    Raises UserError if it cannot be written, if another run is writing into it, or if another run's results would be
+    lost in it. Results without a checkpoint, from which a run could continue, are moved into a folder of their own.
+    """
     out = check_writable(args.out)
-    (out / "samples").mkdir(exist_ok=True)
-    if args.resume == "no" and any((out / name).exists() for name in ("state", "state.pt", "model.safetensors")):
+    for name in (*RESULTS, "best.json", "curves.png", "unreadable.txt"):
+        if (out / name).is_dir():
+            raise UserError(f"{out / name}: is a folder, but a run writes a file of that name; choose another --out")
+    for name in ("state", "samples"):
+        if (out / name).exists() and not (out / name).is_dir():
+            raise UserError(f"{out / name}: is a file, but a run writes a folder of that name; choose another --out")
+    if rank_and_world()[0]:
+        return out, None
+    lock = lock_folder(out)
+    results = [name for name in (*RESULTS, "state", "state.pt") if (out / name).exists()]
+    if args.resume == "no" and results:
         raise UserError(f"--out {out}: it holds a run already; continue it with --resume auto, or choose another --out")
-    if (out / "state.pt").exists():
+    if "state.pt" in results:
         raise UserError(f"{out}/state.pt: was written by an older version, which this one cannot continue; start a new "
                         f"run with --init {out}/model.safetensors")
-    return out
+    if results and not any(out.glob("state/*/notes.json")):
+        aside = out / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir()
+        for name in results:
+            os.replace(out / name, aside / name)
+        say(f"{out}: there is no checkpoint to go on from; {', '.join(results)} of an earlier run -> {aside}")
+    return out, lock
 
 
-def say(line):
-    """Print a line above the progress bar, on rank 0 only."""
-    if rank_and_world()[0] == 0:
-        tqdm.write(line)
-        sys.stdout.flush()
+def lock_folder(out):
+    """Keep other runs out of a folder for as long as the file that is returned stays open. Raises UserError.
 
-
-class Checkpoints:
-    """The state of a run in FOLDER/STEP/: tensors and notes.json.
-
-    torch.distributed.checkpoint writes the tensors while training goes on. Every process writes its share, and any
-    number of processes can read them. A folder gets its name when it is complete. The `keep` newest stay. A full disk
-    does not end the run: `failed` says what was not written, and the next save tries again.
+    The system unlocks it when this process ends, however it ends.
     """
-
-    def __init__(self, folder, keep):
-        self.folder = folder
-        self.keep = keep
-        self.rank = rank_and_world()[0]
-        self.pending = None                                                 # (temporary folder, future) being written
-        self.failed = {}                                                    # {file: why it could not be written}
-        self.group = None
-        if dist.is_initialized():                                           # a group of its own: training never waits
-            self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-
-    def complete(self):
-        """All complete folders, the newest last."""
-        return sorted(path for path in self.folder.glob("[0-9]*") if (path / "notes.json").exists())
-
-    def newest(self):
-        """The newest complete folder as rank 0 sees it, or None. Collective."""
-        folders = all_gather_objects(self.complete())[0]
-        return folders[-1] if folders else None
-
-    # writing
-
-    def attempt(self, file, write, name=None):
-        """Call write(), print what went wrong, and remember it in `failed` -> whether it worked."""
-        self.failed.pop(file, None)
-        try:
-            write()
-        except NOT_WRITTEN as e:
-            reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e).strip().splitlines()[-1]
-            steps = [int(path.name) for path in self.complete()]
-            intact = f"step {steps[-1]} is intact" if steps else "nothing is saved yet"
-            self.failed[file] = f"could not save {name or file} ({reason})"
-            say(f"{self.failed[file]}; {intact}")
-        return file not in self.failed
-
-    def save(self, step, tensors, notes):
-        """Start to write a checkpoint. Collective."""
-        self.finish()
-        self.attempt("state", lambda: self.begin(step, tensors, notes), f"step {step}")
-
-    def begin(self, step, tensors, notes):
-        """Copy the tensors and start to write them. Raises OSError if there is no room for the first file."""
-        temporary = self.folder / f".{step:07d}"
-        known = (self.folder / f"{step:07d}").exists()
-        error = None
-        if self.rank == 0 and not known:
-            try:
-                for leftover in self.folder.glob(".[0-9]*"):                # left by a run that was killed
-                    shutil.rmtree(leftover)
-                temporary.mkdir(parents=True)
-                (temporary / "notes.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
-            except OSError as e:
-                error = e.strerror
-        error, known = all_gather_objects((error, known))[0]                # all processes do what rank 0 decides
-        if error:
-            raise OSError(error)
-        if known:                                                           # no step was taken since it was written
-            return
-        world = rank_and_world()[1]
-        copies = {}
-        whole = 0                                                           # tensors so far that all processes have
-        for name, x in tensors.items():
-            if not isinstance(x, DTensor):
-                whole += 1
-                if whole % world != self.rank:                              # each process writes every world-th of them
-                    continue
-            on_cpu = x.device.type == "cpu"
-            copies[name] = x.detach().clone() if on_cpu else x.detach()     # async_save copies tensors of a GPU itself
-        writer = dcp.FileSystemWriter(temporary)
-        self.pending = temporary, dcp.async_save(copies, storage_writer=writer, process_group=self.group)
-
-    def poll(self):
-        if self.pending and self.pending[1].done():
-            self.finish()
-
-    def finish(self):
-        """Wait until the checkpoint that is being written is complete."""
-        if self.pending:
-            self.attempt("state", self.rename, f"step {int(self.pending[0].name[1:])}")
-
-    def rename(self):
-        """Give the written folder its name, and delete old ones."""
-        (temporary, future), self.pending = self.pending, None
-        future.result()
-        if self.rank == 0:
-            os.replace(temporary, temporary.with_name(temporary.name[1:]))
-            for old in self.complete()[:-self.keep]:
-                shutil.rmtree(old)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Finish pending writes, except after a second Ctrl-C."""
-        if kind is not None and kind is not KeyboardInterrupt:
-            self.finish()
-
-    # reading
-
-    def notes(self, path):
-        try:
-            return json.loads((path / "notes.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise self.unusable(path, e) from None
-
-    def load(self, path, tensors_for):
-        """Fill the tensors that tensors_for(names of saved tensors) returns, {name: tensor}. Collective."""
-        try:
-            reader = dcp.FileSystemReader(path)
-            tensors = tensors_for(reader.read_metadata().state_dict_metadata)
-            dcp.load(tensors, storage_reader=reader, process_group=self.group)
-        except NOT_READABLE as e:
-            raise self.unusable(path, e) from None
-
-    def unusable(self, path, error):
-        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
-        earlier = [p.name for p in self.complete() if p != path]
-        way_out = f" to go on from step {int(earlier[-1])}" if earlier else " or choose another --out"
-        return UserError(f"{path}: cannot continue from it ({reason}); delete it{way_out}")
-
-
-def named_tensors(learners, ema=None, saved=None):
-    """All tensors of a run by name, to be saved or filled.
-
-    learners: {name: (module, optimizer)}. The optimizer's tensors are named after the weight that they belong to, which
-    is shorter than torch.distributed.checkpoint.state_dict's names and also works for weights without a gradient so
-    far. saved: names in a checkpoint; the optimizer's tensors are created first.
-    """
-    tensors = {}
-    if ema is not None:
-        tensors |= {f"ema.{name}": x for name, x in ema.state_dict().items()}
-    for what, (model, optimizer) in learners.items():
-        tensors |= {f"{what}.{name}": x for name, x in model.state_dict().items()}
-        for name, p in model.named_parameters():
-            if saved is not None and f"{what}.{name}.exp_avg" in saved:
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
-            tensors |= {f"{what}.{name}.{key}": x for key, x in optimizer.state.get(p, {}).items()}
-    return tensors
+    try:
+        import fcntl
+    except ImportError:                                                     # Windows
+        return None
+    file = open(out / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise UserError(f"--out {out}: another run writes into it ({file.read().strip()}); stop that one, or "
+                            "choose another --out") from None
+        return file                                                         # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 class Best:
@@ -203,7 +83,10 @@ class Best:
         self.path = path
         self.score = -math.inf
         if resumed and path.exists():
-            self.score = json.loads(path.read_text())["score"]
+            try:
+                self.score = float(json.loads(path.read_text(encoding="utf-8"))["score"])
+            except (OSError, ValueError, LookupError, TypeError) as e:
+                say(f"{path}: is damaged ({e}); the next validation counts as the best so far")
 
     def write(self, step, score):
         self.score = score
@@ -227,8 +110,7 @@ class Log:
         self.columns = [*self.COLUMNS, *task.metrics, *(f"val_{m}" for m in task.val_metrics)]
         rows = []
         if resume_step and path.exists():
-            with open(path, encoding="utf-8") as f:
-                rows = [row for row in csv.DictReader(f) if row["step"].isdigit() and int(row["step"]) <= resume_step]
+            rows = [row for row in self.rows() if number(row["step"]) <= resume_step]
         with vq.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -236,6 +118,20 @@ class Log:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=resume_step)
+
+    def rows(self):
+        """All rows that have a number in the column "step". A file without that column is set aside."""
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as f:
+            reader = csv.DictReader(f)
+            try:
+                if "step" in (reader.fieldnames or ()):
+                    return [row for row in reader if math.isfinite(number(row["step"]))]
+            except csv.Error:
+                pass
+        aside = self.path.with_name(f"{self.path.name}.damaged-{os.urandom(3).hex()}")
+        os.replace(self.path, aside)
+        say(f"{self.path}: is not the log of a run and was renamed to {aside.name}")
+        return []
 
     def write(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as f:
@@ -255,10 +151,9 @@ class Log:
         return f"{value:.6g}" if isinstance(value, float) else value
 
     def column(self, name):
-        """(steps, values) of the rows that have a value in a column."""
-        with open(self.path, encoding="utf-8") as f:
-            rows = [row for row in csv.DictReader(f) if row[name]]
-        return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+        """(steps, values) of the rows that have a number in a column; "nan" counts as one."""
+        rows = [row for row in self.rows() if row.get(name) == "nan" or not math.isnan(number(row.get(name)))]
+        return [number(row["step"]) for row in rows], [number(row[name]) for row in rows]
 
     def draw(self):
         """Write curves.png: the training loss and all validation metrics."""
@@ -268,6 +163,14 @@ class Log:
                 title = name.replace("val_", "validation: ")
                 charts.append(chart({"": self.column(name)}, title, "steps", size=(400, 300)))
         save_png(self.path.with_name("curves.png"), sheet_of_charts(charts, min(3, len(charts))))
+
+
+def number(text):
+    """The number in a cell; nan if there is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 class Meter:
@@ -296,12 +199,17 @@ class Meter:
 
 
 class StopOnSignal:
-    """Within a `with`, Ctrl-C and SIGTERM are noted instead of ending the process. A second Ctrl-C ends it at once."""
+    """Within a `with`, Ctrl-C, SIGTERM and the end of the terminal (SIGHUP, unless nohup ignores it) are noted instead
+    of ending the process. A second signal, a second later or more, ends it at once.
+    """
 
     def __enter__(self):
         self.number = 0                                                     # number of the signal that arrived
         self.when = 0.0
         self.old = [(s, signal.signal(s, self.note)) for s in (signal.SIGINT, signal.SIGTERM)]
+        hangup = getattr(signal, "SIGHUP", None)                            # Windows has none
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            self.old.append((hangup, signal.signal(hangup, self.note)))
         return self
 
     def note(self, number, frame):

@@ -8,18 +8,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tqdm import tqdm
 
 import latentsync
 import syncnet
 import vq
 from lib import videomae
 from lib.clips import clip_config, clip_items
-from lib.console import DTYPES, MissingPackage, UserError, rank_and_world
+from lib.console import DTYPES, MissingPackage, UserError
 from lib.face_metrics import compare_faces, score_aligned
 from lib.faces import SHIFTS, check_judge
 from lib.losses import load_lpips
-from lib.parallel import all_gather_objects
 from lib.pictures import chart, grid, save_png, to_input, to_pixels
 from lib.tasks import Task
 from lib.video import VideoWriter
@@ -365,21 +363,18 @@ class LatentSyncTask(Task):
     @torch.no_grad()
     def scores_of_painted(self, model, videos):
         """Means over unseen videos of `compare_faces`; with a SyncNet also its confidence and the offset it finds."""
-        rank, world = rank_and_world()
-        scores = {}
-        own = range(rank, min(videos, len(self.val_set)), world)
-        for index in tqdm(own, desc="painting", unit="video", leave=False, disable=rank > 0):
+        def score_video(index):
             painted, true, sound = self.paint(model, index)
-            scores[index] = compare_faces(painted, true, self.mask)
+            scores = compare_faces(painted, true, self.mask)
             if self.judge is not None:
                 faces = painted.add(1).mul(127.5).round().clamp(0, 255).byte()
                 try:
                     score = score_aligned(self.judge, faces, sound)
-                    scores[index] |= {"sync_c": score.confidence, "offset": float(abs(score.offset))}
+                    scores |= {"sync_c": score.confidence, "offset": float(abs(score.offset))}
                 except ValueError:                                          # the clip is too short for it
-                    scores[index] |= {"sync_c": math.nan, "offset": math.nan}
-        everyone = {index: score for part in all_gather_objects(scores) for index, score in part.items()}
-        rows = [everyone[index] for index in sorted(everyone)]
+                    scores |= {"sync_c": math.nan, "offset": math.nan}
+            return scores
+        rows = self.shared(range(min(videos, len(self.val_set))), score_video, "painting")
         return {name: float(np.nanmean([row[name] for row in rows] or [math.nan])) for name in rows[0]}
 
     @torch.no_grad()
@@ -390,6 +385,7 @@ class LatentSyncTask(Task):
         """
         rows = []
         for index in range(min(3, self.args.val_videos, len(self.val_set))):
+            self.stop_if_interrupted()
             painted, true, sound = self.paint(model, index)
             rows += [true[:16:2], painted[:16:2]]
             if index == 0:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import infinity
 import llamagen
@@ -13,12 +14,12 @@ import var
 import vq
 from lib import losses
 from lib.caches import FeatureCache, TokenCache
-from lib.console import UserError, check_pixels, rank_and_world
+from lib.console import Interrupted, UserError, check_pixels, rank_and_world
 from lib.data import PictureFolder, spread
 from lib.parallel import all_gather_objects, data_parallel, full_model, gradient_sync
 from lib.pictures import grid, psnr, save_png, to_input, to_pixels
 from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
-from lib.weights import check_fingerprint, check_pair, read_metadata, warm_start
+from lib.weights import check_fingerprint, check_kind, read_metadata, warm_start
 
 VAL_PICTURES = 1024                             # largest number that is validated
 
@@ -33,6 +34,7 @@ class Task:
     val_metrics = ["loss"]
     tokens_per_picture = 0                      # 0: nothing is counted in tokens
     unused_weights = False                      # whether some weights get no gradient in some steps
+    interrupted = staticmethod(lambda: False)   # whether a signal has arrived; the training loop replaces it
 
     def __init__(self, args, train_set, val_set, device, generator, micro_batches):
         self.args = args
@@ -82,15 +84,36 @@ class Task:
         return [items[start:start + size] for items in self.val_items() for start in range(0, len(items), size)]
 
     def map_batches(self, function):
-        """[function(batch, generator)] for all validation batches. The processes share the work. Collective."""
-        rank, world = rank_and_world()
+        """[function(batch, generator)] for all validation batches. The processes share the work. Collective.
+
+        Raises Interrupted on all processes if a signal has arrived at one of them.
+        """
         batches = self.val_batches()
-        own = {}
-        for k in range(rank, len(batches), world):
+
+        def result_of(k):
             batch = self.val_set.__getitems__(batches[k])
-            own[k] = function(batch, torch.Generator(self.device).manual_seed(k))
-        results = {k: result for part in all_gather_objects(own) for k, result in part.items()}
-        return [results[k] for k in range(len(batches))]
+            return function(batch, torch.Generator(self.device).manual_seed(k))
+        return self.shared(range(len(batches)), result_of, "validating")
+
+    def shared(self, numbers, result_of, what):
+        """[result_of(k) for k in numbers], of which every process computes its share. Collective. Raises Interrupted.
+        """
+        rank, world = rank_and_world()
+        own = {}
+        for k in tqdm(numbers[rank::world], desc=what, leave=False, disable=True if rank else None):
+            if self.interrupted():
+                break
+            own[k] = result_of(k)
+        parts = all_gather_objects((own, self.interrupted()))
+        if any(interrupted for _, interrupted in parts):
+            raise Interrupted
+        results = {k: result for own, _ in parts for k, result in own.items()}
+        return [results[k] for k in numbers]
+
+    def stop_if_interrupted(self):
+        """Raise Interrupted if a signal has arrived. Between two pictures."""
+        if self.interrupted():
+            raise Interrupted
 
     @torch.no_grad()
     def validate(self, model):
@@ -120,6 +143,10 @@ class TokenizerTask(Task):
         if bool(args.lpips) != bool(args.lpips_weight):
             raise UserError("LPIPS needs both: --lpips VGG16 HEADS (torchvision's vgg16-397923af.pth, LPIPS' vgg.pth) "
                             "and a --lpips-weight above 0; with --lpips-weight 0 training goes without it")
+        if args.decoder_only and (not args.init or args.warm_steps):
+            raise UserError("--decoder-only: goes with --init, whose tokens stay as they are, and with --warm-steps 0")
+        if args.patch_nums and vq.as_pairs(args.patch_nums) != sorted(set(vq.as_pairs(args.patch_nums))):
+            raise UserError(f"--patch-nums {' '.join(map(str, args.patch_nums))}: expected sides that grow")
 
     @staticmethod
     def score(scores):
@@ -134,10 +161,17 @@ class TokenizerTask(Task):
 
     def setup(self, generator):
         args = self.args
-        self.model = self.build(vq.CONFIGS[args.model]).to(self.device)
+        config = vq.CONFIGS[args.model]
+        if args.patch_nums:
+            config = replace(config, patch_nums=tuple(args.patch_nums))
+        self.model = self.build(config).to(self.device)
         self.model.init_weights(generator)
         if args.init:
             warm_start(self.model, self.load(args.init), f"--init {args.init}")
+        if args.decoder_only:
+            self.model.requires_grad_(False)
+            for part in (self.model.post_quant_conv, self.model.decoder):
+                part.requires_grad_(True)
         discriminator = None
         if args.disc_weight:
             patch = args.disc == "patch"
@@ -183,7 +217,8 @@ class TokenizerTask(Task):
         if self.criterion.adversarial(step):
             metrics["disc"] = self.update_discriminator(lr)
         starts = not self.has_codes and step + 1 >= args.warm_steps         # later, if that step was skipped
-        restarts = args.restart_after and step % 50 == 49 and args.warm_steps < step < args.restart_until * self.steps
+        may_restart = args.restart_after and not args.decoder_only
+        restarts = may_restart and step % 50 == 49 and args.warm_steps < step < args.restart_until * self.steps
         if not starts and not restarts:
             return metrics
         with self.shared_codebook(self.model) as model, torch.no_grad():
@@ -340,6 +375,7 @@ class TransformerTask(Task):
             what = torch.tensor([i for i, _ in spread(len(self.classes), 32)])
         images = []
         for start in range(0, len(what), 4):                                # few at a time, to save memory
+            self.stop_if_interrupted()
             few = what[start:start + 4]
             seeds = range(start, start + len(few))
             images.append(self.draw(model, few, [torch.Generator(self.device).manual_seed(seed) for seed in seeds]))
@@ -363,22 +399,42 @@ class VARTask(TransformerTask):
         if args.depth:
             width = config.width // config.depth * args.depth
             config = replace(config, depth=args.depth, width=width, heads=args.depth)
+        if args.patch_nums:
+            config = replace(config, patch_nums=tuple(args.patch_nums))
         self.tokenizer = vq.load(args.vae, patch_nums=config.patch_nums).to(self.device)
         if args.init:
             of_classes = torch.Generator().manual_seed(args.seed)           # draws new class embeddings
             self.model = var.load(args.init, num_classes=len(self.classes), generator=of_classes).to(self.device)
-            check_pair(self.tokenizer, args.vae, self.model.config, read_metadata(args.init), args.init)
+            check_fingerprint(self.tokenizer, args.vae, read_metadata(args.init), args.init)
         else:
             t = self.tokenizer.config
             config = replace(config, vocab_size=t.vocab_size, z_channels=t.z_channels)
             self.model = vq.build(var.VAR, config).to(self.device)
             self.model.init_weights(args.init_gamma, generator)
         self.patch_nums = self.model.config.patch_nums
-        side = self.tokenizer.config.stride * self.patch_nums[-1]
-        if args.size != side:
-            raise UserError(f"--size {args.size}: this model draws {side}x{side} pictures; use --size {side}")
+        check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq, or give a released one")
+        self.check_scales()
         self.tokens_per_picture = sum(p * p for p in self.patch_nums)
         self.cache_tokens(self.patch_nums)
+
+    def check_scales(self):
+        """Raise UserError unless --patch-nums, the model, its tokenizer and --size agree."""
+        args = self.args
+        scales = " ".join(map(str, self.patch_nums))
+        if args.patch_nums and tuple(args.patch_nums) != tuple(self.patch_nums):
+            raise UserError(f"--init {args.init}: has the scales {scales}, which --patch-nums cannot change")
+        # Released tokenizers do not say which scales they were trained on, and serve several schedules.
+        trained_on = read_metadata(args.vae).get("config", {}).get("patch_nums", self.patch_nums)
+        if tuple(trained_on) != tuple(self.patch_nums):
+            theirs = " ".join(map(str, trained_on))
+            raise UserError(f"--vae {args.vae}: was trained on the scales {theirs}, but the model has {scales}; use "
+                            f"--patch-nums {theirs}, or another tokenizer")
+        stride = self.tokenizer.config.stride
+        side = stride * self.patch_nums[-1]
+        if args.size != side:
+            raise UserError(f"--size {args.size}: {args.vae} has {stride} pixels per token and {args.recipe} ends with "
+                            f"{self.patch_nums[-1]}x{self.patch_nums[-1]} tokens, {side} pixels; use --size {side}, or "
+                            "another tokenizer")
 
     def loss_of(self, model, batch, generator):
         indices = self.tokens(batch, self.patch_nums)
@@ -417,13 +473,17 @@ class InfinityTask(TransformerTask):
             config = infinity.CONFIGS[args.model]
             d = self.tokenizer.config.z_channels
             config = replace(config, bits=4 * d if config.patchify else d,
+                             levels=max(config.levels, len(self.scales())),         # the demo's has 5, --pixels more
                              text_width=encoder.config.width if encoder else 2048)
             self.model = vq.build(infinity.Infinity, config, encoder).to(self.device)
             self.model.init_weights(args.init_gamma, generator)
-        try:
-            self.model.check_pair(self.tokenizer)
-        except ValueError as e:
-            raise UserError(f"--vae {args.vae}: {e}; give the one that {args.init or args.model} goes with") from None
+        check_kind(self.model, self.tokenizer, f"--vae {args.vae}", f"give the one that {args.init or args.model} goes "
+                   "with")
+        if len(self.scales()) > self.model.config.levels:
+            raise UserError(f"--pixels {args.pixels}: has {len(self.scales())} scales, but {args.init} has only "
+                            f"{self.model.config.levels}; choose fewer pixels")
+        for data in (self.train_set, self.val_set):
+            data.pixels_per_token = self.tokenizer.config.stride * (self.model.config.patchify + 1)
         self.tokens_per_picture = sum(h * w for h, w in self.scales()[:args.scales or None])
         self.t5 = self.model.text_encoder
         if self.t5 is None and not args.t5:
@@ -510,10 +570,8 @@ class LlamaGenTask(TransformerTask):
             if other is None:
                 raise UserError(f"{flag}: has no text encoder")
             warm_start(encoder, other, flag)
-        try:
-            self.model.check_pair(self.tokenizer)
-        except ValueError as e:
-            raise UserError(f"--vae {args.vae}: {e}; train one with train.py vq --recipe llamagen_emoji") from None
+        check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq --recipe "
+                   "llamagen_emoji, or give a released one")
         self.shape = ((side, side),)
         self.tokens_per_picture = side * side
         self.features = None

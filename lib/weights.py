@@ -152,17 +152,16 @@ def read_metadata(path):
             metadata = f.metadata() or {}
     except SafetensorError as e:
         raise vq.CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
-    known = ("classes", "show", "sampling", "tokenizer", "pixels", "text_encoder")
+    known = ("config", "classes", "show", "sampling", "tokenizer", "pixels", "text_encoder")
     return {key: json.loads(metadata[key]) for key in known if key in metadata}
 
 
-def check_pair(tokenizer, vae, config, metadata, ckpt):
-    """Raise UserError if a VAR was not trained with this tokenizer, as far as the files show."""
-    t = tokenizer.config
-    if (t.vocab_size, t.z_channels) != (config.vocab_size, config.z_channels):
-        raise UserError(f"{vae}: has {t.vocab_size} codes of {t.z_channels} channels, but {ckpt} was trained on "
-                        f"{config.vocab_size} of {config.z_channels}; give the tokenizer it was trained with as --vae")
-    check_fingerprint(tokenizer, vae, metadata, ckpt)
+def check_kind(model, tokenizer, vae, way_out):
+    """Raise UserError if the tokenizer in the file `vae` is of another kind than the model needs."""
+    try:
+        model.check_pair(tokenizer)
+    except ValueError as e:
+        raise UserError(f"{vae}: {e}; {way_out}") from None
 
 
 def check_fingerprint(tokenizer, vae, metadata, ckpt):

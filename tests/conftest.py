@@ -1,6 +1,6 @@
 """Fixtures that several test modules share, and which tests run where."""
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import var
 import vq
 from helpers import (T5_CONFIG, tiny_bits, tiny_infinity, tiny_llamagen, tiny_single, tiny_syncnet, tiny_tokenizer,
                      tiny_var)
+from lib import videomae
 from lib.text import T5Encoder
 
 
@@ -102,6 +103,22 @@ def judge_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("syncnet") / "tiny.safetensors"
     syncnet.save(tiny_syncnet(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def nets(tmp_path_factory):
+    """A folder with every frozen network that training needs."""
+    folder = tmp_path_factory.mktemp("nets")
+    vq.save(tiny_tokenizer(), folder / "emoji_vq.safetensors")
+    vq.save(tiny_bits(), folder / "emoji_bsq.safetensors")
+    vq.save(tiny_single(), folder / "single.safetensors")
+    syncnet.save(tiny_syncnet(config=helpers.JUDGE_CONFIG), folder / "sync.safetensors")
+    videomae.save(helpers.tiny(videomae.VideoMAE, helpers.VIDEOMAE_CONFIG), folder / "eye.safetensors")
+    latentsync.save(helpers.tiny(latentsync.UNet, replace(helpers.UNET_CONFIG, resolution=16, motion="none")),
+                    folder / "stage1.safetensors")
+    latentsync.save(helpers.tiny(latentsync.Whisper, helpers.WHISPER_CONFIG), folder / "ear.safetensors")
+    vq.save(helpers.tiny(vq.KLAutoencoder, helpers.KL_CONFIG), folder / "kl.safetensors")
+    return folder
 
 
 @pytest.fixture

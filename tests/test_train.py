@@ -326,7 +326,7 @@ def test_mistakes(pictures, files, tmp_path, capsys):
     assert "--schedule fast: choose lin" in say(*VQ, "--schedule", "fast", "--steps", 9)
     assert "needs both: --lpips VGG16 HEADS" in say(*VQ, "--lpips-weight", 1)
     assert "--log-every -1: expected at least 0" in say(*VQ, "--log-every", -1)
-    assert "--accum 0: expected at least 1" in say(*VQ, "--accum", 0)
+    assert "--accum 0: expected 1 .. 1000000" in say(*VQ, "--accum", 0)
     assert "not an image tokenizer" in say(*VAR, "--vae", files[2])
     assert "no finite gradient in 3 steps in a row" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30,
                                                            "--max-skipped", 3)
