@@ -663,7 +663,7 @@ RENAMES = [     # fragment of an official key, fragment of our key
 ]
 # Official buffers that follow from the config (export leaves them out); zero_k_bias below is one more
 DERIVED = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
-NESTED = (("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))               # in training checkpoints
+NESTED = (("trainer", "gpt_ema_fsdp"), ("trainer", "gpt_fsdp"), ("trainer", "gpt_wo_ddp"))  # in training checkpoints
 
 
 def _unchunk(state):
@@ -689,26 +689,29 @@ def infer_config(state, chunks, patchify=None):
                   text_maxlen=text_maxlen, levels=len(state["level_embed.weight"]))
 
 
-def load(path, config=None, patchify=None, dtype=torch.float32, device="cpu", ema=False, text_encoder=None):
+def load(path, config=None, patchify=None, dtype=torch.float32, device="cpu", text_encoder=None, weights=None):
     """An Infinity in eval mode from a released file or folder of shards, a training checkpoint, or a file of ours.
 
     Weights go from the mapped file straight to `device` in their final dtype, see `set_dtype`. config: replaces the
-    inferred one. patchify: see `infer_config`. ema: load the averaged weights of a training checkpoint. text_encoder:
-    an uninitialised module for the one that a file of ours may hold; None leaves it out. Raises vq.CheckpointError.
+    inferred one. patchify: see `infer_config`. text_encoder: an uninitialised module for the one that a file of ours
+    may hold; None leaves it out. weights: see vq.read_checkpoint. Raises vq.CheckpointError.
     """
-    state, saved = vq.read_checkpoint(path, nested=(("trainer", "gpt_ema_fsdp"),) if ema else NESTED)
-    vq.require(state, "text_proj_for_sos.ca.mat_q", "word_embed.weight", "cfg_uncond", path=path,
-               what="an Infinity transformer")
-    encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
-    state = {k: v for k, v in state.items() if k not in encoder_state and k not in DERIVED}
-    state, chunks = _unchunk({k: v for k, v in state.items() if not k.endswith("zero_k_bias")})
-    state = vq.rename_keys(state, RENAMES)
-    if config is None:
-        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, chunks, patchify)
-    if text_encoder is not None:
-        state |= vq.rename_keys(encoder_state, text_encoder.RENAMES)
-    model = vq.build_on(device, Infinity, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
-    vq.load_strict(model, state, path)
+    what = "an Infinity transformer"
+    state, header = vq.read_checkpoint(path, nested=NESTED, weights=weights)
+    vq.require(state, "text_proj_for_sos.ca.mat_q", "word_embed.weight", "cfg_uncond", path=path, what=what)
+    with vq.understanding(path, what):
+        encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
+        state = {k: v for k, v in state.items() if k not in encoder_state and k not in DERIVED}
+        state, chunks = _unchunk({k: v for k, v in state.items() if not k.endswith("zero_k_bias")})
+        state = vq.rename_keys(state, RENAMES)
+        if config is None:
+            config = vq.read_config(Config, header, path, lambda: infer_config(state, chunks, patchify))
+        if text_encoder is not None:
+            state |= vq.rename_keys(encoder_state, text_encoder.RENAMES)
+        vq.check_fit(vq.on_meta(Infinity, config, text_encoder), state, path)
+        model = vq.build_on(device, Infinity, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
+        vq.load_strict(model, state, path)
+    model.origin = header.origin
     return model.eval()
 
 

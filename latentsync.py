@@ -1158,8 +1158,8 @@ def infer_config(state, path):
     widths = tuple(len(state[f"down_blocks.{i}.resnets.0.conv1.weight"]) for i in range(levels))
     known = next((config for config in CONFIGS.values() if config.widths == widths), None)
     if known is None:
-        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}; no tensor tells its number of heads: pass "
-                                 "config=")
+        raise vq.CheckpointError(f"{path}: a UNet of widths {widths}; no tensor tells its number of heads, "
+                                 "which latentsync.load takes in a config=")
     motion = "none"
     with_motion = [key for key in state if ".motion_modules." in key]
     if with_motion:
@@ -1171,23 +1171,28 @@ def infer_config(state, path):
                    in_channels=state["conv_in.weight"].shape[1], out_channels=len(state["conv_out.weight"]))
 
 
-def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu"):
+def load(path, config=None, resolution=None, dtype=torch.float32, device="cpu", weights=None):
     """A UNet in eval mode from a released file of version 1.0, 1.5 or 1.6, a training checkpoint, or a file of ours.
 
     resolution: side of the faces, 256 or 512. No released file tells it: those of 1.5 and 1.6 have the same shapes.
-    Raises vq.CheckpointError.
+    weights: see vq.read_checkpoint. Raises vq.CheckpointError.
     """
-    state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
+    what = "a UNet of LatentSync (latentsync_unet.pt, or one of train.py)"
+    state, header = vq.read_checkpoint(path, weights=weights)
     state = vq.rename_keys(state, VERSION_1_0)
     vq.require(state, "conv_in.weight", "down_blocks.0.resnets.0.conv1.weight",
-               "conv_out.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path,
-               what="a UNet of LatentSync (latentsync_unet.pt, or one of train.py)")
-    if config is None:
-        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path)
-    if resolution:
-        config = replace(config, resolution=resolution)
-    model = vq.build(UNet, config)
-    vq.load_strict(model, _to_ours(state), path, optional=_tables(model))
+               "conv_out.weight", f"down_blocks.0.attentions.0.{_BLOCK}.attn2.to_k.weight", path=path, what=what)
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(Config, header, path, lambda: infer_config(state, path))
+        if resolution:
+            config = replace(config, resolution=resolution)
+        state = _to_ours(state)
+        sketch = vq.on_meta(UNet, config)
+        vq.check_fit(sketch, state, path, optional=_tables(sketch))
+        model = vq.build(UNet, config)
+        vq.load_strict(model, state, path, optional=_tables(model))
+    model.origin = header.origin
     return model.eval().to(device, dtype)
 
 
@@ -1225,19 +1230,24 @@ def load_whisper(path, config=None, dtype=torch.float32, device="cpu"):
 
     Whisper's decoder is not loaded. Raises vq.CheckpointError.
     """
-    state, saved = vq.read_checkpoint(path, nested=(("model_state_dict",),))
+    what = "a Whisper model (OpenAI's tiny.pt, or one of train.py)"
+    state, header = vq.read_checkpoint(path)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    vq.require(state, "conv1.weight", "blocks.0.attn.query.weight", "ln_post.weight", path=path,
-               what="a Whisper model (OpenAI's tiny.pt, or one of train.py)")
-    if config is None and saved:
-        config = vq.config_from_json(WhisperConfig, saved, path)
-    elif config is None:
+    vq.require(state, "conv1.weight", "blocks.0.attn.query.weight", "ln_post.weight", path=path, what=what)
+
+    def infer():
         width, mels, _ = state["conv1.weight"].shape
         heads = width // 64                                                 # true of all Whispers that OpenAI made
-        config = WhisperConfig(mels, len(state["positional_embedding"]), width, heads,
-                               sum(k.endswith(".attn.query.weight") for k in state))
-    model = vq.build(Whisper, config)
-    vq.load_strict(model, state, path, optional=_tables(model))
+        return WhisperConfig(mels, len(state["positional_embedding"]), width, heads,
+                             sum(k.endswith(".attn.query.weight") for k in state))
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(WhisperConfig, header, path, infer)
+        sketch = vq.on_meta(Whisper, config)
+        vq.check_fit(sketch, state, path, optional=_tables(sketch))
+        model = vq.build(Whisper, config)
+        vq.load_strict(model, state, path, optional=_tables(model))
+    model.origin = header.origin
     return model.eval().to(device, dtype)
 
 

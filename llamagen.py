@@ -44,6 +44,7 @@ c2i_3B_384.pt 3.1 B, with vq_ds16_c2i.pt. Repository peizesun/llamagen_t2i: t2i_
                           generator=torch.Generator().manual_seed(0))       # (2, 3, 384, 384) in [0, 1]
 """
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -547,34 +548,45 @@ RENAMES = [     # fragment of an official key, fragment of our key
     ("layers.{}.feed_forward", "blocks.{}.ffn"), ("output", "head"),
 ]
 GATED = ("fc1", ("w1", "w3"))                                               # our fc1 holds their w1 and w3
-NESTED = (("model",), ("module",), ("state_dict",))                         # DDP, DeepSpeed; FSDP's files are flat
 
 
-def infer_config(state, path, side=None, heads=None):
+def side_of(path, flags, sides):
+    """Tokens per side of a checkpoint, which is in no tensor but the position table. Raises vq.CheckpointError.
+
+    Training scripts note image_size and downsample_size among their flags; names of files end in pixels, such as
+    c2i_XL_256.pt. sides: those of released models of the same depth and width, to be named in the error.
+    """
+    stride = flags.get("downsample_size", 16)
+    pixels = flags.get("image_size")
+    if not isinstance(pixels, int):
+        found = re.search(r"(?:^|[_-])(\d{2,4})(?:px)?$", Path(path).stem)
+        pixels = int(found[1]) if found else None
+    if not isinstance(stride, int) or not pixels or stride < 1 or pixels % stride or not 16 <= pixels <= 4096:
+        released = " or ".join(str(16 * side) for side in sorted(sides)) or "16 times the tokens per side"
+        raise vq.CheckpointError(f"{path}: neither the file nor its name tells the size of its pictures: give --size, "
+                                 f"in pixels ({released}), or side=, in tokens")
+    return pixels // stride
+
+
+def infer_config(state, path, side=None, heads=None, flags=None):
     """The Config of an official state dict, read from its keys and shapes. Raises vq.CheckpointError.
 
-    The side comes from the position table, if the file has one. Else it is that of the released file of the same name,
-    or of all released models with this depth and width, if they agree. Else it must be given. The number of heads is
-    that of released models with this depth and width. For other sizes D = 64 is assumed.
+    side: tokens per side. By default it comes from the position table, if the file has one, else see `side_of`. heads:
+    by default those of released models with this depth and width; for other sizes D = 64 is assumed. flags: those of
+    the training script.
     """
     vocab_size, width = state["tok_embeddings.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
     is_text = "cls_embedding.uncond_embedding" in state
     slots, text_width = state["cls_embedding.uncond_embedding"].shape if is_text else (120, 0)
     same_size = [c for c in CONFIGS.values() if (c.depth, c.width, bool(c.text_width)) == (depth, width, is_text)]
-    if side is None:
-        named = CONFIGS.get(Path(path).stem)
-        sides = {named.side} if named in same_size else {c.side for c in same_size}
-        if "freqs_cis" in state:                                            # the RoPE table, one row per position
-            sides = {math.isqrt(len(state["freqs_cis"]) - (slots if is_text else 1))}
-        if len(sides) != 1:
-            raise vq.CheckpointError(f"{path}: the size of its pictures is in no tensor: pass side=, tokens per side "
-                                     f"({', '.join(str(s) for s in sorted(sides)) or 'pixels / 16'}), or --size, in "
-                                     "pixels")
-        side = sides.pop()
+    if side is None and "freqs_cis" in state:                               # the RoPE table, one row per position
+        side = math.isqrt(len(state["freqs_cis"]) - (slots if is_text else 1))
+    elif side is None:
+        side = side_of(path, flags or {}, {c.side for c in same_size})
     heads = heads or (same_size[0].heads if same_size else width // 64)     # 64 wide in all released models but 3B
     if not heads or width % (4 * heads):
-        raise vq.CheckpointError(f"{path}: how many heads it has is in no tensor: pass heads=")
+        raise vq.CheckpointError(f"{path}: how many heads it has is in no tensor, but llamagen.load takes it as heads=")
     kv_rows = (len(state["layers.0.attention.wqkv.weight"]) - width) // 2   # wqkv has C rows for q, the rest is k and v
     kv_heads = kv_rows // (width // heads)
     classes = 0 if is_text else len(state["cls_embedding.embedding_table.weight"]) - 1
@@ -583,27 +595,32 @@ def infer_config(state, path, side=None, heads=None):
                   num_classes=classes, text_width=text_width, text_slots=slots)
 
 
-def load(path, config=None, side=None, heads=None, dtype=torch.float32, device="cpu", text_encoder=None):
+def load(path, config=None, side=None, heads=None, dtype=torch.float32, device="cpu", text_encoder=None, weights=None):
     """A LlamaGen in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
     Weights go from the mapped file straight to `device` in `dtype`. config: replaces the inferred one. side: tokens per
     side, if not those of the file. heads: for official files, see `infer_config`. text_encoder: an uninitialised module
-    for the encoder that a file of ours may hold, loaded in float32; None leaves it out. Raises vq.CheckpointError.
+    for the encoder that a file of ours may hold, loaded in float32; None leaves it out. weights: see
+    vq.read_checkpoint. Raises vq.CheckpointError.
     """
-    state, saved = vq.read_checkpoint(path, nested=NESTED)
+    what = "a LlamaGen transformer"
+    state, header = vq.read_checkpoint(path, weights=weights)
     vq.require(state, "tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight",
-               path=path, what="a LlamaGen transformer")
-    if config is None:
-        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path, side, heads)
-    if side is not None and side != config.side:
-        config = replace(config, side=side)
-    encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
-    state = {k: v for k, v in state.items() if not k.startswith(("freqs_cis", "text_encoder."))}
-    state = vq.join_rows(vq.rename_keys(state, RENAMES), *GATED)
-    if text_encoder is not None:
-        state |= encoder_state
-    model = vq.build_on(device, LlamaGen, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
-    vq.load_strict(model, state, path)
+               path=path, what=what)
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(Config, header, path, lambda: infer_config(state, path, side, heads, header.flags))
+        if side is not None and side != config.side:
+            config = replace(config, side=side)
+        encoder_state = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
+        state = {k: v for k, v in state.items() if not k.startswith(("freqs_cis", "text_encoder."))}
+        state = vq.join_rows(vq.rename_keys(state, RENAMES), *GATED)
+        if text_encoder is not None:
+            state |= encoder_state
+        vq.check_fit(vq.on_meta(LlamaGen, config, text_encoder), state, path)
+        model = vq.build_on(device, LlamaGen, config, text_encoder, cast=lambda model: set_dtype(model, dtype))
+        vq.load_strict(model, state, path)
+    model.origin = header.origin
     return model.eval()
 
 

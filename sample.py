@@ -445,7 +445,7 @@ def sample_vq(args):
     device = machine.device
     out, single = check_out(args.out, "out/vq.png")
     ckpt = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors"
-    tokenizer = vq.load(ckpt, dtype=machine.dtype).to(device)
+    tokenizer = vq.load(ckpt, dtype=machine.dtype, weights=args.weights).to(device)
     config = tokenizer.config
     originals = [read_picture(file) for file in args.image]
     if not originals:
@@ -520,7 +520,7 @@ def sample_syncnet(args):
     ckpt = DEMO / "talking_head_syncnet.safetensors"
     if args.ckpt:
         ckpt = find_checkpoint(args.ckpt, not args.no_download)
-    model = syncnet.load(ckpt, dtype=machine.dtype, device=device)
+    model = syncnet.load(ckpt, dtype=machine.dtype, device=device, weights=args.weights)
     check_judge(model, ckpt, original=True)
     name = Path(ckpt).name
     video = Video(args.video or DEMO / "talking_head.mp4")

@@ -647,7 +647,7 @@ def infer_config(state, path):
                 return replace(config, visual=_with_factors(visual, config.visual),
                                audio=_with_factors(audio, config.audio))
     raise vq.CheckpointError(f"{path}: a SyncNet of unknown plan: how much its levels shrink the map is in no "
-                             "tensor; pass config=")
+                             "tensor, but syncnet.load takes it in a config=")
 
 
 def _plain_widths(state, encoder):
@@ -692,22 +692,27 @@ def _with_factors(found, levels):
     return tuple((width, factor, attention) for (width, attention, _), (_, factor, _) in zip(found, levels))
 
 
-def load(path, config=None, dtype=torch.float32, device="cpu"):
+def load(path, config=None, dtype=torch.float32, device="cpu", weights=None):
     """A StableSyncNet or an OriginalSyncNet in eval mode, from a released file, a training checkpoint of LatentSync,
-    or a file of ours. config: of a StableSyncNet, used instead of the inferred one. Raises vq.CheckpointError."""
-    state, saved = vq.read_checkpoint(path, nested=(("state_dict",),))
+    or a file of ours. config: of a StableSyncNet, used instead of the inferred one. weights: see vq.read_checkpoint.
+    Raises vq.CheckpointError."""
+    what = "a SyncNet (stable_syncnet.pt, syncnet_v2.model, or one of train.py)"
+    state, header = vq.read_checkpoint(path, weights=weights)
     if "netcnnlip.0.weight" in state:
         model = vq.build(OriginalSyncNet)
         vq.load_strict(model, vq.rename_keys(state, ORIGINAL_RENAMES), path, optional=_counters(model))
         return model.eval().to(device, dtype)
     if PLAIN_MARK not in state:
-        vq.require(state, "visual_encoder.conv_in.weight", "audio_encoder.conv_in.weight", path=path,
-                   what="a SyncNet (stable_syncnet.pt, syncnet_v2.model, or one of train.py)")
-    if config is None:
-        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path)
-    model = vq.build(StableSyncNet, config)
-    state = vq.join_rows(vq.rename_keys(state, RENAMES), *QKV)
-    vq.load_strict(model, state, path, optional=_counters(model))
+        vq.require(state, "visual_encoder.conv_in.weight", "audio_encoder.conv_in.weight", path=path, what=what)
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(Config, header, path, lambda: infer_config(state, path))
+        state = vq.join_rows(vq.rename_keys(state, RENAMES), *QKV)
+        sketch = vq.on_meta(StableSyncNet, config)
+        vq.check_fit(sketch, state, path, optional=_counters(sketch))
+        model = vq.build(StableSyncNet, config)
+        vq.load_strict(model, state, path, optional=_counters(model))
+    model.origin = header.origin
     return model.eval().to(device, dtype)
 
 

@@ -489,7 +489,7 @@ def infer_config(state, path):
         K, L = len(state["lvl_embed.weight"]), state["pos_1LC"].shape[1]
         if (K, L) not in known:
             raise vq.CheckpointError(f"{path}: {K} scales with {L} tokens are no released schedule, and there is no "
-                                     "lvl_1L in the file to tell their sizes; pass config=")
+                                     "lvl_1L in the file to tell their sizes; var.load takes them in a config=")
         patch_nums = known[K, L]
     heads = width // 64 if log_scale is None else log_scale.shape[1]        # older files do not tell the heads
     return Config(
@@ -499,27 +499,31 @@ def infer_config(state, path):
         attn_l2_norm=log_scale is not None, drop_path=0.1 * depth / 24)
 
 
-def load(path, config=None, num_classes=None, dtype=torch.float32, generator=None):
+def load(path, config=None, num_classes=None, dtype=torch.float32, generator=None, weights=None):
     """A VAR in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
     config: replaces the inferred one. num_classes: for fine-tuning on other classes. If it differs from the file's, all
-    class embeddings except the null class (the last row) are drawn from generator. dtype: see set_dtype.
-    Raises vq.CheckpointError.
+    class embeddings except the null class (the last row) are drawn from generator. dtype: see set_dtype. weights: see
+    vq.read_checkpoint. Raises vq.CheckpointError.
     """
-    state, saved = vq.read_checkpoint(path, nested=(("trainer", "var_wo_ddp"), ("state_dict",), ("model",)))
+    what = "a VAR transformer"
+    state, header = vq.read_checkpoint(path, nested=(("trainer", "var_wo_ddp"),), weights=weights)
     vq.require(state, "word_embed.weight", "pos_1LC", "class_emb.weight", "blocks.0.attn.mat_qkv.weight", path=path,
-               what="a VAR transformer")
-    if config is None:
-        config = vq.config_from_json(Config, saved, path) if saved else infer_config(state, path)
-    if num_classes is not None and num_classes != config.num_classes:
-        config = replace(config, num_classes=num_classes)
-        fresh = torch.empty(num_classes + 1, config.width)
-        nn.init.trunc_normal_(fresh, std=math.sqrt(1 / (3 * config.width)), generator=generator)
-        fresh[-1] = state["class_emb.weight"][-1]
-        state["class_emb.weight"] = fresh
-    model = vq.build(VAR, config)
-    state = {k: v for k, v in state.items() if not k.endswith(DERIVED)}
-    vq.load_strict(model, vq.rename_keys(state, RENAMES), path)
+               what=what)
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(Config, header, path, lambda: infer_config(state, path))
+        if num_classes is not None and num_classes != config.num_classes:
+            config = replace(config, num_classes=num_classes)
+            fresh = torch.empty(num_classes + 1, config.width)
+            nn.init.trunc_normal_(fresh, std=math.sqrt(1 / (3 * config.width)), generator=generator)
+            fresh[-1] = state["class_emb.weight"][-1]
+            state["class_emb.weight"] = fresh
+        state = vq.rename_keys({k: v for k, v in state.items() if not k.endswith(DERIVED)}, RENAMES)
+        vq.check_fit(vq.on_meta(VAR, config), state, path)
+        model = vq.build(VAR, config)
+        vq.load_strict(model, state, path)
+    model.origin = header.origin
     return set_dtype(model.eval(), dtype)
 
 

@@ -53,6 +53,7 @@ The last section is shared by all model files: recomputation, a mel filter bank,
 losses that a tokenizer is trained with are in lib/losses.py.
 """
 import argparse
+import codecs
 import hashlib
 import itertools
 import json
@@ -63,8 +64,8 @@ import re
 import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
@@ -994,36 +995,43 @@ def infer_config(state, path, patch_nums=None):
         patch_nums = PATCH_NUMS[256]
         num_scales = len(state.get("quantize.ema_vocab_hit_SV", patch_nums))
         if num_scales != len(patch_nums):
-            raise CheckpointError(f"{path}: has {num_scales} scales, whose sizes no file tells: pass patch_nums=")
+            raise CheckpointError(f"{path}: has {num_scales} scales, whose sizes no file tells; its VAR does, and "
+                                  "vq.load takes them as patch_nums=")
     phis = [k for k in state if k.startswith("quantize.quant_resi.") and k.endswith(".weight")]
     shared = any(".qresi" in k for k in phis)
     return Config(**sizes, patch_nums=tuple(patch_nums), phi_count=len(phis) if shared else 0)
 
 
-def load(path, config=None, patch_nums=None, dtype=torch.float32):
+def load(path, config=None, patch_nums=None, dtype=torch.float32, weights=None):
     """A VQVAE in eval mode from a released file, a training checkpoint of the original, or a file of ours.
 
     path: .pth or .safetensors; config: used instead of the inferred one; patch_nums: another schedule, for example
-    PATCH_NUMS[512]; dtype: for the decoder only, since tokens need a float32 encoder. Raises CheckpointError.
+    PATCH_NUMS[512]; dtype: for the decoder only, since tokens need a float32 encoder; weights: see read_checkpoint.
+    Raises CheckpointError.
     """
-    state, saved = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local"), ("state_dict",), ("model",)))
+    what = "an image tokenizer (VQVAE)"
+    state, header = read_checkpoint(path, nested=(("vae",), ("trainer", "vae_local")), weights=weights)
     if KL_MARK in state:
         raise CheckpointError(f"{path}: an autoencoder without tokens, LatentSync's kind; expected a tokenizer (VQVAE)")
     state = rename_keys({k: v for k, v in state.items() if not k.endswith("lfq.mask")}, UNWRAP)
     codebook = ["quantize.embedding.weight"] if "quant_conv.weight" in state else []
-    require(state, "encoder.conv_in.weight", *codebook, path=path, what="an image tokenizer (VQVAE)")
-    if config is None:
-        config = config_from_json(Config, saved, path) if saved else infer_config(state, path, patch_nums)
-    if patch_nums is not None:
-        config = replace(config, patch_nums=tuple(patch_nums))
-    hits = state.get("quantize.ema_vocab_hit_SV")
-    if hits is not None and len(hits) != len(config.patch_nums):            # statistics of another schedule: reset
-        state["quantize.ema_vocab_hit_SV"] = torch.zeros(len(config.patch_nums), config.vocab_size)
-    state = rename_keys(state, renames(config))
-    model = build(VQVAE, config)
-    if config.single_scale:
-        state = join_rows(state, *QKV)
-    load_strict(model, state, path, optional=BOOKKEEPING | STATISTICS)
+    require(state, "encoder.conv_in.weight", *codebook, path=path, what=what)
+    with understanding(path, what):
+        if config is None:
+            config = read_config(Config, header, path, lambda: infer_config(state, path, patch_nums))
+        if patch_nums is not None:
+            config = replace(config, patch_nums=tuple(patch_nums))
+        hits = state.get("quantize.ema_vocab_hit_SV")
+        if hits is not None and len(hits) != len(config.patch_nums):        # statistics of another schedule: reset
+            state["quantize.ema_vocab_hit_SV"] = torch.zeros(len(config.patch_nums), config.vocab_size)
+        state = rename_keys(state, renames(config))
+        if config.single_scale:
+            state = join_rows(state, *QKV)
+        optional = BOOKKEEPING | STATISTICS
+        check_fit(on_meta(VQVAE, config), state, path, optional)
+        model = build(VQVAE, config)
+        load_strict(model, state, path, optional)
+    model.origin = header.origin
     return set_decoder_dtype(model.eval(), dtype)
 
 
@@ -1059,20 +1067,24 @@ def load_autoencoder(path, config=None, dtype=torch.float32):
 
     Both spellings of the attention's keys are read. config: used instead of the inferred one. Raises CheckpointError.
     """
-    state, saved = read_checkpoint(path)
-    require(state, KL_MARK, "quant_conv.weight", "encoder.conv_in.weight", path=path,
-            what="an autoencoder (sd-vae-ft-mse, or one of train.py vq)")
-    if config is None:
-        config = config_from_json(KLConfig, saved, path) if saved else _infer_kl_config(state)
-    state = rename_keys(state, KL_NEWER)
-    for table in _kl_tables(len(config.ch_mult)):
-        state = rename_keys(state, table)
-    # their attention multiplies matrices where ours convolves 1 x 1: the same numbers
-    for k, v in state.items():
-        if "attn_1" in k and v.dim() == 2:
-            state[k] = v[..., None, None]
-    model = build(KLAutoencoder, config)
-    load_strict(model, join_rows(state, *QKV), path)
+    what = "an autoencoder (sd-vae-ft-mse, or one of train.py vq)"
+    state, header = read_checkpoint(path)
+    require(state, KL_MARK, "quant_conv.weight", "encoder.conv_in.weight", path=path, what=what)
+    with understanding(path, what):
+        if config is None:
+            config = read_config(KLConfig, header, path, lambda: _infer_kl_config(state))
+        state = rename_keys(state, KL_NEWER)
+        for table in _kl_tables(len(config.ch_mult)):
+            state = rename_keys(state, table)
+        # their attention multiplies matrices where ours convolves 1 x 1: the same numbers
+        for k, v in state.items():
+            if "attn_1" in k and v.dim() == 2:
+                state[k] = v[..., None, None]
+        state = join_rows(state, *QKV)
+        check_fit(on_meta(KLAutoencoder, config), state, path)
+        model = build(KLAutoencoder, config)
+        load_strict(model, state, path)
+    model.origin = header.origin
     return model.eval().to(dtype)
 
 
@@ -1169,87 +1181,222 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message is one line: the file, what was expected, and the way out."""
 
 
-def read_checkpoint(path, nested=()):
-    """Reads a .safetensors, .pth, .pt or .bin file, memory-mapped, or a folder with one such file or with shards and an
-    index. Returns the state dict and the config as JSON, or None.
+@dataclass
+class Header:
+    """What a checkpoint says besides its tensors."""
 
-    nested: where a training checkpoint may have the weights, e.g. (("trainer", "var_wo_ddp"),); the first match
-    counts. Nothing is ever unpickled that could run code. Raises CheckpointError.
+    config: str = None                          # the config as JSON, in files of ours
+    origin: str = ""                            # which weights were taken if there were several, what was renamed
+    flags: dict = field(default_factory=dict)   # flags of the original's training script
+
+
+# Names under which training scripts keep weights, in the order in which they are looked for. Where a file has averaged
+# weights too, these are the ones that the originals evaluate.
+AVERAGED = ("ema", "model_ema", "ema_state_dict", "ema_model", "gpt_ema_fsdp")
+TRAINED = ("state_dict", "model_state_dict", "model", "module", "net")
+WRAPPERS = ("module.", "model.", "net.", "ema_model.")      # what DDP, Lightning and others put before every name
+
+
+def read_checkpoint(path, nested=(), weights=None):
+    """Reads a .safetensors, .pth, .pt, .ckpt or .bin file, memory-mapped, or a folder with one such file or with shards
+    and an index -> (state dict, Header).
+
+    nested: where the model's own training checkpoints have the weights, e.g. (("trainer", "var_wo_ddp"),); else they
+    are looked for under AVERAGED and TRAINED. weights: "ema" or "model" to choose; by default ema if there is one.
+    Nothing is ever unpickled that could run code. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path)
+    header = Header()
     if path.name.endswith(".index.json"):
-        return _read_shards(path), None
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        state = _read_shards(path)
+    else:
+        state = _read_file(path, nested, weights, header)
+    return _unwrap(state, header), header
+
+
+def _read_file(path, nested, weights, header):
+    """The state dict of one file. Fills the header."""
+    _check_file(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("config")
-        except SafetensorError as e:
+                header.config = (f.metadata() or {}).get("config")
+                return {k: f.get_tensor(k) for k in f.keys()}
+        except (SafetensorError, OSError, ValueError, AttributeError) as e:     # the last two: dtypes that torch lacks
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
-    obj = _read_pickle(path)
+    content = _read_pickle(path)
+    if isinstance(content, dict):
+        flags = content.get("args")
+        if isinstance(flags, argparse.Namespace):
+            flags = vars(flags)
+        header.flags = flags if isinstance(flags, dict) else {}
+    return _find_weights(content, nested, weights, path, header)
+
+
+def _find_weights(content, nested, weights, path, header):
+    """The state dict among what a training script has saved."""
+    averaged = () if weights == "model" else AVERAGED
+    found = content
+    taken = []
     for keys in nested:
-        inner = obj
+        inner = content
         for key in keys:
             inner = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            obj = inner
+        skipped = weights == "model" if keys[-1] in AVERAGED else weights == "ema"
+        if isinstance(inner, dict) and not skipped:
+            found = inner
+            taken = list(keys)
             break
-    if not isinstance(obj, dict) or not all(isinstance(v, torch.Tensor) for v in obj.values()):
-        content = list(obj)[:5] if isinstance(obj, dict) else type(obj).__name__
-        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {content}")
-    return dict(obj), None
+    rivals = [name for name in (*AVERAGED, *TRAINED) if isinstance(found, dict) and isinstance(found.get(name), dict)]
+    while isinstance(found, dict) and not any(isinstance(v, torch.Tensor) for v in found.values()):
+        name = next((name for name in (*averaged, *TRAINED) if isinstance(found.get(name), dict)), None)
+        if name is None:
+            break
+        found = found[name]
+        taken.append(name)
+    if weights == "ema" and not set(taken) & set(AVERAGED):
+        raise CheckpointError(f"{path}: has no averaged weights (under {', '.join(AVERAGED)}); leave out --weights")
+    if len(rivals) > 1 and taken:
+        header.origin = f"'{taken[0]}' of {' and '.join(rivals)}"
+    elif set(taken) & set(AVERAGED):
+        header.origin = f"'{taken[-1]}'"
+    state = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+    if not state:
+        kind = list(found)[:5] if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {kind}")
+    return state
+
+
+def _unwrap(state, header):
+    """Removes from all names what wrappers of the model have put before them."""
+    removed = []
+    if any("_orig_mod." in name for name in state):                         # torch.compile
+        state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
+        removed.append("_orig_mod.")
+    while prefix := next((p for p in WRAPPERS if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): x for name, x in state.items()}
+        removed.append(prefix)
+    if removed:
+        header.origin = ", ".join([header.origin] * bool(header.origin) + [f"names without {' '.join(removed)}"])
+    return state
+
+
+def _check_file(path):
+    """Raises CheckpointError if a file cannot be read, or if its first bytes are those of something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({(e.strerror or str(e)).lower()})") from None
+    what = None
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = "a web page, perhaps an error page or one that asks to log in; download the file itself"
+    elif start.startswith(b"version https://git-lfs"):
+        what = "a pointer of git-lfs, not the file; get it with git lfs pull, or from the site itself"
+    elif not start:
+        what = "empty; download it again"
+    elif path.suffix != ".safetensors" and not start.startswith((b"PK", b"\x80")):
+        what = "not a PyTorch file, a zip archive or a pickle; get it from where it is published"
+    if what:
+        raise CheckpointError(f"{path}: is {what}")
 
 
 def _read_pickle(path):
     """The object in a file of torch.save. Raises CheckpointError, also if loading it could run code."""
     try:
-        with open(path, "rb") as f:
-            if f.read(1) not in (b"P", b"\x80"):                        # a zip archive, or a bare pickle
-                raise EOFError("its first bytes are not those of one")
-        with torch.serialization.safe_globals([argparse.Namespace]):        # training scripts store their flags in it
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            members = zipfile.ZipFile(path).infolist()
+            if not any(member.filename.endswith("data.pkl") for member in members):
+                raise CheckpointError(f"{path}: is a zip archive of other files; unpack it and give the file of "
+                                      "weights in it")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise CheckpointError(f"{path}: is compressed, as torch.save never does; unpack it and save it again")
+        elif open(path, "rb").read(2) == b"PK":
+            raise EOFError("the end of the zip archive is missing")
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as e:
         reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
-        reason = f" ({reason[1]})" if reason else ""
-        raise CheckpointError(f"{path}: refused: loading it would run code{reason}; open it where you trust it and "
-                              "save only its tensors") from None
-    except PermissionError:
-        raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
+        if not reason:
+            first_line = str(e).splitlines()[0][:100]
+            raise CheckpointError(f"{path}: truncated or not a PyTorch file ({first_line})") from None
+        raise CheckpointError(f"{path}: refused: loading it would run code ({reason[1]}); open it where you trust it "
+                              "and save only its tensors") from None
+    except CheckpointError:
+        raise
     except Exception as e:                                                  # a damaged pickle can raise anything
         reason = (str(e) or "it is empty").splitlines()[0][:100]
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({reason})") from None
 
 
+def _harmless():
+    """Classes that training scripts save beside weights and that only hold values: flags, paths, numbers of numpy."""
+    multiarray = np.core.multiarray if hasattr(np, "core") and not hasattr(np, "_core") else np._core.multiarray
+    numbers = [(multiarray.scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
+    kinds = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
+    paths = [(PurePosixPath, "pathlib.PosixPath"), (PureWindowsPath, "pathlib.WindowsPath")]
+    return [argparse.Namespace, *numbers, np.dtype, *dict.fromkeys(kinds), (codecs.encode, "_codecs.encode"), *paths]
+
+
 def _in_folder(folder):
     """The index of a folder of shards, or the one file of weights in it."""
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pth", "*.pt"):
-        files = sorted(folder.glob(pattern))
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pth", "*.pt",
+                    "*.ckpt"):
+        try:
+            files = sorted(p for p in folder.iterdir() if p.match(pattern))
+        except OSError as e:
+            raise CheckpointError(f"{folder}: cannot be read ({(e.strerror or str(e)).lower()})") from None
         if len(files) == 1:
             return files[0]
         if files:
             raise CheckpointError(f"{folder}: {len(files)} files {pattern}, and no index that joins them: give one "
                                   "file, or get the *.index.json that belongs to them")
-    raise CheckpointError(f"{folder}: no weights in it (*.safetensors, *.bin, *.pth, or shards with an *.index.json)")
+    raise CheckpointError(f"{folder}: no weights in it (*.safetensors, *.bin, *.pth, *.pt, *.ckpt, or shards with an "
+                          "*.index.json)")
+
+
+def shards_of(index):
+    """Names of the files that an index of shards joins, sorted. They lie beside it. Raises CheckpointError."""
+    with understanding(index, "an index of shards"):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if not re.fullmatch(r"[\w.\-]+\.(safetensors|bin)", name):
+                raise ValueError(f"it names {name!r}, which is no file of weights beside it")
+    return names
 
 
 def _read_shards(index):
     """One state dict of all shards that an index names."""
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index}: not an index of shards ({type(e).__name__}: {e})") from None
+    shards = shards_of(index)
     missing = [shard for shard in shards if not (index.parent / shard).exists()]
     if missing:
         raise CheckpointError(f"{index.parent}: {len(missing)} of {len(shards)} shards missing: "
                               f"{', '.join(missing[:3])}; get them from where the others came from")
     state = {}
     for shard in shards:
-        state |= read_checkpoint(index.parent / shard)[0]
+        state |= _read_file(index.parent / shard, (), None, Header())
     return state
+
+
+@contextmanager
+def understanding(path, what):
+    """Turns whatever goes wrong while the content of a file is interpreted into one CheckpointError with its name."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as e:
+        raise CheckpointError(f"{path}: not {what}, or not all of it: it lacks {e}") from e
+    except (ArithmeticError, AttributeError, IndexError, MemoryError, OSError, RuntimeError, TypeError,
+            ValueError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{path}: not {what}, or damaged ({reason})") from e
 
 
 def require(state, *keys, path, what):
@@ -1260,18 +1407,70 @@ def require(state, *keys, path, what):
                               + ", ".join(f"'{k}'" for k in list(state)[:3]))
 
 
+def read_config(cls, header, path, infer):
+    """The Config of a checkpoint: the one in its header, else the one that infer() reads off its tensors.
+
+    A header that is not one of this class is ignored if the tensors suffice, and noted in header.origin. Raises
+    CheckpointError.
+    """
+    if header.config is None:
+        return infer()
+    try:
+        return config_from_json(cls, header.config, path)
+    except CheckpointError as e:
+        try:
+            config = infer()
+        except CheckpointError:
+            raise e from None
+        note = "sizes from its tensors, because the config in its header is not one of this model"
+        header.origin = f"{header.origin}, {note}" if header.origin else note
+        return config
+
+
+LARGEST = {"depth": 1000, "layers": 1000, "num_res_blocks": 100, "chunks": 1000, "side": 1024}      # others: 2^20
+
+
 def config_from_json(cls, text, path):
-    """A Config from the JSON in a file's header; lists become tuples. Raises CheckpointError."""
+    """A Config from the JSON in a file's header; lists become tuples.
+
+    Values must have the types of the class and sizes of networks that exist. Raises CheckpointError.
+    """
     def frozen(value):
         return tuple(map(frozen, value)) if isinstance(value, list) else value
     try:
         values = {k: frozen(v) for k, v in json.loads(text).items()}
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown entries {sorted(unknown)}")
+        known = {f.name: f for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"unknown entry {name!r}")
+            _check_value(name, value, known[name].type)
         return cls(**values)
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{path}: the config in its header is not one of this model ({e})") from None
+
+
+def _check_value(name, value, kind):
+    """Raises ValueError unless a value of a config has the type that its class names, and a possible size."""
+    kind = kind if isinstance(kind, str) else kind.__name__
+    if kind == "tuple":
+        if not isinstance(value, tuple) or not 0 < len(value) <= 1000:
+            raise ValueError(f"{name} is {str(value)[:50]}, expected a list")
+        for entry in value:
+            if isinstance(entry, tuple):
+                _check_value(name, entry, "tuple")
+            elif not isinstance(entry, (bool, str)):
+                _check_value(name, entry, "int")
+                if entry == 0:
+                    raise ValueError(f"{name} holds a zero")
+    elif kind == "int":
+        most = LARGEST.get(name, 2**20)
+        if type(value) is not int or not 0 <= value <= most:
+            raise ValueError(f"{name} is {str(value)[:50]}, expected a whole number up to {most}")
+    elif kind == "float":
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {str(value)[:50]}, expected a number")
+    elif kind in ("bool", "str") and type(value).__name__ != kind:
+        raise ValueError(f"{name} is {str(value)[:50]}, expected {kind}")
 
 
 def build(cls, *args):
@@ -1281,6 +1480,12 @@ def build(cls, *args):
     """
     with _NoInit():
         return cls(*args)
+
+
+def on_meta(cls, *args):
+    """A module without memory for its weights, for `check_fit` before a config from a file makes anything large."""
+    with torch.device("meta"):
+        return build(cls, *args)
 
 
 def build_on(device, cls, *args, cast=lambda model: model):
@@ -1352,25 +1557,40 @@ def split_rows(state, whole, parts):
     return split
 
 
-def load_strict(model, state, path, optional=()):
-    """Copies `state` into `model`. Missing, unexpected and mis-shaped entries are listed in one CheckpointError.
-
-    optional: keys that keep the model's own value where the file has none.
-    """
+def check_fit(model, state, path, optional=()):
+    """Raises a CheckpointError that lists missing, unexpected and mis-shaped entries of `state`, and wrong types."""
     own = model.state_dict()
     shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
               for k in own if k in state and state[k].shape != own[k].shape]
+    types = [f"{k} is {str(state[k].dtype).removeprefix('torch.')}" for k in own
+             if k in state and own[k].is_floating_point() and not state[k].is_floating_point()]
     wrong = {"missing": [k for k in own if k not in state and k not in optional],
              "unexpected": [k for k in state if k not in own],
-             "of wrong shape": shapes}
+             "of wrong shape": shapes,
+             "not in floating point": types}
     problems = [f"{len(items)} {name}: " + ", ".join(items[:4]) + (" ..." if len(items) > 4 else "")
                 for name, items in wrong.items() if items]
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def load_strict(model, state, path, optional=()):
+    """Copies `state` into `model`. All that does not fit is listed in one CheckpointError, see `check_fit`.
+
+    optional: keys that keep the model's own value where the file has none. Values that are no finite numbers are
+    refused as well.
+    """
+    check_fit(model, state, path, optional)
     with torch.no_grad():
-        for k, tensor in own.items():
-            if k in state:
-                tensor.copy_(state[k])
+        for k, tensor in model.state_dict().items():
+            if k not in state:
+                continue
+            tensor.copy_(state[k])
+            # A sum is fast. It may also be too large for a float, so that the slow way has to decide.
+            if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32)):
+                if not tensor.isfinite().all():
+                    raise CheckpointError(f"{path}: {k} holds values that are no finite numbers; the file is damaged, "
+                                          "or training it failed")
 
 
 def save_checkpoint(path, state, config, dtype=None, **extra):
@@ -1398,7 +1618,10 @@ def atomic(path):
     path = Path(path)
     temporary = path.with_name(f".{os.urandom(6).hex()}.{path.name}")       # several machines may write the same file
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode                                     # what the user's umask allows
         yield temporary
+        os.chmod(temporary, mode)                                           # safetensors writes files for oneself only
         os.replace(temporary, path)
     except OSError as e:
         e.filename = str(path)                                              # some writers do not say which file it was

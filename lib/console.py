@@ -263,6 +263,8 @@ class Machine:
         """The summary line: device, dtype, parameters of the models, seconds per unit, peak memory, output."""
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         parameters = sum(p.numel() for model in models for p in model.parameters())
+        origins = dict.fromkeys(model.origin for model in models if getattr(model, "origin", ""))
+        note = "".join(f"weights: {origin}, " for origin in origins) + note
         return (f"{self.device} ({self.device_why}), {dtype} ({self.dtype_why}), {parameters / 1e6:.1f} M parameters, "
                 f"{seconds:.2f} s per {unit}, {note}peak memory {self.peak_memory() / 1e9:.2f} GB -> {where}")
 

@@ -17,6 +17,8 @@ def machine_flags(add):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
         help="precision of the matrix products and convolutions")
     add("--no-download", action="store_true", help="never download anything")
+    add("--weights", choices=["ema", "model"], help="of a training checkpoint that has both; default: ema, the "
+        "averaged ones")
 
 
 def bench_flags(add, example):

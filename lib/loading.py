@@ -72,7 +72,8 @@ def load_var_pair(args, machine):
         released = (model.config.vocab_size, model.config.z_channels) == (4096, 32)
         return "vae_ch160v4096z32.pth" if released else "emoji_vq.safetensors"
     model, metadata, ckpt, vae = find_files(
-        args, "emoji_var", lambda path: var.load(path, dtype=machine.dtype), fallback_of, "--vae")
+        args, "emoji_var", lambda path: var.load(path, dtype=machine.dtype, weights=args.weights), fallback_of,
+        "--vae")
     tokenizer = vq.load(vae, patch_nums=model.config.patch_nums, dtype=machine.dtype)
     check_kind(model, tokenizer, vae, "give the tokenizer that it was trained with as --vae")
     check_fingerprint(tokenizer, vae, metadata, ckpt)
@@ -98,8 +99,8 @@ def load_infinity_pair(args, machine):
             return "emoji_bsq.safetensors"
         return INFINITY_TOKENIZERS.get(model.config.bits, "the tokenizer")
     model, metadata, ckpt, vae = find_files(
-        args, "emoji_infinity", lambda path: load_infinity(path, dtype=machine.dtype, device=machine.device),
-        fallback_of, "--vae")
+        args, "emoji_infinity", lambda path: load_infinity(path, dtype=machine.dtype, device=machine.device,
+                                                           weights=args.weights), fallback_of, "--vae")
     released = [known for known in INFINITY_PIXELS if ckpt.name.startswith(known)]
     metadata = {"pixels": INFINITY_PIXELS[released[-1]] if released else "1M"} | metadata
     tokenizer = vq.load(vae, dtype=machine.dtype)
@@ -130,7 +131,8 @@ def load_llamagen_pair(args, machine):
     side = args.size and 1                                                  # with --size it is set below
     model, metadata, ckpt, vae = find_files(
         args, "emoji_llamagen_t2i" if reads_text else "emoji_llamagen",
-        lambda path: load_llamagen(path, side=side, dtype=machine.dtype, device=machine.device), fallback_of, "--vq")
+        lambda path: load_llamagen(path, side=side, dtype=machine.dtype, device=machine.device, weights=args.weights),
+        fallback_of, "--vq")
     tokenizer = vq.load(vae)
     check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vq")
     check_fingerprint(tokenizer, vae, metadata, ckpt)

@@ -63,11 +63,13 @@ def load_lpips(vgg_path, heads_path):
     vq.require(vgg, "features.28.weight", path=vgg_path, what="torchvision's vgg16")
     vq.require(heads, "lin0.model.1.weight", path=heads_path, what="the linear heads of LPIPS (its vgg.pth)")
     model = LPIPS()
-    state = {f"lin.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(model.lin))}
-    for i, numbers in enumerate(LPIPS.SLICES, 1):
-        for n in numbers:
-            for p in ("weight", "bias"):
-                state[f"net.slice{i}.{n}.{p}"] = vgg[f"features.{n}.{p}"]
+    with vq.understanding(heads_path, "the linear heads of LPIPS"):
+        state = {f"lin.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(model.lin))}
+    with vq.understanding(vgg_path, "torchvision's vgg16"):
+        for i, numbers in enumerate(LPIPS.SLICES, 1):
+            for n in numbers:
+                for p in ("weight", "bias"):
+                    state[f"net.slice{i}.{n}.{p}"] = vgg[f"features.{n}.{p}"]
     vq.load_strict(model, state, vgg_path)
     return model
 

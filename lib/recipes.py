@@ -59,8 +59,8 @@ def derive(base, **changes):
 # Settings that a continued run may change: where it runs and what it reports, but not what it computes. All others,
 # and the content of data and files, must be the same.
 MAY_DIFFER = {"data", "val_data", "out", "resume", "override", "traceback", "accum", "device", "workers", "compile",
-              "fsdp", "checkpointing", "log_every", "val_every", "sample_every", "save_every", "save_dtype", "keep", "max_skipped", "stop_after",
-              "bench", "json", "cache"}
+              "fsdp", "checkpointing", "log_every", "val_every", "sample_every", "save_every", "save_dtype", "keep",
+              "max_skipped", "stop_after", "bench", "json", "cache"}
 INSTEAD_OF_TRAINING = ("bench", "evaluate", "prepare", "scaling_laws", "study")
 OF_PREPARE = ("min_face", "min_confidence", "max_offset", "quality", "min_quality", "piece")
 

@@ -412,7 +412,8 @@ class VARTask(TransformerTask):
             self.model = vq.build(var.VAR, config).to(self.device)
             self.model.init_weights(args.init_gamma, generator)
         self.patch_nums = self.model.config.patch_nums
-        check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq, or give a released one")
+        check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq, or give a released "
+                   "one")
         self.check_scales()
         self.tokens_per_picture = sum(p * p for p in self.patch_nums)
         self.cache_tokens(self.patch_nums)

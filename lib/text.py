@@ -185,7 +185,8 @@ def load_t5(path, width=None, device="cpu", dtype=None):
                what="a T5 of version 1.1 (such as google/flan-t5-xl)")
     state = {k: v for k, v in state.items() if k.startswith(("shared.", "encoder.")) and "embed_tokens" not in k}
     state = vq.rename_keys(state, T5Encoder.RENAMES)
-    config = infer_t5_config(state)
+    with vq.understanding(path, "a T5 of version 1.1"):
+        config = infer_t5_config(state)
     if width is not None and config.width != width:
         raise UserError(f"--t5 {path}: has features of {config.width} numbers, but the model reads {width}; all "
                         "released ones use google/flan-t5-xl")
@@ -214,7 +215,8 @@ def infer_t5_config(state):
 def load_llamagen(path, **options):
     """llamagen.load, with the text encoder that a file of ours may hold; its sizes are in the header."""
     if encoder := read_metadata(path).get("text_encoder"):
-        options["text_encoder"] = T5Encoder(T5Config(**encoder))
+        config = vq.config_from_json(T5Config, json.dumps(encoder), path)
+        options["text_encoder"] = T5Encoder(config)
     return llamagen.load(path, **options)
 
 
@@ -223,7 +225,8 @@ def load_infinity(path, **options):
     state, _ = vq.read_checkpoint(path, nested=infinity.NESTED)
     state = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
     if state:
-        options["text_encoder"] = T5Encoder(infer_t5_config(vq.rename_keys(state, T5Encoder.RENAMES)))
+        with vq.understanding(path, "an Infinity with a text encoder"):
+            options["text_encoder"] = T5Encoder(infer_t5_config(vq.rename_keys(state, T5Encoder.RENAMES)))
     return infinity.load(path, **options)
 
 

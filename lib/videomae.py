@@ -144,13 +144,16 @@ def infer_config(state, path):
 
 def load(path, config=None, dtype=torch.float32, device="cpu"):
     """The video encoder in eval mode, from a released file or one of ours. Raises vq.CheckpointError."""
-    state, saved = vq.read_checkpoint(path, nested=(("model",), ("module",)))
-    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight",
-               path=path, what="a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)")
-    if config is None:
-        config = vq.config_from_json(VideoMAEConfig, saved, path) if saved else infer_config(state, path)
-    model = vq.build(VideoMAE, config)
-    vq.load_strict(model, state, path)
+    what = "a VideoMAE v2 (vit_g_hybrid_pt_1200e_ssv2_ft.pth, or one of train.py)"
+    state, header = vq.read_checkpoint(path)
+    vq.require(state, "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight", path=path,
+               what=what)
+    with vq.understanding(path, what):
+        if config is None:
+            config = vq.read_config(VideoMAEConfig, header, path, lambda: infer_config(state, path))
+        vq.check_fit(vq.on_meta(VideoMAE, config), state, path)
+        model = vq.build(VideoMAE, config)
+        vq.load_strict(model, state, path)
     return model.eval().to(device, dtype)
 
 

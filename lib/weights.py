@@ -106,8 +106,7 @@ def missing_shards(folder):
     indices = sorted(folder.glob("*.index.json"))
     if not indices:
         return [] if any(folder.glob("*.safetensors")) else None
-    shards = set(json.loads(indices[0].read_text())["weight_map"].values())
-    return sorted(shard for shard in shards if not (folder / shard).exists())
+    return [shard for shard in vq.shards_of(indices[0]) if not (folder / shard).exists()]
 
 
 def fetch_from_website(address, download):
@@ -139,21 +138,56 @@ def find_companion(given, beside, fallback, download, flag):
     raise UserError(f"{beside}: which {what}? None named {fallback} lies beside it; give {flag} FILE")
 
 
-def read_metadata(path):
-    """What train.py wrote into a safetensors header besides the config, as a dict; {} for other files.
+def is_texts(value):
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
-    Raises vq.CheckpointError for a damaged file.
+
+def is_sampling(value):
+    """Whether a value is what sample.py takes from a header: numbers by the names of its flags."""
+    names = {"cfg", "tau", "top_k", "top_p", "temperature"}
+    numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    return numbers and set(value) <= names and all(0 <= number < 1e4 for number in value.values())
+
+
+METADATA = {  # what train.py writes into a safetensors header: (whether a value may be used, what it should be)
+    "config": (lambda value: isinstance(value, dict), "settings of a network by name"),
+    "classes": (is_texts, "a list of names"),
+    "show": (is_texts, "a list of classes or prompts"),
+    "sampling": (is_sampling, "numbers for cfg, tau, top_k, top_p or temperature"),
+    "tokenizer": (lambda value: isinstance(value, str), "the fingerprint of a tokenizer"),
+    "pixels": (lambda value: value is None or value in vq.PIXELS, f"one of {', '.join(vq.PIXELS)}"),
+    "text_encoder": (lambda value: isinstance(value, dict), "settings of a network by name"),
+}
+
+
+def read_metadata(path):
+    """What train.py wrote into a safetensors header, as a dict; {} for other files.
+
+    Raises vq.CheckpointError for a damaged file, and for entries that train.py would not write.
     """
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return {}
     from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-    except SafetensorError as e:
-        raise vq.CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
-    known = ("config", "classes", "show", "sampling", "tokenizer", "pixels", "text_encoder")
-    return {key: json.loads(metadata[key]) for key in known if key in metadata}
+    found = {}
+    with vq.understanding(path, "a safetensors file"):
+        try:
+            with safe_open(path, "pt") as f:
+                header = f.metadata() or {}
+        except SafetensorError as e:
+            raise vq.CheckpointError(f"{path}: truncated or not a safetensors file ({e})") from None
+        for key in METADATA.keys() & header.keys():
+            try:
+                found[key] = json.loads(header[key])
+            except ValueError:
+                found[key] = header[key]
+    found = {key: value for key, value in found.items() if key != "config" or METADATA[key][0](value)}
+    for key, value in found.items():
+        usable, expected = METADATA[key]
+        if not usable(value):
+            raise vq.CheckpointError(f"{path}: '{key}' in its header is {str(value)[:50]}, expected {expected}; remove "
+                                     "it, or save the file again with train.py")
+    return found
 
 
 def check_kind(model, tokenizer, vae, way_out):

@@ -104,11 +104,11 @@ def test_the_side_comes_from_the_name_or_must_be_given(tmp_path, monkeypatch):
     small, large = replace(CLASS_CONFIG, side=4), replace(CLASS_CONFIG, side=6)
     monkeypatch.setattr(llamagen, "CONFIGS", {"c2i_B_256": small, "c2i_B_384": large})
     state = {"model": llamagen.export(tiny_llamagen())}
-    for name, side in (("c2i_B_256.pt", 4), ("c2i_B_384.pt", 6)):
+    for name, side in (("c2i_B_256.pt", 16), ("c2i_B_384.pt", 24)):
         torch.save(state, tmp_path / name)
         assert llamagen.load(tmp_path / name).config == replace(CLASS_CONFIG, side=side)
     torch.save(state, tmp_path / "mine.pt")
-    with pytest.raises(vq.CheckpointError, match=r"mine.pt: the size .* is in no tensor: pass side=.* \(4, 6\)"):
+    with pytest.raises(vq.CheckpointError, match=r"mine.pt: neither the file nor its name tells .* \(64 or 96\)"):
         llamagen.load(tmp_path / "mine.pt")
 
 
