@@ -37,6 +37,8 @@ def understanding(path, expected):
     """
     try:
         yield
+    except vq.CheckpointError:                                              # it says what is wrong, as a UserError does
+        raise
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
     except MISUNDERSTOOD as e:
