@@ -50,7 +50,6 @@ from dataclasses import asdict
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import vq
@@ -62,8 +61,8 @@ from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate_syncnet
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
-from lib.run import (SAVE_DTYPES, Best, Checkpoints, Log, Meter, StopOnSignal, explain_dead_readers, ignore_signals,
-                     named_tensors, open_folder, say)
+from lib.readers import read_batches
+from lib.run import SAVE_DTYPES, Best, Checkpoints, Log, Meter, StopOnSignal, named_tensors, open_folder, say
 from lib.speech_tasks import LatentSyncTask, SyncNetTask, VideoMAETask, WhisperTask
 from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, TokenizerTask, VARTask
 
@@ -142,12 +141,12 @@ def train(args):
     order = functools.partial(order_of_batches, task.train_set, args, micro_batches=micro_batches, rank=rank,
                               world=world)
     workers = args.workers if getattr(task.train_set, "READS_FILES", False) else 0
-    batches = iter(DataLoader(task.train_set, batch_sampler=order(step), num_workers=workers, collate_fn=tuple,
-                              worker_init_fn=ignore_signals, pin_memory=device.type == "cuda"))
+    reading = functools.partial(read_batches, task.train_set, order(step), workers, device.type == "cuda")
     meter = Meter(device, dtype, memory)
     if args.bench:
         ema_step = functools.partial(update_ema, ema, model, args.ema, step) if ema is not None else None
-        one_batch = [next(batches) for _ in range(accum)]
+        with reading() as batches:
+            one_batch = [next(batches) for _ in range(accum)]
         one_step = TrainingStep(model, engine, optimizer, scaler, one_batch, generator, autocast, args.clip, ema_step)
         return bench_training_step(one_step, args, task.tokens_per_picture, device, dtype, memory)
 
@@ -165,7 +164,7 @@ def train(args):
     signal_number = 0
     warmup_steps = args.warmup * task.steps
     model.train()
-    with StopOnSignal() as stop, checkpoints, explain_dead_readers():
+    with StopOnSignal() as stop, checkpoints, reading() as batches:
         while step < last_step and not signal_number:
             # Forward and backward, one micro-batch after the other.
             step_started = time.perf_counter()

@@ -32,7 +32,7 @@ from lib.console import MissingPackage, UserError, check_writable, choose_device
 from lib.face_metrics import score_aligned
 from lib.faces import check_judge, find_faces, given_points, is_cut, points_of_faces, scene_colors
 from lib.pictures import UNREADABLE, write_table
-from lib.run import ignore_signals
+from lib.readers import ignore_signals
 from lib.talking_head import shift_sound
 from lib.video import VIDEOS, Video, VideoWriter, pyav, read_sound, videos_in
 from lib.weights import find_checkpoint

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -294,24 +293,6 @@ class Meter:
             row["tokens_per_s"] = row["images_per_s"] * tokens
         self.start()
         return row
-
-
-def ignore_signals(_=None):
-    """Initialise a process that reads data: Ctrl-C and SIGTERM are for the training process, which ends the readers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextmanager
-def explain_dead_readers():
-    """Turn the error of a DataLoader whose process has died into a UserError."""
-    try:
-        yield
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        raise UserError(f"a process that reads --data has died ({str(e).splitlines()[0]}); if memory was short, try "
-                        "fewer --workers; go on with --resume auto") from None
 
 
 class StopOnSignal:
