@@ -275,7 +275,7 @@ def test_features_of_a_frozen_encoder_are_computed_once(token_files, tmp_path, c
     assert len(caches) == 1 and "text_encoder.embed.weight" not in weights(tmp_path / "a")
     monkeypatch.setattr("lib.caches.encode_texts", None)                       # it is not asked again
     run(train, *argv, "--out", tmp_path / "a", "--resume", "auto")
-    cached = FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise.")}),
+    cached = FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise. --ar 1")}),
                                 load_t5(t5), 6, False, tmp_path / "a")
     expected = load_t5(t5).encode(["picture 3"], 6)[0][0]
     torch.testing.assert_close(cached["picture 3"], expected, atol=2e-3, rtol=2e-3)
