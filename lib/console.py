@@ -45,19 +45,20 @@ def understanding(path, expected):
         raise UserError(f"{path}: expected {expected} ({type(e).__name__}: {str(e)[:200]})") from e
 
 
-def read_text(path, expected):
-    """The text of a UTF-8 file, with or without a byte order mark. Raises UserError.
+def read_text(path, expected, flag=""):
+    """The text of a UTF-8 file, with or without a byte order mark. Raises UserError, which begins with the flag.
 
     Lines end at \\n or \\r\\n: split("\\n") gives them, where splitlines would also cut at U+2028 and others. Only
     regular files of at most MOST_BYTES are read: a device or a pipe may never end.
     """
-    with understanding(path, expected):
+    name = f"{flag} {path}".strip()
+    with understanding(name, expected):
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: not a file")
+            raise UserError(f"{name}: not a file")
         with open(path, "rb") as f:
             content = f.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise UserError(f"{path}: has more than {MOST_BYTES >> 20} MB; expected {expected}")
+            raise UserError(f"{name}: has more than {MOST_BYTES >> 20} MB; expected {expected}")
         return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
@@ -68,6 +69,9 @@ def run_command(command, args):
     traceback.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                                  # names of files need not be printable
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(args)
     except (UserError, vq.CheckpointError, BackendError) as e:
