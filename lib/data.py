@@ -396,7 +396,9 @@ class CaptionedPictures:
                         fields = json_object(line)
                     if not isinstance(fields.get("image_path"), str):
                         raise UserError("no image_path")
-                    rows.append(self.row(str(file.parent / fields["image_path"]), fields))
+                    path = str(file.parent / fields["image_path"])
+                    os.fsencode(path)                                       # it can be the name of a file
+                    rows.append(self.row(path, fields))
         return rows
 
     def row(self, path, fields, shard=0):
