@@ -46,6 +46,7 @@ import copy
 import functools
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -271,8 +272,8 @@ def train(args):
         broken = sorted(set().union(*all_gather_objects(unreadable)))       # on all processes
         if broken and rank == 0:
             report_broken(broken, task.train_set)
-            lines = "\n".join(broken) + "\n"
-            checkpoints.attempt("unreadable.txt", lambda: (out / "unreadable.txt").write_text(lines))
+            lines = os.fsencode("\n".join(broken) + "\n")                  # names need not be UTF-8
+            checkpoints.attempt("unreadable.txt", lambda: (out / "unreadable.txt").write_bytes(lines))
         if rank == 0:
             checkpoints.attempt("curves.png", log.draw)
             how = "stopped" if last_step < task.steps else "done"

@@ -1384,6 +1384,12 @@ def _read_shards(index):
     return state
 
 
+# What Python raises while it makes sense of a file whose content is not as expected, with their kinds: KeyError,
+# UnicodeError, RecursionError and so on.
+MISUNDERSTOOD = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
+                 ValueError)
+
+
 @contextmanager
 def understanding(path, what):
     """Turns whatever goes wrong while the content of a file is interpreted into one CheckpointError with its name."""
@@ -1393,8 +1399,7 @@ def understanding(path, what):
         raise
     except KeyError as e:
         raise CheckpointError(f"{path}: not {what}, or not all of it: it lacks {e}") from e
-    except (ArithmeticError, AttributeError, IndexError, MemoryError, OSError, RuntimeError, TypeError,
-            ValueError) as e:
+    except (OSError, *MISUNDERSTOOD) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path}: not {what}, or damaged ({reason})") from e
 

@@ -20,7 +20,7 @@ import latentsync
 import syncnet
 import vq
 from lib.console import UserError, check_ranges, check_writable, rank_and_world
-from lib.data import first_readable, held_out, open_pictures
+from lib.data import fingerprint_of, first_readable, held_out, open_pictures
 from lib.pictures import UNREADABLE
 from lib.syncnet_variants import variant
 from lib.talking_head import RATE, shift_sound, speech, talking_head
@@ -61,8 +61,8 @@ class VideoFolder:
             sources = list(dict.fromkeys(map(self.source, self.files)))
             chosen = set(held_out(sources, train))
             self.files = [file for file in self.files if self.source(file) in chosen]
-        listing = "\n".join(f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
-        self.fingerprint = " ".join(map(str, (hashlib.sha256(listing.encode()).hexdigest(), *options)))
+        listing = (f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
+        self.fingerprint = " ".join(map(str, (fingerprint_of(listing), *options)))
 
     @staticmethod
     def source(file):

@@ -29,6 +29,42 @@ class MissingPackage(UserError):
     """An optional package is needed."""
 
 
+MOST_BYTES = 2**26                              # of a text file that is read as a whole
+
+
+@contextmanager
+def understanding(path, expected):
+    """Turn whatever goes wrong while a user's file is read and understood into one UserError with its name.
+
+    expected: what the file should have held, such as "one prompt per line".
+    """
+    try:
+        yield
+    except vq.CheckpointError:                                              # it says what is wrong, as a UserError does
+        raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except vq.MISUNDERSTOOD as e:
+        raise UserError(f"{path}: expected {expected} ({type(e).__name__}: {str(e)[:200]})") from e
+
+
+def read_text(path, expected, flag=""):
+    """The text of a UTF-8 file, with or without a byte order mark. Raises UserError, which begins with the flag.
+
+    Lines end at \\n or \\r\\n: split("\\n") gives them, where splitlines would also cut at U+2028 and others. Only
+    regular files of at most MOST_BYTES are read: a device or a pipe may never end.
+    """
+    name = f"{flag} {path}".strip()
+    with understanding(name, expected):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{name}: not a file")
+        with open(path, "rb") as f:
+            content = f.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{name}: has more than {MOST_BYTES >> 20} MB; expected {expected}")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+
+
 def run_command(command, args, needs_output=True):
     """Run command(args) and end the process with the right exit code.
 

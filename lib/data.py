@@ -7,7 +7,10 @@ place.
 import hashlib
 import itertools
 import json
+import math
 import os
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import vq
-from lib.console import UserError
-from lib.pictures import UNREADABLE, cover, demo_tiles, open_picture
-from lib.shards import PICTURES, TarEntry, byte_size, open_entry, read_shards
+from lib.console import UserError, rank_and_world, understanding
+from lib.pictures import UNREADABLE, cover, demo_tiles, picture_size, read_picture, resize_and_cut
+from lib.shards import PICTURES, TarEntry, byte_size, files_of, is_hidden, open_entry, read_shards
 
 VAL_EVERY = 20                                  # every 20th item is held out for validation
+MOST_CLASSES = 10**6                            # a class number beyond is a mistake: every class takes a row of weights
 
 
 def held_out(items, train):
@@ -51,6 +55,29 @@ def report_broken(paths, data):
                    + ", ".join(sorted(paths)[:3]))
 
 
+@contextmanager
+def skipping(broken, name):
+    """Append (name, why) to `broken` where a row of data cannot be used, and go on."""
+    try:
+        yield
+    except UserError as e:
+        broken.append((name, str(e)))
+    except (OSError, *vq.MISUNDERSTOOD) as e:
+        broken.append((name, f"not understood, {type(e).__name__}"))
+
+
+def summary_of(broken):
+    """What [(name, why)] has in common: how often each reason, and the first three names."""
+    reasons = Counter(why for _, why in broken).most_common()
+    counted = ", ".join(f"{why} ({count})" for why, count in reasons)
+    return f"{counted}; such as {', '.join(name for name, _ in broken[:3])}"
+
+
+def fingerprint_of(lines):
+    """A hash of lines of text. Names of files need not be UTF-8."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 class EmojiSheet:
     """The demo set: 1,906 emoji, each with a class (its subcategory) and a caption (its name). See demo/README.md."""
 
@@ -73,6 +100,10 @@ class EmojiSheet:
 
     def conditions(self, items):                                            # classes (B,)
         return self.labels[[i for i, _ in items]]
+
+    def read_views(self, index, crops):
+        """The picture, uint8 (3, h, w), once for each crop: it is always cut alike."""
+        return [self.pixels[index]] * len(crops)
 
     def __getitems__(self, items):
         return self.pixels[[i for i, _ in items]], self.conditions(items), []
@@ -97,8 +128,10 @@ class EmojiCaptions(EmojiSheet):
 class PictureFolder:
     """Pictures in DIR/class/, or in DIR/*.tar where a .cls file beside every picture holds the number of its class.
 
-    Items are (index, crop). A crop is the seed of a random crop, None for the centre, or (name, n) for number n of the
-    VIEWS. The shorter edge is resized to zoom * size with Lanczos, then a square is cut out. zoom: (lowest, highest).
+    Classes are the sorted names of the folders, whose pictures may lie deeper. Links are followed, hidden files are
+    not read. Items are (index, crop). A crop is the seed of a random crop, None for the centre, or (name, n) for number
+    n of the VIEWS. The shorter edge is resized to zoom * size with Lanczos, then a square is cut out.
+    zoom: (lowest, highest).
     """
 
     READS_FILES = True                          # worth processes of their own
@@ -108,10 +141,13 @@ class PictureFolder:
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
-        rows = self.in_shards(root, notes) if any(root.glob("*.tar")) else self.in_folders(root)
+        rows, remarks = self.in_shards(root, notes) if files_of(root, ".tar") else self.in_folders(root)
         if not rows:
-            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp), "
-                            f"or {root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its class")
+            raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp, "
+                            f"gif, tif, ppm), or {root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its "
+                            f"class{'; ' if remarks else ''}{remarks}")
+        if remarks and (train or not split) and rank_and_world()[0] == 0:
+            tqdm.write(f"--data {root}: {remarks}")
         if split:
             rows = held_out(rows, train)
         self.files, labels, shards = zip(*rows)
@@ -120,28 +156,48 @@ class PictureFolder:
         self.size = size
         self.zoom = zoom
         self.flip = flip
-        listing = "\n".join(f"{os.path.relpath(str(file), root)} {byte_size(file)}" for file in self.files)
-        self.fingerprint = f"{hashlib.sha256(listing.encode()).hexdigest()} {size}"
+        listing = (f"{os.path.relpath(str(file), root)} {byte_size(file)}" for file in self.files)
+        self.fingerprint = f"{fingerprint_of(listing)} {size}"
         self.kinds = f"pictures, {len(self.classes)} classes"
 
     def in_folders(self, root):
-        """[(path, class, 0)] of a folder of folders."""
-        paths = sorted(p for p in root.glob("[!.]*/**/*") if p.suffix.lower() in PICTURES and p.is_file())
-        names = [p.relative_to(root).parts[0] for p in paths]
-        self.classes = sorted(set(names))
+        """([(path, class, 0)], remarks) of a folder of folders. Raises UserError where a class would be missing."""
+        with understanding(root, "one folder of pictures per class"):
+            folders = sorted(p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+            files = {folder.name: list(visible_files(folder)) for folder in folders}
+        pictures = {name: [file for file in files[name] if suffix_of(file) in PICTURES] for name in files}
+        others = [file for paths in files.values() for file in paths if suffix_of(file) not in PICTURES]
+        suffixes = Counter(map(suffix_of, others)).most_common(5)
+        remarks = ""
+        if others:
+            counted = ", ".join(f"{suffix or 'without a suffix'} {count}" for suffix, count in suffixes)
+            remarks = f"left out {len(others)} files that are not pictures ({counted}), such as {others[0]}"
+        if not any(pictures.values()):
+            return [], remarks
+        for val in {"val", "valid", "validation", "test"} & pictures.keys():
+            nested = [file for name in ("train", val) for file in pictures.get(name, ())]
+            if pictures.get("train") and all(Path(file).parent.parent != root for file in nested):
+                raise UserError(f"--data {root}: its folders train and {val} hold folders of classes; use --data "
+                                f"{root / 'train'} --val-data {root / val}")
+        empty = [name for name in pictures if not pictures[name]]
+        if empty:
+            raise UserError(f"--data {root}: no picture in {len(empty)} of {len(pictures)} class folders ("
+                            f"{', '.join(empty[:3])}); remove them, or put pictures there (.heic has to be converted "
+                            f"to .jpg){'; ' if remarks else ''}{remarks}")
+        self.classes = list(pictures)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        return [(str(p), numbers[name], 0) for p, name in zip(paths, names)]
+        return [(file, numbers[name], 0) for name in pictures for file in pictures[name]], remarks
 
     def in_shards(self, root, notes):
-        """[(TarEntry, class, number of the tar file)] of a folder of tar files."""
+        """([(TarEntry, class, number of the tar file)], remarks) of a folder of tar files."""
+        samples, broken = read_shards(root, notes)
         rows = []
-        for sample in read_shards(root, notes):
-            try:
-                rows.append((sample.picture, int(sample.texts["cls"]), sample.shard))
-            except (KeyError, ValueError):
-                raise UserError(f"{sample.picture}: has no class; expected a .cls beside it, with a number") from None
+        for sample in samples:
+            with skipping(broken, str(sample.picture)):
+                rows.append((sample.picture, class_number(sample.texts), sample.shard))
         self.classes = [str(c) for c in range(1 + max((c for _, c, _ in rows), default=-1))]
-        return rows
+        remarks = f"skipped {len(broken)} of {len(rows) + len(broken)} files: {summary_of(broken)}" if broken else ""
+        return rows, remarks
 
     def __len__(self):
         return len(self.files)
@@ -151,22 +207,30 @@ class PictureFolder:
 
     def read(self, index, crop):
         """Picture and crop -> uint8 (3, size, size)."""
-        picture = open_picture(open_entry(self.files[index]))
-        if crop is not None and crop[0] in self.VIEWS:
-            picture = view(picture, self.size, *crop)
-        else:
-            picture = self.random_crop(picture, crop)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return self.read_views(index, [crop])[0]
+
+    def read_views(self, index, crops):
+        """Several crops of a picture, which is opened once: a list of uint8 (3, size, size)."""
+        picture = read_picture(open_entry(self.files[index]), self.files[index])
+        squares = {}
+        cut = []
+        for crop in crops:
+            if crop is not None and crop[0] in self.VIEWS:
+                small = view(picture, self.size, *crop, squares)
+            else:
+                small = self.random_crop(picture, crop)
+            cut.append(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+        return cut
 
     def random_crop(self, picture, seed):
         """Resize and cut a PIL picture. Without a seed the mean zoom and the centre are taken."""
         rng = np.random.default_rng(seed)
         zoom = np.mean(self.zoom) if seed is None else rng.uniform(*self.zoom)
         ratio = round(zoom * self.size) / min(picture.size)
-        picture = picture.resize([max(self.size, round(s * ratio)) for s in picture.size], Image.LANCZOS)
-        room = [s - self.size for s in picture.size]
-        x, y = (r // 2 for r in room) if seed is None else rng.integers(0, [r + 1 for r in room])
-        picture = picture.crop((x, y, x + self.size, y + self.size))
+        resized = [max(self.size, round(s * ratio)) for s in picture.size]
+        room = [s - self.size for s in resized]
+        x, y = (r // 2 for r in room) if seed is None else rng.integers(0, [r + 1 for r in room]).tolist()
+        picture = resize_and_cut(picture, resized, (x, y, x + self.size, y + self.size), Image.LANCZOS)
         if self.flip and seed is not None and rng.random() < 0.5:
             picture = ImageOps.mirror(picture)
         return picture
@@ -185,12 +249,46 @@ class PictureFolder:
         return torch.stack(pixels), self.labels[indices], broken
 
 
-def view(picture, size, kind, number):
+def suffix_of(file):
+    """The suffix of a path in small letters."""
+    return os.path.splitext(file)[1].lower()
+
+
+def visible_files(folder, above=()):
+    """Paths of the files in a folder and below it, sorted, without hidden ones. Links are followed, but not in circles.
+
+    above: the folders that lead here.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with understanding(folder, "a folder"):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if is_hidden(entry.name) or (entry.is_symlink() and not os.path.exists(entry.path)):
+            continue
+        if entry.is_dir():
+            yield from visible_files(entry.path, (*above, here))
+        elif entry.is_file():
+            yield entry.path
+
+
+def class_number(texts):
+    """The number in the .cls of a picture in a tar file. Raises UserError without one."""
+    if "cls" not in texts:
+        raise UserError("no .cls beside it")
+    text = texts["cls"].strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < MOST_CLASSES):
+        raise UserError(f"its .cls is no number from 0 to {MOST_CLASSES - 1}")
+    return int(text)
+
+
+def view(picture, size, kind, number, squares=None):
     """One view of a PIL picture, cut as LlamaGen's authors cut it.
 
     "ten": a centred square of 1.1 * size (numbers 0 .. 9) or 1.05 * size (10 .. 19) pixels, and of it the top left, top
     right, bottom left or bottom right corner or the centre, then the same five of the mirror image. "flip": a centred
-    square of size pixels (0) and its mirror image (1).
+    square of size pixels (0) and its mirror image (1). squares: a dict that keeps the squares from view to view.
     """
     if kind == "flip":
         side = size
@@ -200,12 +298,10 @@ def view(picture, size, kind, number):
         side = int(size * (1.1 if number < 10 else 1.05))
         mirrored = number % 10 >= 5
         corner = number % 5
-    while min(picture.size) >= 2 * side:                                    # halving by means avoids aliasing
-        picture = picture.resize([s // 2 for s in picture.size], Image.BOX)
-    ratio = side / min(picture.size)
-    picture = picture.resize([round(s * ratio) for s in picture.size], Image.BICUBIC)
-    x, y = ((s - side) // 2 for s in picture.size)
-    picture = picture.crop((x, y, x + side, y + side))
+    squares = {} if squares is None else squares
+    if side not in squares:
+        squares[side] = centred_square(picture, side)
+    picture = squares[side]
     if mirrored:
         picture = ImageOps.mirror(picture)
     room = side - size
@@ -213,15 +309,28 @@ def view(picture, size, kind, number):
     return picture.crop((dx, dy, dx + size, dy + size))
 
 
+def centred_square(picture, side):
+    """The largest centred square of a PIL picture, resized to side x side as LlamaGen's authors do."""
+    while min(picture.size) >= 2 * side:                                    # halving by means avoids aliasing
+        picture = picture.resize([s // 2 for s in picture.size], Image.BOX)
+    ratio = side / min(picture.size)
+    resized = [round(s * ratio) for s in picture.size]
+    x, y = ((s - side) // 2 for s in resized)
+    return resize_and_cut(picture, resized, (x, y, x + side, y + side), Image.BICUBIC)
+
+
 class CaptionedPictures:
     """Pictures with captions. `groups` holds the indices of pictures of equal aspect ratio; a batch comes from one.
 
-    root: a .tsv or .jsonl file, or a folder of such files, or of tar files with a caption as .txt, or a line as .json,
-    beside each picture. A line of a .tsv is: picture path, tab, caption. A line of a .jsonl is, as in Infinity,
+    root: a .tsv or .jsonl file, or a folder of such files, or of tar files with a caption as .txt or .json beside each
+    picture. A line of a .tsv is: picture path, tab, caption. A line of a .jsonl, or a .json, is, as in Infinity,
     {"image_path", "long_caption", "text" (a short caption, optional), "h_div_w" (optional)}, or, as in LlamaGen,
-    {"image_path", "text" (a list, whose first entry counts)}. Paths are relative to the file. Broken lines are skipped
-    and counted. A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a square of
-    `size` pixels, then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
+    {"image_path", "text" (a list, whose first entry counts)}, or, as img2dataset writes it, {"caption"}. Paths are
+    relative to the file. Broken lines are skipped and counted. As in Infinity's original, a caption ends at "--", where
+    some captions from the web have options of other programs. Squares are for LlamaGen, which keeps the whole caption.
+
+    A picture is resized to cover the size that its aspect ratio has in `vq.schedule`, or a square of `size` pixels,
+    then its centre is cut out. Items are (index, seed), with seed None for the whole caption.
     """
 
     READS_FILES = True
@@ -232,17 +341,23 @@ class CaptionedPictures:
         self.pixels = pixels
         self.short_captions = short_captions
         self.size = size
-        files = sorted([*self.root.glob("*.tsv"), *self.root.glob("*.jsonl")])
-        if self.root.is_file():
+        files = []
+        samples = []
+        broken = []                                                         # [(name, why)]
+        if self.root.is_dir():
+            files = files_of(self.root, ".tsv", ".jsonl")
+        elif self.root.is_file() and suffix_of(self.root) in (".tsv", ".jsonl", ".json"):
             files = [self.root]
-        samples = [] if files or not any(self.root.glob("*.tar")) else read_shards(self.root, notes)
-        if not files and not samples:
+        if self.root.is_dir() and not files:
+            samples, broken = read_shards(self.root, notes)
+        if not files and not samples and not broken:
             raise UserError(f"--data {root}: expected a folder with .tsv (path, tab, caption), .jsonl or .tar files")
-        self.rows, broken = self.read_rows(files, samples)
-        if broken:
-            print(f"skipped {len(broken)} broken of {len(broken) + len(self.rows)} lines: {', '.join(broken[:3])}")
+        self.rows = self.read_rows(files, samples, broken)
+        count = len(broken) + len(self.rows)
         if not self.rows:
-            raise UserError(f"--data {root}: not one of {len(broken)} lines can be used")
+            raise UserError(f"--data {root}: not one of {count} lines can be used: {summary_of(broken)}")
+        if broken and (train or not split) and rank_and_world()[0] == 0:
+            tqdm.write(f"skipped {len(broken)} broken of {count} lines: {summary_of(broken)}")
         if split:
             self.rows = held_out(self.rows, train)
         ratios = np.array([ratio for _, ratio, _, _ in self.rows])
@@ -250,53 +365,63 @@ class CaptionedPictures:
         self.groups = [np.flatnonzero(ratios == ratio) for ratio in self.aspects]
         self.shards = np.array([shard for _, _, _, shard in self.rows]) if samples else None
         base = files[0].parent if files else self.root                      # the data may lie elsewhere next time
-        listing = [f"{os.path.relpath(str(path), base)} {(ratio, captions)} {byte_size(path) if size else ''}"
-                   for path, ratio, captions, _ in self.rows]
-        self.fingerprint = f"{hashlib.sha256(chr(10).join(listing).encode()).hexdigest()} {size or pixels}"
+        listing = (f"{os.path.relpath(str(path), base)} {(ratio, captions)} {byte_size(path) if size else ''}"
+                   for path, ratio, captions, _ in self.rows)
+        self.fingerprint = f"{fingerprint_of(listing)} {size or pixels}"
         self.kinds = f"pictures, {len(self.aspects)} aspect ratios"
 
-    def read_rows(self, files, samples):
-        """([(path or TarEntry, aspect ratio, captions with the long one first, number of the tar file)], broken)."""
+    def read_rows(self, files, samples, broken):
+        """[(path or TarEntry, aspect ratio, captions with the long one first, number of the tar file)].
+
+        Appends to `broken` what cannot be used.
+        """
         rows = []
-        broken = []
         for sample in samples:
-            w, h = sample.size
-            try:
-                texts = sample.texts
-                fields = json.loads(texts["json"]) if "json" in texts else {"long_caption": texts["txt"]}
-                rows.append(self.row(sample.picture, {"h_div_w": h / w} | fields, sample.shard))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                broken.append(str(sample.picture))
+            with skipping(broken, str(sample.picture)):
+                w, h = sample.size
+                fields = {"h_div_w": h / w, "long_caption": sample.texts.get("txt")}
+                if "json" in sample.texts:
+                    fields |= {k: v for k, v in json_object(sample.texts["json"]).items() if v is not None}
+                rows.append(self.row(sample.picture, fields, sample.shard))
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(lines_of(file), 1):
                 if not line.strip():
                     continue
-                try:
-                    if file.suffix == ".tsv":
-                        path, caption = line.split("\t")[:2]
-                        fields = {"image_path": path, "long_caption": caption}
+                with skipping(broken, f"{file}:{number}"):
+                    if suffix_of(file) == ".tsv":
+                        path, tab, caption = line.partition("\t")
+                        if not tab:
+                            raise UserError("no tab between a path and a caption")
+                        fields = {"image_path": path, "long_caption": caption.split("\t")[0]}
                     else:
-                        fields = json.loads(line)
-                    rows.append(self.row(str(file.parent / fields["image_path"]), fields))
-                except (ValueError, KeyError, TypeError, AttributeError, *UNREADABLE):
-                    broken.append(f"{file}:{number}")
-        return rows, broken
+                        fields = json_object(line)
+                    if not isinstance(fields.get("image_path"), str):
+                        raise UserError("no image_path")
+                    path = str(file.parent / fields["image_path"])
+                    os.fsencode(path)                                       # it can be the name of a file
+                    rows.append(self.row(path, fields))
+        return rows
 
     def row(self, path, fields, shard=0):
-        """A row of a path and what its line says about it. Raises ValueError without a caption."""
-        long = fields.get("long_caption", "")
-        short = fields.get("text") or ""
-        if isinstance(short, list):
-            long = short[0]
-            short = ""
-        captions = [text.split("--")[0].strip() for text in (long, short)]
+        """A row of a path and what its line says about it. Raises UserError, also if the picture is not there."""
+        captions = captions_of(fields)
+        if not self.size:
+            captions = [text.split("--")[0] for text in captions]
+        captions = [text.strip() for text in captions]
         if not captions[0]:
-            raise ValueError("no caption")
-        ratio = float(fields.get("h_div_w") or 0)
+            raise UserError("no caption")
+        ratio = fields.get("h_div_w") or 0
+        if not isinstance(ratio, (int, float, str)) or not 0 <= float(ratio) < math.inf:
+            raise UserError("h_div_w is no ratio")
+        ratio = float(ratio)
         if not ratio:
-            with Image.open(path) as picture:                               # reads the header only
-                ratio = picture.height / picture.width
+            if not os.path.exists(path):
+                raise UserError("no such picture")
+            try:
+                w, h = picture_size(path, path)
+            except UserError:
+                raise UserError("no readable picture") from None
+            ratio = h / w
         return path, 1.0 if self.size else vq.nearest_aspect(ratio), [c for c in captions if c], shard
 
     def __len__(self):
@@ -334,7 +459,7 @@ class CaptionedPictures:
     def read(self, index):
         """uint8 (3, h, w)."""
         path, ratio, _, _ = self.rows[index]
-        picture = open_picture(open_entry(path))
+        picture = read_picture(open_entry(path), path)
         if self.size:
             if min(picture.size) < self.size:
                 raise OSError(f"smaller than {self.size} pixels")           # the authors leave such pictures out, too
@@ -343,6 +468,10 @@ class CaptionedPictures:
             h, w = (self.pixels_per_token * cells for cells in vq.schedule(ratio, self.pixels)[-1])
         picture = cover(picture, h, w)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def read_views(self, index, crops):
+        """The picture, once for each crop: it is always cut alike."""
+        return [self.read(index)] * len(crops)
 
     def __getitems__(self, items):
         pixels = []
@@ -356,6 +485,44 @@ class CaptionedPictures:
             pixels.append(picture)
             captions.append(self.caption(group[place], seed))
         return torch.stack(pixels), captions, broken
+
+
+def lines_of(file):
+    """The lines of a UTF-8 file, which end at \\n or \\r\\n and at nothing else. Raises UserError.
+
+    Bytes that are not UTF-8 become surrogates, as in names of files.
+    """
+    options = dict(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    with understanding(file, "lines of text"), open(file, **options) as f:
+        for line in f:
+            yield line.rstrip("\r\n")
+
+
+def json_object(text):
+    """A JSON object as a dict. Raises UserError."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError("not JSON") from None
+    if not isinstance(fields, dict):
+        raise UserError("not a JSON object")
+    return fields
+
+
+def captions_of(fields):
+    """[long caption, short caption or ""] of a line. Raises UserError if they are no text."""
+    long = fields.get("long_caption") or ""
+    short = fields.get("text") or ""
+    if isinstance(short, list):
+        long = short[0]
+        short = ""
+    if not long:
+        long = short or fields.get("caption") or ""
+        short = ""
+    try:
+        return [text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in (long, short)]
+    except (AttributeError, UnicodeError):
+        raise UserError("a caption that is no text") from None
 
 
 def open_pictures(args):
@@ -378,7 +545,11 @@ def open_pictures(args):
     train = PictureFolder(args.data, args.size, **options)
     val = PictureFolder(args.val_data or args.data, args.size, train=False, **options)
     if train.classes != val.classes:
-        raise UserError(f"--val-data {args.val_data}: its class folders differ from those of {args.data}")
+        missing = sorted(set(train.classes) - set(val.classes))
+        unknown = sorted(set(val.classes) - set(train.classes))
+        raise UserError(f"--val-data {args.val_data}: its classes differ from those of {args.data}: "
+                        f"{len(missing)} are missing ({', '.join(missing[:3])}), {len(unknown)} are unknown "
+                        f"({', '.join(unknown[:3])})")
     return train, val
 
 

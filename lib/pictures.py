@@ -1,49 +1,136 @@
 """Pictures: reading files of any kind, tensors and back, PSNR and SSIM, grids, charts, the demo's emoji sheet."""
 import csv
 import itertools
+import logging
 import math
+import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 import vq
-from lib.console import UserError
+from lib.console import MissingPackage, UserError
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises for broken files
+# What reading a damaged picture, sound or video raises.
+UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
+LONGEST_EDGE = 2**16                            # of a picture that is read, in pixels; PIL bounds their number
+logging.getLogger("PIL").addHandler(logging.NullHandler())                  # errors are reported here, in one line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def open_picture(path):
-    """Read an RGB PIL picture. Raises what PIL raises.
+@contextmanager
+def opened(file, name):
+    """An open PIL picture of a path or a binary file, of which only the header is read yet.
 
-    The picture is turned as its EXIF tag says, 16-bit values become 8-bit, transparent parts become white.
+    Whatever goes wrong until the end of the `with` becomes a UserError with the name of the picture: PIL raises almost
+    any exception for damaged files. Its warnings about files that it can read are not shown.
     """
-    with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):
-            values = np.asarray(picture).astype(np.int64) // 257
-            picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if not hasattr(file, "read") and not os.path.isfile(file):
+        raise UserError(f"{name}: {'not a file' if os.path.exists(file) else 'no such file'}")
+    if str(name).lower().endswith((".heic", ".heif")):
+        read_heif(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as picture:
+                if max(picture.size) > LONGEST_EDGE:
+                    raise ValueError(f"an edge of {max(picture.size)} pixels; at most {LONGEST_EDGE} are read")
+                yield picture
+    except Exception as e:
+        reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise UserError(f"{name}: not a readable picture ({reason})") from e
+
+
+def read_heif(name):
+    """Teach PIL to read HEIF, the format of many phones."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise MissingPackage(f"{name}: reading .heic needs a package: pip install pillow-heif; or convert it to "
+                             ".jpg") from None
+    register_heif_opener()
+
+
+def picture_size(file, name):
+    """(width, height) of a picture as a person sees it, from its header. Raises UserError."""
+    with opened(file, name) as picture:
+        width, height = picture.size
+        # PIL has turned the size of a .tif already, and would decode a whole .png to look for a late tag.
+        known = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
+        if known and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            return height, width
+        return width, height
+
+
+def read_picture(file, name=None):
+    """Read an RGB PIL picture from a path or a binary file. Raises UserError with its name, by default the path.
+
+    The picture is turned as its EXIF tag says, grey values of more than 8 bits become 8-bit (see `eight_bits`), and
+    transparent parts become white.
+    """
+    with opened(file, name or file) as opened_picture:
+        picture = ImageOps.exif_transpose(opened_picture)
+        if picture.mode[0] in "IF":
+            picture = eight_bits(np.asarray(picture), value_range(opened_picture))
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
 
-def read_picture(path):
-    """Read a picture whose path a user gave. Raises UserError."""
-    try:
-        return open_picture(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UNREADABLE as e:
-        raise UserError(f"{path}: not a readable picture ({e})") from None
+def value_range(picture):
+    """The value of white in a grey PIL picture of more than 8 bits, None if the file does not say it."""
+    if picture.mode.startswith("I;16") and picture.format == "TIFF":
+        bits = picture.tag_v2.get(258, 16)                                  # BitsPerSample: of 16, some files use 12
+        return 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        return 65535
+    return None
+
+
+def eight_bits(values, white):
+    """Numbers (H, W) -> an 8-bit PIL picture. white: the largest value that the file could hold, or None.
+
+    A file of floats or 32-bit integers does not say what white is. Floats up to 1 are shares of white. Other values up
+    to 255 are 8-bit numbers, and up to 65535 16-bit ones. Raises ValueError for all others.
+    """
+    if white is None:
+        low = values.min()
+        high = values.max()
+        ranges = (1, 255, 65535) if values.dtype.kind == "f" else (255, 65535)
+        white = next((top for top in ranges if high <= top), None)
+        if white is None or not low >= 0:                                   # not a number fails both
+            raise ValueError(f"values from {low:g} to {high:g}; expected 0 .. 1, 0 .. 255 or 0 .. 65535")
+    if values.dtype.kind == "f":
+        values = np.rint(values * (255 / white))
+    else:
+        values = values.astype(np.int64) * 255 // white
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def resize_and_cut(picture, size, box, resample):
+    """The part `box` (left, top, right, bottom) of a PIL picture resized to size (width, height).
+
+    A picture that is much longer than wide would become huge first. Of such a one only the part is resized, with its
+    edges rounded to a thousandth of a pixel.
+    """
+    width, height = size
+    left, top, right, bottom = box
+    if width * height <= 32 * (right - left) * (bottom - top):
+        return picture.resize(size, resample).crop(box)
+    across = picture.width / width
+    down = picture.height / height
+    part = (left * across, top * down, min(right * across, picture.width), min(bottom * down, picture.height))
+    return picture.resize((right - left, bottom - top), resample, part)
 
 
 def cover(picture, h, w):
@@ -51,10 +138,9 @@ def cover(picture, h, w):
     ratio = max(h / picture.height, w / picture.width)
     width = max(w, round(picture.width * ratio))
     height = max(h, round(picture.height * ratio))
-    picture = picture.resize((width, height), Image.LANCZOS)
     x = (width - w) // 2
     y = (height - h) // 2
-    return picture.crop((x, y, x + w, y + h))
+    return resize_and_cut(picture, (width, height), (x, y, x + w, y + h), Image.LANCZOS)
 
 
 def demo_tiles():

@@ -1,5 +1,6 @@
 """What the image models learn from a batch: model, loss, validation, a picture, and the file that sample.py reads."""
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -22,6 +23,7 @@ from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
 from lib.weights import check_fingerprint, check_kind, read_metadata, warm_start
 
 VAL_PICTURES = 1024                             # largest number that is validated
+MOST_CROPS = 1000                               # of a picture that are tokenized before training
 
 
 class Task:
@@ -344,8 +346,10 @@ class TransformerTask(Task):
         views = []
         if args.model_name == "llamagen" and not args.captions and args.data != "demo":
             views = list(PictureFolder.VIEWS)
-        if not args.cache_crops.isdigit() and args.cache_crops not in views:
-            raise UserError(f"--cache-crops {args.cache_crops}: expected {' or '.join(['a number', *views])}")
+        is_count = re.fullmatch("[0-9]{1,4}", args.cache_crops) and int(args.cache_crops) <= MOST_CROPS
+        if not is_count and args.cache_crops not in views:
+            raise UserError(f"--cache-crops {args.cache_crops}: expected "
+                            f"{' or '.join([f'a number up to {MOST_CROPS}', *views])}")
 
     def identity(self):
         return {"tokenizer": vq.fingerprint(self.tokenizer)}
@@ -354,7 +358,8 @@ class TransformerTask(Task):
         """With --cache-crops, replace the data sets by their tokens."""
         crops = self.args.cache_crops
         if crops != "0":
-            options = dict(tokenizer=self.tokenizer, patch_nums=patch_nums, device=self.device, folder=self.args.out)
+            options = dict(tokenizer=self.tokenizer, patch_nums=patch_nums, device=self.device, folder=self.args.out,
+                           workers=self.args.workers)
             self.train_set = TokenCache(self.train_set, crops=crops, tag="train", **options)
             self.val_set = TokenCache(self.val_set, crops="1", tag="val", **options)
 

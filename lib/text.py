@@ -17,7 +17,7 @@ from tqdm import tqdm
 import infinity
 import llamagen
 import vq
-from lib.console import UserError
+from lib.console import UserError, read_text, understanding
 from lib.weights import read_metadata
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,21 +254,37 @@ def encode_texts(t5, texts, slots, clean=False):
 
 def read_prompts(path):
     """A file of --prompts: (the prompts, the lines of a .jsonl or None). Raises UserError."""
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if not lines:
+    text = read_text(path, "UTF-8 text with one prompt per line", "--prompts")
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not numbered:
         raise UserError(f"--prompts {path}: no prompt in it; expected one per line")
-    if Path(path).suffix != ".jsonl":
+    lines = [line for _, line in numbered]
+    if Path(path).suffix.lower() != ".jsonl":
+        if is_json(text) or is_json(lines[0]):
+            raise UserError(f"--prompts {path}: is JSON; expected one prompt per line as plain text, or a name that "
+                            'ends in .jsonl and {"prompt": "..."} on every line')
         return [line.strip() for line in lines], None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'--prompts {path}, line {number}: expected {{"prompt": "..."}}') from None
+    for number, line in numbered:
+        name = f"--prompts {path}, line {number}"
+        with understanding(name, '{"prompt": "..."}'):
+            prompt = json.loads(line)["prompt"]
+            prompt.encode()                                                 # it is text, without half characters
+            prompts.append(prompt)
     return prompts, lines
+
+
+def is_json(text):
+    """Whether a text is a list or an object in JSON."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    except RecursionError:                                                  # nested deeper than any prompt
+        return True
+    return True
 
 
 def save_features(features, path):
@@ -282,16 +298,22 @@ def save_features(features, path):
 def read_features(path, width, longest):
     """A file of --features: {prompt: (T, Ct) float32}, T at most `longest`. Raises UserError."""
     state, _ = vq.read_checkpoint(path)
-    try:
-        from safetensors import safe_open
-        with safe_open(path, "pt") as f:
-            prompts = json.loads(f.metadata()["prompts"])
+    name = f"--features {path}"
+    from safetensors import SafetensorError, safe_open
+    with understanding(name, "a file that --save-features wrote"):
+        try:
+            with safe_open(path, "pt") as f:
+                prompts = json.loads(f.metadata()["prompts"])
+        except SafetensorError as e:                                        # a .pth
+            raise ValueError(e) from None
+        if not isinstance(prompts, list) or not prompts:
+            raise ValueError("no list of prompts in its header")
         features = {prompt: state[f"text.{i}"].float()[:longest] for i, prompt in enumerate(prompts)}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"--features {path}: not a file that --save-features wrote") from None
-    found = next(iter(features.values())).shape[-1]
-    if found != width:
-        raise UserError(f"--features {path}: has features of {found} numbers, but the model reads {width}")
+        for prompt, rows in features.items():
+            if not isinstance(prompt, str) or rows.dim() != 2 or not len(rows) or not rows.isfinite().all():
+                raise ValueError(f"no usable features of {prompt!r}")
+            if rows.shape[1] != width:
+                raise UserError(f"{name}: has features of {rows.shape[1]} numbers, but the model reads {width}")
     return features
 
 

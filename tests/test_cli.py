@@ -551,7 +551,7 @@ def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
     assert "line 2" in complaint(capsys, sample, *arguments, "--prompts", out / "p.jsonl")
     (out / "p.txt").write_text("\n")
     assert "no prompt in it" in complaint(capsys, sample, *arguments, "--prompts", out / "p.txt")
-    assert "not a file that --save-features wrote" in complaint(capsys, sample, *arguments, "--features", text_files[2])
+    assert "a file that --save-features wrote" in complaint(capsys, sample, *arguments, "--features", text_files[2])
 
 
 def test_model_files_can_be_lifted(tmp_path):

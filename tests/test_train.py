@@ -22,7 +22,7 @@ from helpers import (BITS_CONFIG, ROOT, T5_CONFIG, VAR_CONFIG, captioned, compla
 from lib import recipes
 from lib.caches import FeatureCache, TokenCache
 from lib.data import Batches, CaptionedPictures, EmojiCaptions, EmojiSheet, view
-from lib.pictures import open_picture, to_input
+from lib.pictures import read_picture, to_input
 from lib.text import T5Encoder, load_infinity, load_llamagen, load_t5
 
 pytestmark = pytest.mark.usefixtures("tiny_configs")
@@ -275,7 +275,7 @@ def test_features_of_a_frozen_encoder_are_computed_once(token_files, tmp_path, c
     assert len(caches) == 1 and "text_encoder.embed.weight" not in weights(tmp_path / "a")
     monkeypatch.setattr("lib.caches.encode_texts", None)                       # it is not asked again
     run(train, *argv, "--out", tmp_path / "a", "--resume", "auto")
-    cached = FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise.")}),
+    cached = FeatureCache(sorted({f"picture {i}{end}" for i in range(24) for end in ("", ". It is noise. --ar 1")}),
                                 load_t5(t5), 6, False, tmp_path / "a")
     expected = load_t5(t5).encode(["picture 3"], 6)[0][0]
     torch.testing.assert_close(cached["picture 3"], expected, atol=2e-3, rtol=2e-3)
@@ -348,14 +348,14 @@ def test_batches_cover_every_epoch_and_continue_anywhere():
 def test_pictures_of_every_kind_are_read_as_a_person_sees_them(tmp_path):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "16bit.png")
-    assert np.abs(np.asarray(open_picture(tmp_path / "16bit.png"))[..., 0].astype(int) - ramp // 257).max() <= 1
+    assert np.abs(np.asarray(read_picture(tmp_path / "16bit.png"))[..., 0].astype(int) - ramp // 257).max() <= 1
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(open_picture(tmp_path / "clear.png")).min() == 255         # transparent: white
+    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255         # transparent: white
     turned = Image.new("RGB", (8, 4), "red")
     exif = turned.getexif()
     exif[0x0112] = 6                                                        # hold the camera upright
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (4, 8)
+    assert read_picture(tmp_path / "turned.jpg").size == (4, 8)
     for mode in ("L", "P", "CMYK", "1"):
         Image.new(mode, (8, 8)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-    assert all(open_picture(p).mode == "RGB" for p in tmp_path.iterdir())
+    assert all(read_picture(p).mode == "RGB" for p in tmp_path.iterdir())
