@@ -615,7 +615,7 @@ class Infinity(nn.Module):
         wanted = self.config.bits // (4 if self.config.patchify else 1)
         if tokenizer.config.vocab_size or d != wanted:
             kind = "codes" if tokenizer.config.vocab_size else f"{d} bits"
-            raise ValueError(f"has tokens of {kind}, but the model needs {wanted} bits")
+            raise ValueError(f"the tokenizer has tokens of {kind}, but this model needs {wanted} bits")
 
     # initialisation
 

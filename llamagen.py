@@ -386,7 +386,7 @@ class LlamaGen(nn.Module):
         V = self.config.vocab_size
         if not t.single_scale or t.vocab_size != V:
             kind = f"{t.vocab_size} codes" if t.single_scale else "tokens of several scales"
-            raise ValueError(f"has {kind}, but the model draws maps of {V} codes")
+            raise ValueError(f"the tokenizer has {kind}, but this model draws maps of {V} codes")
 
     # sampling
 

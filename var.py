@@ -305,9 +305,9 @@ class VAR(nn.Module):
         c = self.config
         if t.single_scale or not t.vocab_size:
             kind = "one map of tokens per picture" if t.single_scale else "tokens of bits"
-            raise ValueError(f"has {kind}, but VAR needs the token maps of several scales, with a codebook")
+            raise ValueError(f"the tokenizer has {kind}, but VAR needs token maps of several scales, with a codebook")
         if (t.vocab_size, t.z_channels) != (c.vocab_size, c.z_channels):
-            raise ValueError(f"has {t.vocab_size} codes of {t.z_channels} channels, but the model draws "
+            raise ValueError(f"the tokenizer has {t.vocab_size} codes of {t.z_channels} channels, but this model draws "
                              f"{c.vocab_size} of {c.z_channels}")
 
     # sampling

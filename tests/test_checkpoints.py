@@ -31,7 +31,8 @@ KINDS = {
     "llamagen": (lambda path, **o: llamagen.load(path, side=4, heads=2, **o),
                  lambda: llamagen.export(tiny_llamagen())),
     "infinity": (lambda path, **o: infinity.load(path, **o), lambda: infinity.export(tiny_infinity(t5=None))),
-    "syncnet": (lambda path, **o: syncnet.load(path, config=SYNCNET_CONFIG, **o), lambda: syncnet.export(tiny_syncnet())),
+    "syncnet": (lambda path, **o: syncnet.load(path, config=SYNCNET_CONFIG, **o),
+                lambda: syncnet.export(tiny_syncnet())),
     "vq": (lambda path, **o: vq.load(path, patch_nums=(1, 2, 3, 4), **o), lambda: vq.export(tiny_tokenizer())),
     "single": (lambda path, **o: vq.load(path, patch_nums=(4,), **o), lambda: vq.export(tiny_single())),
     "bits": (lambda path, **o: vq.load(path, **o), lambda: vq.export(tiny_bits())),
@@ -156,8 +157,8 @@ def test_llamagen_files_with_flags(official, tmp_path):
 
 HEADERS = [
     {"depth": 10**9}, {"width": 10**9}, {"patch_nums": []}, {"patch_nums": "abc"}, {"patch_nums": None}, {"heads": 0},
-    {"patch_nums": [-1]}, {"patch_nums": [10**6] * 4}, {"depth": None}, {"depth": 2.0}, {"depth": True}, {"width": "64"},
-    {"norm_eps": float("nan")}, {"shared_adaln": "yes"}, {"colour": 3}, {"heads": 3}, {"mlp_ratio": 0}]
+    {"patch_nums": [-1]}, {"patch_nums": [10**6] * 4}, {"depth": None}, {"depth": 2.0}, {"depth": True},
+    {"width": "64"}, {"norm_eps": float("nan")}, {"shared_adaln": "yes"}, {"colour": 3}, {"heads": 3}, {"mlp_ratio": 0}]
 
 
 @pytest.mark.parametrize("change", HEADERS, ids=str)

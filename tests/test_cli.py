@@ -422,7 +422,8 @@ def test_bad_files(tiny, files, capsys):
         for suffix in ("pth", "safetensors"):
             (out / f"junk{i}.{suffix}").write_bytes(junk)
             said = say("--ckpt", out / f"junk{i}.{suffix}")
-            assert f"junk{i}.{suffix}: truncated or not a" in said or f"junk{i}.{suffix}: refused" in said
+            reasons = ("truncated or not a", "refused", "is empty", "is not a PyTorch file")
+            assert any(f"junk{i}.{suffix}: {reason}" in said for reason in reasons)
     torch.save({"args": data.Batches(1, 1, 0)}, out / "code.pth")
     assert "code.pth: refused: loading it would run code (lib.data.Batches)" in say("--ckpt", out / "code.pth")
     wrong = var.export(tiny_var(heads=1))
@@ -510,7 +511,7 @@ def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, 
     say = lambda *argv: complaint(capsys, sample, *argv)
     vq.save(tiny_single(vocab_size=64), out / "v64.safetensors")
     said = say(*classes, "--vq", out / "v64.safetensors")
-    assert "v64.safetensors: has 64 codes, but the model draws maps of 32" in said
+    assert "the tokenizer has 64 codes, but this model draws maps of 32" in said
     assert "has tokens of several scales" in say(*classes, "--vq", files[1])
     assert "not a LlamaGen transformer" in say("llamagen", "--ckpt", token_files[1])
     other = tiny_single()
@@ -527,7 +528,7 @@ def test_llamagen_files_that_do_not_belong_together(tokens, token_files, files, 
     torch.save({"model": llamagen.export(tiny_llamagen())}, out / "narrow.pt")
     assert "how many heads it has is in no tensor" in say("llamagen", "--ckpt", out / "narrow.pt", "--size", 16)
     torch.save({"model": llamagen.export(tiny_llamagen(width=64, heads=1))}, out / "mine.pt")
-    assert "the size of its pictures is in no tensor" in say("llamagen", "--ckpt", out / "mine.pt")
+    assert "neither the file nor its name tells the size of its pictures" in say("llamagen", "--ckpt", out / "mine.pt")
     run(sample, "llamagen", "--ckpt", out / "mine.pt", "--size", 16, "--device", "cpu", "--out", out / "mine.png")
 
 

@@ -442,5 +442,5 @@ def test_tokenizers_of_other_kinds_are_refused_before_any_work(pictures, nets, t
     captions = captioned(tmp_path / "captions")
     said = complaint(capsys, train, "infinity", "--data", captions, "--vae", nets / "emoji_vq.safetensors", "--steps",
                      1, "--pixels", "0.06M", "--out", out, "--device", "cpu")
-    assert "has tokens of codes, but the model needs" in said
+    assert "has tokens of codes, but this model needs" in said
     assert not list(out.glob("codes_*"))

@@ -166,7 +166,7 @@ def test_averaged_weights_are_loaded_on_demand(tmp_path):
     official = infinity.export(model)
     averaged = {k: v + 1 for k, v in official.items()}
     torch.save({"trainer": {"gpt_fsdp": official, "gpt_ema_fsdp": averaged}}, tmp_path / "training.pth")
-    ema = load_infinity(tmp_path / "training.pth", ema=True)
+    ema = load_infinity(tmp_path / "training.pth", weights="ema")
     assert torch.equal(ema.head.bias, model.head.bias + 1)
     assert torch.equal(ema.text_encoder.norm.weight, model.text_encoder.norm.weight + 1)
 

@@ -134,7 +134,7 @@ def test_conditions_and_tokenizers_that_do_not_fit_are_explained():
         text(LABELS, TOKENS[:, :3])
     with pytest.raises(ValueError, match=r"the mask is \(2, 5\), expected \(2, 6\): one entry per slot"):
         text.generate(randn(2, 6, 128), torch.ones(2, 5, dtype=torch.bool))
-    for tokenizer, message in ((tiny_single(vocab_size=64), "has 64 codes, but the model draws maps of 32"),
+    for tokenizer, message in ((tiny_single(vocab_size=64), "has 64 codes, but this model draws maps of 32"),
                                (tiny_tokenizer(), "has tokens of several scales")):
         with pytest.raises(ValueError, match=message):
             model.check_pair(tokenizer)
