@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import vq
-from lib.console import MISUNDERSTOOD, UserError, rank_and_world
+from lib.console import UserError, rank_and_world
 from lib.data import PictureFolder, report_broken
 from lib.parallel import all_gather_objects
 from lib.pictures import UNREADABLE, to_input
@@ -146,7 +146,7 @@ class TokenCache:
             expected = [i for i, _ in items if i in known]                  # in this order
             return (tokens.dtype == torch.int32 and tokens.shape == (len(expected), self.length)
                     and index.dtype == torch.int64 and index.tolist() == expected and crc32 == checksum(tokens, index))
-        except (SafetensorError, OSError, *MISUNDERSTOOD):
+        except (SafetensorError, OSError, *vq.MISUNDERSTOOD):
             return False
 
     def write(self, path, items, tokenizer, device):
@@ -231,7 +231,7 @@ class FeatureCache:
                 starts = f.get_tensor("starts").tolist()
                 return len(starts) == count + 1 and starts == sorted(starts) and starts[0] == 0 and (
                     starts[-1] == f.get_slice("features").get_shape()[0])
-        except (SafetensorError, OSError, *MISUNDERSTOOD):
+        except (SafetensorError, OSError, *vq.MISUNDERSTOOD):
             return False
 
     def __getitem__(self, caption):
