@@ -40,12 +40,14 @@ def spread(n, most):
 
 def first_readable(read, index, n, name, broken, why_none="not one picture can be read"):
     """(i, read(i)) of the first readable one of n items, from index on. Appends names of the others to broken."""
+    reasons = []
     for i in itertools.chain(range(index, n), range(index)):
         try:
             return i, read(i)
-        except (UserError, *UNREADABLE):
+        except (UserError, *UNREADABLE) as e:
             broken.append(name(i))
-    raise UserError(f"{name(index)} and {n - 1} others: {why_none}")
+            reasons.append(str(e) or type(e).__name__)
+    raise UserError(f"{name(index)} and {n - 1} others: {why_none}; the first: {reasons[0]}")
 
 
 def report_broken(paths, data):

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import vq
 from lib.bench import bench, print_bench, race
 from lib.console import UserError, check_json, check_out, check_ranges, check_writable, rank_and_world, save_json
 from lib.graphs import captured, with_compiled_blocks
-from lib.pictures import UNREADABLE, grid, save_png, to_pixels
+from lib.pictures import grid, opened, save_png, to_pixels
 from lib.text import encode_texts, load_t5, read_features, read_prompts
 from lib.weights import find_companion
 from triton_ops import INTERPRET
@@ -201,10 +200,10 @@ def save_sheet(path, pictures, frames, titles, text):
 def is_drawn(path, text):
     """Whether a readable picture exists that was made with just these settings."""
     try:
-        with Image.open(path) as picture:
+        with opened(path, path) as picture:
             picture.load()
             return {key: picture.info.get(key) for key in text} == {key: str(value) for key, value in text.items()}
-    except UNREADABLE:
+    except UserError:
         return False
 
 

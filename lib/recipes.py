@@ -369,7 +369,7 @@ RECIPE_NAMES = {name for recipes in RECIPES.values() for recipe in recipes.value
 CLASSES = "a folder with one folder of pictures per class"
 CAPTIONS = "*.tsv or *.jsonl files with captions"
 FACES = "videos of aligned faces, with sound"
-DATA = {"infinity": f"a folder of {CAPTIONS}", "llamagen": f"{CLASSES}, or of {CAPTIONS}",
+DATA = {"infinity": f"a folder of {CAPTIONS}, which end at --", "llamagen": f"{CLASSES}, or of {CAPTIONS}",
         "syncnet": f"a folder of {FACES}", "latentsync": f"a folder of {FACES} (see --prepare)"}
 HEAD_COMPANIONS = {"vae": "talking_head_kl", "whisper": "talking_head_whisper", "syncnet": "talking_head_syncnet",
                    "videomae": "talking_head_videomae"}                     # flag of latentsync -> file in demo/

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train
-from lib import pictures, shards
+from lib import clips, pictures, shards
 from lib.caches import FeatureCache, TokenCache
 from lib.console import UserError
 from lib.data import CaptionedPictures, PictureFolder, view
@@ -124,6 +124,9 @@ def test_pictures_that_lie_about_their_size(tmp_path, monkeypatch):
         return resize(picture, *arguments)
     monkeypatch.setattr("lib.data.resize_and_cut", short_of_memory)
     assert data.__getitems__([(0, None)])[2] == [str(tmp_path / "c" / "a.png")]
+    put(tmp_path / "c" / "b.png", 40)
+    with pytest.raises(UserError, match="a.png and 1 others: not one picture can be read; the first: MemoryError"):
+        data.__getitems__([(0, None)])
 
 
 @pytest.mark.parametrize("error", [struct.error("unpack"), TypeError("tag"), RuntimeError("avif"), IndexError(),
@@ -281,6 +284,13 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert (tmp_path / "out" / "unreadable.txt").read_bytes() == folder + b"/\xfe.png\n"
     listed = captions(tmp_path / "a.tsv", b"data/caf\xe9/\xff.png\tna\xefve\ndata/caf\xe9/b.png\tb")
     assert [listed.captions(i)[0] for i in (0, 1)] == ["na\ufffdve", "b"]
+
+
+def test_names_of_videos_that_are_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "pyav", lambda: None)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.MP4")).write_bytes(b"x")
+    data = clips.VideoFolder(tmp_path, True, False)
+    assert len(data) == 1 and len(data.fingerprint) == 64
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,6 +565,6 @@ def test_damaged_text_features_are_made_again(tmp_path, capsys):
 
 
 def test_numbers_of_crops_are_bounded(files, tmp_path, capsys):
-    for crops in ("1000000000", "1001", "-1", "\u00b2", "1.5", "1" * 5000, ""):
+    for crops in ("1000000000", "1001", "-1", "\u00b2", "1.5", "1" * 5000):
         said = complaint(capsys, train, "var", "--vae", files[1], f"--cache-crops={crops}", "--out", tmp_path)
         assert "expected a number up to 1000" in said
