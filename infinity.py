@@ -495,7 +495,8 @@ class Infinity(nn.Module):
         tau:          temperature, below 1 for cleaner pictures; a number, or one per scale
         top_k, top_p: filters over the two values of a bit, see `draw_bits`; top_k=1 always takes the likelier value
         negative:     a prompt to stay away from, instead of the null text: features (1 or B, T', Ct), mask or None
-        guide_after:  apply guidance to the features after that block (-1: the last) instead of the logits
+        guide_after:  apply guidance to the features after that block (-1: the last), or after each block of a list,
+                      instead of the logits
         generator:    a torch.Generator on the model's device, consumed exactly as by the original; or a list of B, one
                       per picture, so that no picture depends on its batch; None: torch's global one
         given_bits, keep_scales: for variations of a picture. Its bits, `tokenizer.tokenize(image, tokenizer_scales(
@@ -518,8 +519,10 @@ class Infinity(nn.Module):
         cfg, tau = per_scale(cfg, K, "cfg"), per_scale(tau, K, "tau")
         if min(tau) <= 0:
             raise ValueError(f"tau must be above 0, not {min(tau)}: top_k=1 takes the likelier value of every bit")
-        if guide_after is not None and not -config.depth <= guide_after < config.depth:
-            raise ValueError(f"guide_after is a block, -{config.depth} .. {config.depth - 1}, not {guide_after}")
+        guided_blocks = [guide_after] if isinstance(guide_after, int) else list(guide_after or ())
+        for block in guided_blocks:
+            if not -config.depth <= block < config.depth:
+                raise ValueError(f"guide_after is a block, -{config.depth} .. {config.depth - 1}, not {block}")
         guided = any(c != 1 for c in cfg)
         text = text.to(device)
         if guided:
@@ -535,8 +538,8 @@ class Infinity(nn.Module):
         f_hats = []
         pos = 0
         for k, (h, w) in enumerate(scales):                                 # coarse to fine
-            guide_logits = cfg[k] != 1 and guide_after is None
-            guide_features = (guide_after, cfg[k]) if cfg[k] != 1 and guide_after is not None else None
+            guide_logits = cfg[k] != 1 and not guided_blocks
+            guide_features = (tuple(guided_blocks), cfg[k]) if cfg[k] != 1 and guided_blocks else None
             logits = self.forward_scale(x, k, pos, rope[:, pos:pos + h * w], kv_cache, condition,
                                         rows=2 * B if guide_logits else B, guide_features=guide_features)
             logits = logits / tau[k]
@@ -578,15 +581,16 @@ class Infinity(nn.Module):
         """Input of scale k (R, l, C) -> logits (rows, l, bits, 2). Adds its keys and values to the cache, behind pos.
 
         rope: (2, l, D / 2) of these tokens. rows: R, or B for the conditional half only. guide_features: None, or
-        (index of a block, cfg) to guide the features behind that block. The CPU never waits for the GPU, so
+        (indices of blocks, cfg) to guide the features behind these blocks. The CPU never waits for the GPU, so
         lib/graphs.py can capture this method in a CUDA graph.
         """
+        blocks, cfg = guide_features or ((), 1.0)
+        guided = [i % len(self.blocks) for i in blocks]
         x = x + self.level_embed.weight[k]
         for i, block in enumerate(self.blocks):
             block_condition = condition.modulation[i], condition.text_k[i], condition.text_v[i]
             x = block(x, block_condition, rope, condition.text_mask, kv_cache=kv_cache[i], pos=pos)
-            if guide_features is not None and i == guide_features[0] % len(self.blocks):
-                cfg = guide_features[1]
+            if i in guided:
                 cond_x, uncond_x = x.chunk(2)
                 x = (cfg * cond_x + (1 - cfg) * uncond_x).repeat(2, 1, 1)
         return self.logits(x[:rows], condition.head[:, :rows])              # rows = B drops the unconditional half

@@ -213,9 +213,8 @@ def sample_infinity(args):
             infinity.per_scale(options[key], len(scales), f"--{key}")
         except ValueError as e:
             raise UserError(str(e)) from None
-    if args.guide_features is not None and not -config.depth <= args.guide_features < config.depth:
-        raise UserError(f"--guide-features {args.guide_features}: expected -{config.depth} .. "
-                        f"{config.depth - 1}, as this model has {config.depth} blocks")
+    for block in args.guide_features or ():
+        check_ranges(("--guide-features", block, -config.depth, config.depth - 1))
     cell = tokenizer.config.stride * (config.patchify + 1)                  # pixels per token
     height, width = (n * cell for n in scales[-1])
     settings = {"model": "infinity", "checkpoint": name, "size": f"{height}x{width}"} | options

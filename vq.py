@@ -124,7 +124,8 @@ def schedule(aspect=1.0, pixels="1M"):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a tokenizer. Released files determine all but patch_nums, phi_ratio, beta, entropy and znorm."""
+    """Sizes of a tokenizer. Released files determine all but patch_nums, phi_ratio, beta, entropy, znorm and
+    unit_codes."""
 
     ch: int = 160                               # width of the highest resolution
     ch_mult: tuple = (1, 1, 2, 2, 4)            # width of each level / ch. All levels but the last halve the size
@@ -140,7 +141,8 @@ class Config:
     beta: float = 0.25                          # weight of the commitment loss
     entropy: float = 0.1                        # weight of the entropy loss, of bits or of a single-scale codebook
     znorm: bool = False                         # look codes up by cosine instead of distance
-    single_scale: bool = False                  # one token map instead of a sequence. Its codes have length 1
+    single_scale: bool = False                  # one token map instead of a sequence
+    unit_codes: bool = True                     # codes of a single-scale codebook have length 1
     hidden_channels: int = 0                    # channels of encoder output and decoder input. 0: z_channels
 
     @property
@@ -461,7 +463,7 @@ class CodebookQuantizer(ResidualQuantizer):
     def nearest(self, z):
         """Feature map z (B, C, h, w) -> index of the nearest code per cell, row-major (B, h * w)."""
         flat = rearrange(z.detach().float(), "b c h w -> (b h w) c")
-        by_cosine = self.config.znorm or self.config.single_scale
+        by_cosine = self.config.znorm or self.config.single_scale and self.config.unit_codes
         with torch.autocast(z.device.type, enabled=False):
             return vq_nearest(flat, self.codebook, l2norm=by_cosine).view(z.shape[0], -1)
 
@@ -529,7 +531,7 @@ class SingleScaleVQ(CodebookQuantizer):
 
     def quantize_scales(self, f, patch_nums=None):
         """Yields (z, tokens, codes) once: unit features and their codes, both (B, C, H, W), and indices (B, H * W)."""
-        z = F.normalize(f.float(), dim=1)
+        z = self.unit(f.float())
         index, codes = self.quantize(z)
         yield z, index, codes
 
@@ -540,10 +542,14 @@ class SingleScaleVQ(CodebookQuantizer):
         return [self.embed(index, size)]
 
     def embed(self, index, size):
-        """Indices (B, h * w) -> their unit-length codes as a map (B, C, h, w). Raises ValueError for a wrong size."""
+        """Indices (B, h * w) -> their codes as a map (B, C, h, w). Raises ValueError for a wrong size."""
         if index.shape[1] != size[0] * size[1]:
             raise ValueError(f"{index.shape[1]} tokens are no map of {size[0]}x{size[1]}: pass patch_nums=[(h, w)]")
-        return F.normalize(super().embed(index, size), dim=1)
+        return self.unit(super().embed(index, size))
+
+    def unit(self, x):
+        """x with unit length along dimension 1; with unit_codes=False x itself."""
+        return F.normalize(x, dim=1) if self.config.unit_codes else x
 
     # training
 
@@ -552,7 +558,7 @@ class SingleScaleVQ(CodebookQuantizer):
 
         The reconstruction's gradient goes straight to the encoder; the codes learn from the loss alone.
         """
-        z = F.normalize(f.float(), dim=1)
+        z = self.unit(f.float())
         index, codes = self.quantize(z)
         if self.training:
             self._record(index)
@@ -578,7 +584,7 @@ class SingleScaleVQ(CodebookQuantizer):
         has a clear code, the second high if all codes are used. N cells take memory for N x V numbers.
         """
         z = rearrange(z, "b c h w -> (b h w) c")
-        e = F.normalize(self.codebook, dim=-1)
+        e = self.unit(self.codebook)
         distances = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * z @ e.T                       # (N, V)
         scores = -self.SHARPNESS * distances
         p = scores.softmax(-1)

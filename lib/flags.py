@@ -84,7 +84,8 @@ def infinity_flags(add):
     add("--tau", type=float, nargs="+", help="temperature; one for all scales, or one for each; default 0.5")
     add("--top-k", type=int, help="1: always the likelier value of a bit, 0: draw; default 0")
     add("--top-p", type=float, help="draw only bits whose likelier value has at most this probability; default 0.97")
-    add("--guide-features", type=int, metavar="BLOCK", help="guide the features after this block (-1: the last)")
+    add("--guide-features", type=int, nargs="+", metavar="BLOCK", help="guide the features after these blocks (-1: the "
+        "last) instead of the logits")
     add("--aspect", type=float, help="height / width, 0.333 .. 3; the nearest of 15 is taken (default 1)")
     add("--pixels", metavar="SIZE", help="0.06M, 0.25M, 0.60M or 1M; default: what the checkpoint was trained for")
     add("--image", metavar="FILE", help="a picture whose first --keep scales are kept")

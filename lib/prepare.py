@@ -330,7 +330,14 @@ def prepare(args):
         settings.append(f"{options.quality} {options.min_quality:g}")
     sizes = {source: str(path.stat().st_size) for source, path in paths.items()}
     table = Table(out / "prepared.csv", sizes, ", ".join(settings))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)               # ends like Ctrl-C
+    def stop(*_):
+        """SIGTERM and Ctrl-C alike. A second one ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping: clips that have begun are finished; the same command goes on from there")
+        raise KeyboardInterrupt
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     pool = concurrent.futures.ThreadPoolExecutor(1)                         # jobs run in this process
     if args.workers:
         pool = concurrent.futures.ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker)

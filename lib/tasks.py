@@ -3,6 +3,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from lib.data import PictureFolder, spread
 from lib.parallel import all_gather_objects, data_parallel, full_model, gradient_sync
 from lib.pictures import grid, psnr, save_png, to_input, to_pixels
 from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
-from lib.weights import check_fingerprint, check_kind, read_metadata, warm_start
+from lib.weights import check_fingerprint, check_kind, content_hash, read_metadata, warm_start
 
 VAL_PICTURES = 1024                             # largest number that is validated
 MOST_CROPS = 1000                               # of a picture that are tokenized before training
@@ -200,6 +201,11 @@ class TokenizerTask(Task):
         rec, vq_loss, usage = self.model(image, quantize=step >= self.args.warm_steps)
         loss, metrics = self.reconstruction_loss(image, rec.float(), vq_loss, step)
         return loss, metrics if usage is None else metrics | {"usage": usage}           # (K,) one number per scale
+
+    def identity(self):
+        """The networks that judge and the start, by content."""
+        files = [*(self.args.lpips or ()), *([self.args.init] if self.args.init else [])]
+        return {f"content of {path}": content_hash(path, 2**20) for path in files if Path(path).is_file()}
 
     def reconstruction_loss(self, image, rec, vq_loss, step):
         """The criterion's loss and its parts. The pictures are kept for the discriminator's turn."""

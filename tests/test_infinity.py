@@ -60,6 +60,20 @@ def test_guidance_from_the_null_text_towards_itself_does_nothing():
     torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
 
 
+def test_features_are_guided_after_several_blocks():
+    """The blocks are counted from either end. Without guidance (cfg 1) it makes no difference."""
+    model, tokenizer = tiny_infinity(), tiny_bits()
+
+    def draw(after, cfg=4.0):
+        return images(model, tokenizer, texts(1), generator=generators(0), cfg=cfg, guide_after=after)
+    assert torch.equal(draw([0, 1]), draw([-2, -1])) and torch.equal(draw([1]), draw(-1))
+    both, first, last = draw([0, 1]), draw([0]), draw([1])
+    assert not torch.equal(both, first) and not torch.equal(both, last)
+    assert torch.equal(draw([0, 1], cfg=1.0), draw(None, cfg=1.0))
+    with pytest.raises(ValueError, match="guide_after is a block, -2 .. 1, not 2"):
+        draw([0, 2])
+
+
 @pytest.mark.parametrize("pixels", vq.PIXELS)
 def test_every_aspect_ratio_has_its_schedule(pixels):
     side = {"0.06M": 256, "0.25M": 512, "0.60M": 768, "1M": 1024}[pixels]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 import vq
 from helpers import ROOT, randn, tiny_bits, tiny_single, tiny_tokenizer
@@ -166,6 +167,18 @@ def test_codes_are_unit_vectors_and_any_size_will_do():
     assert tokenizer.detokenize(tokenizer.tokenize(square)).shape == square.shape
     with pytest.raises(ValueError, match="60 tokens are no map of 7x7: pass patch_nums"):
         tokenizer.detokenize([tokens])
+
+
+def test_codes_may_have_any_length():
+    """LlamaGen's option of a codebook without l2 norm: tokens are the nearest codes by distance, as they are."""
+    tokenizer = tiny_single(unit_codes=False)
+    image = randn(2, 3, 16, 16)
+    tokens, = tokenizer.tokenize(image)
+    z = rearrange(tokenizer.encode(image), "b c h w -> b (h w) c")
+    assert torch.equal(tokens, torch.cdist(z, tokenizer.quantize.codebook[None]).argmin(2))
+    codes = tokenizer.quantize.embed(tokens, (4, 4))
+    assert torch.equal(rearrange(codes, "b c h w -> b (h w) c"), tokenizer.quantize.codebook[tokens])
+    assert not torch.equal(tokens, tiny_single().tokenize(image)[0])
 
 
 def test_usage_counts_the_last_65536_indices():
