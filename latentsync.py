@@ -843,9 +843,11 @@ def lanczos_resize(pictures, size):
         w = torch.sinc(distance) * torch.sinc(distance / 4)
         w = (w / w.sum(1, keepdim=True)).float()                            # float32: ties as in OpenCV
         w = (w * 2048).round().double() / 2048
-        return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
-    down, across = (weights(n).float().to(pictures) for n in pictures.shape[-2:])           # mps has no float64
-    return (down @ pictures @ across.T + 0.5).floor().clamp(0, 255)
+        w = torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
+        return w.to(pictures.device)
+    height, width = pictures.shape[-2:]
+    resized = weights(height) @ pictures.double() @ weights(width).T        # exact, so that ties stay ties
+    return (resized + 0.5).floor().clamp(0, 255).to(pictures.dtype)
 
 
 def three_points(landmarks):
@@ -932,12 +934,14 @@ def warp(picture, matrix, size, fill):
     """Moves a picture (C, h, w) by a map (2, 3) of its pixels (x, y, 1) -> (C, *size), bilinear; `fill` outside.
 
     The steps are those of kornia, in float32. Callers truncate the result to whole numbers. Where it is very near to a
-    whole number, as in saturated colors, the last bit decides.
+    whole number, as in saturated colors, the last bit decides. A product of matrices with a batch dimension may round
+    otherwise than one without. Kornia has this dimension, so we have it too.
     """
     def to_unit(h, w):                                                      # pixels to -1 .. 1, corners to corners
-        return torch.tensor([[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]])
-    between = to_unit(*size) @ (homogeneous(matrix.float().cpu()) @ to_unit(*picture.shape[1:]).inverse())
-    grid = F.affine_grid(between.inverse()[None, :2], [1, 1, *size], align_corners=True).to(picture)
+        return torch.tensor([[[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]]])
+    pixels = homogeneous(matrix.float().cpu())[None]
+    between = to_unit(*size) @ (pixels @ to_unit(*picture.shape[1:]).inverse())             # (1, 3, 3)
+    grid = F.affine_grid(between.inverse()[:, :2], [1, 1, *size], align_corners=True).to(picture)
     moved = F.grid_sample(picture[None], grid, align_corners=True)[0]
     covered = F.grid_sample(torch.ones_like(picture)[None], grid, align_corners=True)[0]
     return moved + (1 - covered) * fill
@@ -968,6 +972,7 @@ def paste_back(picture, face, matrix, canvas):
     face = F.interpolate(face[None].float(), canvas, mode="bicubic", antialias=True, align_corners=False)[0]
     face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255         # the original fills with white too
     covered = warp(torch.ones(1, *canvas, device=face.device), back, size, fill=0.0)
+    covered = covered * (covered > 1e-4)                # less is rounding, one row beyond the face on some processors
     covered = erode(covered, 2)                         # without the pixels that the face covers only in part
     radius = int(float(covered.sum()) ** 0.5) // 20
     soft = blur(erode(covered, 2 * radius), radius) if radius else covered
