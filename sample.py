@@ -62,7 +62,7 @@ from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, to_pixels, to_tensor)
 from lib.text import save_features
-from lib.video import Video, VideoWriter, read_sound
+from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
 from syncnet import FPS, SAMPLE_RATE
 from triton_ops import REGISTRY
@@ -518,7 +518,7 @@ def sample_syncnet(args):
     check_judge(model, ckpt, original=True)
     name = Path(ckpt).name
     video = Video(args.video or DEMO / "talking_head.mp4")
-    sound = read_sound(args.audio or video.path)
+    sound, sound_note = mono(read_channels(args.audio or video.path, SAMPLE_RATE, args.audio_track))
     start = time.perf_counter()
     scores = []
     clips = 0
@@ -544,7 +544,7 @@ def sample_syncnet(args):
     if len(scores) > 1:
         offset, confidence, distance = syncnet.combine(scores)
         print(f"all {len(scores)}: offset {offset:+d}, confidence {confidence:.3f}, distance {distance:.3f}")
-    if np.abs(sound).max() < 1e-3:
+    if is_silent(sound):
         print("note: the sound is silent: nothing is in sync with it, and the offset means nothing", file=sys.stderr)
     shifts = range(-args.max_shift, args.max_shift + 1)
     curves = {}
@@ -555,7 +555,13 @@ def sample_syncnet(args):
                     marks=[(-best.offset, best.distance, f"offset {best.offset:+d}")])
     save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": video.path,
                             "sound": args.audio or "its own"})
-    print(machine.summary((model,), seconds / clips, out, unit="frame"))
+    note = notes_of(video, sound_note)
+    print(machine.summary((model,), seconds / clips, out, note, unit="frame"))
+
+
+def notes_of(video, *more):
+    """Part of a summary line: what the user should know about a video, and what else there is to say."""
+    return "".join(f"{note}, " for note in (*video.notes, *more) if note)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,7 +576,9 @@ def sample_latentsync(args):
     speech = Path(args.audio or DEMO / "other_speech.flac")
     if not args.bench:
         video = Video(path)
-        sound = read_sound(speech)
+        sound, sound_note = mono(read_channels(speech, SAMPLE_RATE, args.audio_track))
+        if is_silent(sound):
+            print(f"note: {speech}: the sound is silent, so the lips have nothing to say", file=sys.stderr)
         if out.resolve() in (path.resolve(), speech.resolve()):
             raise UserError(f"--out {out}: would replace what it is made from; choose another name")
         if len(sound) < SAMPLE_RATE // FPS:
@@ -615,7 +623,8 @@ def sample_latentsync(args):
             yield picture, face_maps(number)
     dubbed = dub(frames(), latentsync.windows(whisper, sound), unet)
     size = dubbing.panel_size(unet, video) if args.steps_grid else (video.height, video.width)
-    with VideoWriter(out, *size, sound=read_sound(speech, 48000), crf=args.crf, rate=48000) as writer:
+    given = read_sound_to_write(speech, args.audio_track)
+    with VideoWriter(out, *size, sound=given, crf=args.crf, colors=video.colors) as writer:
         for frame in tqdm(dubbed, total=count, desc="dubbing", unit="frame", smoothing=0.05):
             writer.write(dubbing.panels(frame, size) if args.steps_grid else frame.picture)
             without_face += frame.generated is None
@@ -624,7 +633,7 @@ def sample_latentsync(args):
         print(f"note: {without_face} of {len(shown)} frames have no face; they stay as they were", file=sys.stderr)
     if judge:
         dubbing.print_scores(judge, video, out, shown, face_maps, sound)
-    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, "
+    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, " + notes_of(video, sound_note)
     print(machine.summary((unet, autoencoder, whisper), seconds / max(len(shown), 1), out, note, unit="frame"))
 
 

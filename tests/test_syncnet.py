@@ -252,7 +252,7 @@ def test_combine_scores():
 def test_sound_of_any_rate_and_kind(tmp_path, rate, channels, subtype, suffix):
     t = np.arange(rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * t)
-    both = np.stack([2 * tone, 0 * tone], 1)[:, :channels] if channels == 2 else tone
+    both = np.stack([1.1 * tone, 0.9 * tone], 1)[:, :channels] if channels == 2 else tone
     soundfile.write(tmp_path / f"a{suffix}", both, rate, subtype=subtype)
     sound = read_sound(tmp_path / f"a{suffix}")
     assert sound.dtype == np.float32 and len(sound) == 16000
