@@ -58,7 +58,7 @@ from lib.console import (Machine, UserError, check_json, check_out, check_pixels
 from lib.drawing import (bench_generator, check_generator_args, check_npz, check_prompt_args, check_prompts_out,
                          choose_labels, choose_prompts, class_name, faster, filmstrips, generators, given, in_batches,
                          is_drawn, print_classes, save_sheet, write_npz)
-from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score
+from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, to_pixels, to_tensor)
 from lib.text import save_features
@@ -533,17 +533,20 @@ def sample_syncnet(args):
                    f"at {len(sound) / SAMPLE_RATE:.2f} s")
             print(f"note: {why}", file=sys.stderr)
             continue
+        if not math.isfinite(score.distance) and not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"{name}: holds weights that are not numbers (nan or inf); use another checkpoint")
         if not math.isfinite(score.distance):
             raise UserError(f"{name}: distances overflow in {args.dtype}: use --dtype fp32")
         scores.append(score)
         clips += score.clips
-        print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score)}")
+        print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score, model)}")
     seconds = time.perf_counter() - start
     if not scores:
         raise UserError(f"{video.path}: {why}")
     if len(scores) > 1:
         offset, confidence, distance = syncnet.combine(scores)
-        print(f"all {len(scores)}: offset {offset:+d}, confidence {confidence:.3f}, distance {distance:.3f}")
+        found = f"offset {offset:+d}, " if all(is_in_step(score, model) for score in scores) else ""
+        print(f"all {len(scores)}: {found}confidence {confidence:.3f}, distance {distance:.3f}")
     if is_silent(sound):
         print("note: the sound is silent: nothing is in sync with it, and the offset means nothing", file=sys.stderr)
     shifts = range(-args.max_shift, args.max_shift + 1)
@@ -551,12 +554,19 @@ def sample_syncnet(args):
     for i, score in enumerate(scores, 1):
         curves[f"face {i}" if len(scores) > 1 else ""] = (shifts, score.curve.tolist())
     best = max(scores, key=lambda score: score.confidence)
-    picture = chart(curves, f"{Path(video.path).name}, judged by {name}", SHIFTS, "distance",
-                    marks=[(-best.offset, best.distance, f"offset {best.offset:+d}")])
+    marks = [(-best.offset, best.distance, f"offset {best.offset:+d}")] if is_in_step(best, model) else []
+    picture = chart(curves, f"{Path(video.path).name}, judged by {name}", SHIFTS, "distance", marks=marks)
     save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": video.path,
                             "sound": args.audio or "its own"})
-    note = notes_of(video, sound_note)
+    note = notes_of(video, sound_note, toy_note(ckpt, video))
     print(machine.summary((model,), seconds / clips, out, note, unit="frame"))
+
+
+def toy_note(ckpt, video):
+    """What has to be said if a network of the demo meets a video that is not the demo's."""
+    if Path(ckpt).resolve().parent != DEMO.resolve() or video.path.resolve().parent == DEMO.resolve():
+        return ""
+    return f"{Path(ckpt).name} is a toy that was trained on drawn heads and knows no real faces"
 
 
 def notes_of(video, *more):
@@ -591,7 +601,7 @@ def sample_latentsync(args):
         machine.dtype = torch.float16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float32
         machine.dtype_why = "as the original has it here"
     load = dubbing.random_models if args.random_weights else dubbing.load_models
-    name, cfg, unet, autoencoder, whisper = load(args)
+    name, resolution, cfg, unet, autoencoder, whisper = load(args)
     unet = unet.to(device, machine.dtype)
     autoencoder = autoencoder.to(device, machine.dtype)
     whisper = whisper.to(device)                                            # it is small, so it stays in float32
@@ -631,9 +641,10 @@ def sample_latentsync(args):
     seconds = time.perf_counter() - start
     if without_face:
         print(f"note: {without_face} of {len(shown)} frames have no face; they stay as they were", file=sys.stderr)
+    toy = toy_note(args.ckpt or DEMO / "talking_head_latentsync.safetensors", video) if not args.random_weights else ""
     if judge:
         dubbing.print_scores(judge, video, out, shown, face_maps, sound)
-    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, " + notes_of(video, sound_note)
+    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, " + notes_of(video, sound_note, resolution, toy)
     print(machine.summary((unet, autoencoder, whisper), seconds / max(len(shown), 1), out, note, unit="frame"))
 
 

@@ -542,6 +542,40 @@ def test_what_cannot_be_dubbed(dub_files, clip, tmp_path, capsys):
     assert "its features are 32 wide" in error("--whisper", other)
 
 
+@pytest.mark.parametrize("path, pixels, why", [
+    ("LatentSync-1.6/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("models--ByteDance--LatentSync-1.6/snapshots/0123abcd/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("LatentSync-1.6/checkpoints/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("x/latentsync_v1.5.pt", 256, "latentsync_v1.5"), ("LatentSync-1.6/a/latentsync_1.5.pt", 256, "latentsync_1.5"),
+    ("latentsync_1.5/models-v1.6.2/unet.pt", 256, "latentsync_1.5"), ("models-v1.6.2/latentsync_unet.pt", None, ""),
+    ("latentsync-1.6.2/unet.pt", None, ""), ("checkpoints/latentsync_unet.pt", None, ""), ("1.6/unet.pt", None, "")])
+def test_the_resolution_comes_from_a_name(path, pixels, why):
+    found = dubbing.named_resolution("latentsync.pt", path)
+    assert found == (pixels, f"{why} in its path" if why else "")
+
+
+def test_a_resolution_is_said_or_asked_for(dub_parts, dub_files, clip, tmp_path, capsys, monkeypatch):
+    """Files like the released ones: the name of a folder tells it, version 1.0 has no motion modules, else we ask."""
+    monkeypatch.setitem(latentsync.CONFIGS, "tiny", UNET_CONFIG)
+    monkeypatch.setattr(dubbing, "RESOLUTIONS", {"1.5": 32, "1.6": 64})
+    def load(name, motion="all"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = latentsync.export(tiny(latentsync.UNet, replace(UNET_CONFIG, motion=motion)))
+        torch.save({"state_dict": state}, path)
+        companions = [f"--{flag}={dub_files / f'talking_head_{name}.safetensors'}"
+                      for flag, name in (("vae", "kl"), ("whisper", "whisper"))]
+        _, resolution, _, unet, _, _ = dubbing.load_models(sample.parse_args(
+            ["latentsync", "--ckpt", str(path), *companions]))
+        return resolution, unet.config.resolution
+    assert load("LatentSync-1.6/snapshots/123/unet.pt") == ("faces of 64 pixels (LatentSync-1.6 in its path)", 64)
+    assert load("checkpoints/unet.pt", motion="none") == ("faces of 32 pixels (version 1.0)", 32)
+    with pytest.raises(UserError, match=r"or say it: --resolution 256 \(version 1.5\) or 512 \(1.6\)"):
+        load("checkpoints/unet.pt")
+    run(sample, *command(dub_files, clip, tmp_path / "out.mp4"))
+    assert "faces of 32 pixels (as its file says), " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_no_video(dub_files, clip, tmp_path):
     """No file may be larger than 4 kB: what a full disk looks like to a program."""
