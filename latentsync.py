@@ -83,6 +83,7 @@ class Config:
     in_channels: int = 13
     out_channels: int = 4
     motion_levels: int | None = None            # how many of the finest levels may have motion modules; None: all
+    audio_window: tuple = (2, 2)                # audio around a frame, in frames before and after it
 
     def has_motion(self, level, way):
         """Whether a level (0: the finest) has motion modules on the `way`, "down" or "up"."""
@@ -585,7 +586,8 @@ class Supervision:
     autoencoder: a vq.KLAutoencoder. syncnet: a syncnet.StableSyncNet, for whether lips and audio belong together.
     videomae: see `trepa`. lpips: a lib.losses.LPIPS, for the lower half of each frame. None leaves a loss out.
     checkpointing: recompute activations in the backward pass, `decode_batch` decoded frames at a time (a UNet has a
-    switch of its own). Raises ValueError if SyncNet or video encoder do not take clips of `frames` frames.
+    switch of its own). Raises ValueError if SyncNet or video encoder do not take clips of `frames` frames. The video
+    encoder takes them in pairs, and leaves out the last one of an odd number.
     """
 
     def __init__(self, autoencoder, syncnet=None, videomae=None, lpips=None, *, frames=16, sync_weight=0.05,
@@ -593,8 +595,8 @@ class Supervision:
         if syncnet is not None and syncnet.frames != frames:
             raise ValueError(f"a SyncNet for clips of {syncnet.frames} frames, but clips have {frames}")
         if videomae is not None:
-            if frames % videomae.config.tubelet:
-                raise ValueError(f"clips of {frames} frames: the video encoder takes them by "
+            if frames < videomae.config.tubelet:
+                raise ValueError(f"clips of {frames} frames: the video encoder takes at least "
                                  f"{videomae.config.tubelet}")
             videomae.checkpointing = checkpointing
         for network in filter(None, (autoencoder, syncnet, videomae, lpips)):
@@ -742,18 +744,24 @@ class Whisper(nn.Module):
         return torch.stack(outputs, 2)
 
     @torch.no_grad()
-    def pieces(self, sound):
+    def pieces(self, sound, overlap=0):
         """Yields the features of a sound (n,) in pieces (rows, layers + 1, C) of at most 30 s, 50 rows a second.
 
         The last piece is filled up with zeros in the mel spectrogram, as in the original. (Whisper itself would add
-        silence, which is about -1.5 there.)
+        silence, which is about -1.5 there.) overlap: rows that two successive pieces share. Each of the two gives half
+        of them, so that no row stands at an edge where Whisper hears one side only. 0 is the original's way.
         """
         mel = log_mel(sound, self.config.mels)
-        size = 2 * self.config.positions
-        for part in mel.split(size, 1):
-            rows = part.shape[1] // 2
-            part = F.pad(part.to(self.conv1.weight.device), (0, size - part.shape[1]))
-            yield self(part[None])[0, :rows]
+        positions = self.config.positions
+        overlap = min(overlap, positions // 2)
+        rows = mel.shape[1] // 2
+        for start in range(0, max(rows - overlap, 1), positions - overlap):
+            part = mel[:, 2 * start:2 * (start + positions)].to(self.conv1.weight.device)
+            part = F.pad(part, (0, 2 * positions - part.shape[1]))
+            first = overlap // 2 if start else 0
+            is_last = start + positions >= rows
+            last = rows - start if is_last else positions - (overlap - overlap // 2)
+            yield self(part[None])[0, first:last]
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -775,25 +783,28 @@ def count_frames(rows, fps=FPS):
     return frame + 1
 
 
-def window_rows(frame, rows, fps=FPS):
-    """Indices of the 10 rows of features around a frame, 0.2 s. Beyond both ends the first and the last row repeat."""
+def window_rows(frame, rows, fps=FPS, window=(2, 2)):
+    """Indices of the rows of features around a frame: two for it, and two for each of the frames before and after it
+    in `window`, together 10 or 0.2 s. Beyond both ends the first and the last row repeat."""
+    before, after = window
     centre = int(frame * ROWS_PER_SECOND / fps)
-    return np.arange(centre - 4, centre + 6).clip(0, rows - 1)
+    return np.arange(centre - 2 * before, centre + 2 * after + 2).clip(0, rows - 1)
 
 
-def windows(whisper, sound, fps=FPS):
+def windows(whisper, sound, fps=FPS, window=(2, 2), overlap=0):
     """Yields the audio of each frame, (A, C): 10 rows of all layers, row by row; A is 50 for Whisper tiny.
 
-    Only the rows that later frames need are kept. Raises ValueError for less than a row of sound.
+    window: Config.audio_window of the UNet; overlap: see Whisper.pieces. Only the rows that later frames need are
+    kept. Raises ValueError for less than a row of sound.
     """
     rows = count_rows(len(sound), whisper.config.positions)
     if not rows:
         raise ValueError("the sound is shorter than a fiftieth of a second")
-    pieces = whisper.pieces(sound)
+    pieces = whisper.pieces(sound, overlap) if overlap else whisper.pieces(sound)
     kept = next(pieces)                                                     # features of rows first, first + 1 ...
     first = 0
     for frame in range(count_frames(rows, fps)):
-        index = window_rows(frame, rows, fps)
+        index = window_rows(frame, rows, fps, window)
         while first + len(kept) <= index[-1]:
             kept = torch.cat([kept, next(pieces)])
         kept = kept[index[0] - first:]

@@ -631,7 +631,9 @@ def sample_latentsync(args):
         for number, picture in dubbing.forth_and_back(video, count):
             shown.append(number)
             yield picture, face_maps(number)
-    dubbed = dub(frames(), latentsync.windows(whisper, sound), unet)
+    shared_rows = latentsync.ROWS_PER_SECOND if args.overlap else 0         # a second
+    windows = latentsync.windows(whisper, sound, window=unet.config.audio_window, overlap=shared_rows)
+    dubbed = dub(frames(), windows, unet)
     size = dubbing.panel_size(unet, video) if args.steps_grid else (video.height, video.width)
     given = read_sound_to_write(speech, args.audio_track)
     with VideoWriter(out, *size, sound=given, crf=args.crf, colors=video.colors) as writer:

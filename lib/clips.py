@@ -243,12 +243,14 @@ class DubbingDataset:
     """Dubbing examples. Subclasses have name(index) and video(index).
 
     video(index) returns (number of frames, frames_at(start, count), audio features (rows, layers, C), sound (n,)).
-    `columns` is the length of a mel window if SyncNet takes part in the loss, else None.
+    `columns` is the length of a mel window if SyncNet takes part in the loss, else None. `audio_window`: see
+    latentsync.Config.
     """
 
     def __init__(self, frames):
         self.frames = frames
         self.columns = None
+        self.audio_window = (2, 2)
         self.shortest = 3 * frames
 
     def scene(self, index, seed, clips=1):
@@ -272,8 +274,8 @@ class DubbingDataset:
         frames = frames_at(start, clips * F)
         if len(frames) < clips * F or len(references) < clips * F:
             raise OSError("ends too soon")
-        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
-        return frames, references, features[rows].flatten(1, 2).float(), sound, start
+        rows = [latentsync.window_rows(start + i, len(features), window=self.audio_window) for i in range(clips * F)]
+        return frames, references, features[np.stack(rows)].flatten(1, 2).float(), sound, start
 
     def clip(self, index, seed):
         """One clip: frames, references, audio windows, and the mel window of SyncNet or an empty tensor."""

@@ -279,7 +279,7 @@ def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine):
     def run(unet=unet):
         align = latentsync.Aligner(config.resolution)
         frames = ((pictures[i % 2], align(points)) for i in range(count))
-        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)))
+        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)), window=config.audio_window)
         faces = [frame.generated for frame in dub(frames, itertools.islice(windows, count), unet)]
         return torch.stack(faces).float().cpu()
     stages = {"whisper": [(whisper, "forward")], "encoder": [(autoencoder, "encode")],

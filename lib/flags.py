@@ -158,7 +158,8 @@ def latentsync_flags(add):
     add("--deep-cache", action="store_true", help="run most of the network in every third step only: faster, nearly "
         "the same result")
     add("--overlap", type=int, default=0, metavar="FRAMES", help="paint the last frames of each clip again with the "
-        "next one, and cross-fade: no seams (default 0)")
+        "next one, and cross-fade: no seams (default 0); the 30-second pieces in which Whisper hears then overlap by a "
+        "second")
     add("--face", type=int, default=1, metavar="N", help="if there are several faces, the N-th largest (default 1)")
     add("--landmarks", metavar="FILE.npz", help="do not look for faces: an array `landmarks` (frames, N, 2) in pixels, "
         "25 frames a second, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")

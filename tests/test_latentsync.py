@@ -54,6 +54,40 @@ def test_windows_are_those_of_all_features_at_once(dub_parts, samples):
         assert torch.equal(window, features[rows].flatten(0, 1))
 
 
+@pytest.mark.parametrize("samples", [320, 20 * 320, 21 * 320, 32 * 320, 33 * 320, 100 * 320 + 500])
+@pytest.mark.parametrize("overlap", [1, 8])
+def test_pieces_of_sound_may_overlap(dub_parts, samples, overlap):
+    """Each row comes once, from the piece in which it is farther from an edge. 20 rows are a piece."""
+    ear, sound = dub_parts[2], torch.from_numpy(speech(3))[:samples]
+    mel = latentsync.log_mel(sound)
+    rows = mel.shape[1] // 2
+    found = torch.cat(list(ear.pieces(sound, overlap)))
+    assert len(found) == rows == latentsync.count_rows(samples, 20)
+    step = 20 - overlap
+    for row in range(rows):
+        piece = max(0, row - overlap // 2) // step
+        if piece * step >= rows - overlap:                                  # the piece before reaches to the end
+            piece = max(0, -(-(rows - overlap) // step) - 1)
+        part = mel[:, 2 * step * piece:][:, :40]
+        expected = ear(F.pad(part, (0, 40 - part.shape[1]))[None])[0, row - step * piece]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
+    assert torch.equal(torch.cat(list(ear.pieces(sound, 0))), torch.cat(list(ear.pieces(sound))))
+    windows = list(latentsync.windows(ear, sound, overlap=overlap))
+    index = latentsync.window_rows(len(windows) - 1, rows)
+    assert torch.equal(windows[-1], found[index].flatten(0, 1))
+
+
+def test_audio_windows_may_be_asymmetric(dub_parts):
+    assert latentsync.window_rows(10, 99).tolist() == list(range(16, 26))
+    assert latentsync.window_rows(10, 99, window=(1, 3)).tolist() == list(range(18, 28))
+    assert latentsync.window_rows(0, 99, window=(3, 0)).tolist() == [0] * 6 + [0, 1]
+    ear, sound = dub_parts[2], torch.from_numpy(speech(1))
+    features = torch.cat(list(ear.pieces(sound)))
+    for frame, window in enumerate(latentsync.windows(ear, sound, window=(0, 4))):
+        index = latentsync.window_rows(frame, len(features), window=(0, 4))
+        assert torch.equal(window, features[index].flatten(0, 1))
+
+
 def test_too_little_sound():
     with pytest.raises(ValueError, match="expected at least 160"):
         latentsync.log_mel(np.zeros(159))

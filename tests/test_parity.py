@@ -931,7 +931,8 @@ def latentsync_whisper_windows(meta, t, tmp_path):
     grid = torch.meshgrid(1.0 * torch.arange(rows), 0.01 * torch.arange(layers), 1e-4 * torch.arange(C), indexing="ij")
     features, count = sum(grid), latentsync.count_frames(rows, c["fps"])
     assert count == t["out.num_chunks"].item()
-    index = [latentsync.window_rows(frame, rows, c["fps"]) for frame in range(count)]
+    around = c["audio_feat_length"]
+    index = [latentsync.window_rows(frame, rows, c["fps"], around) for frame in range(count)]
     equal(torch.tensor(np.stack(index)), t["out.index"], "rows")
 
     class Ear:
@@ -939,12 +940,12 @@ def latentsync_whisper_windows(meta, t, tmp_path):
 
         def pieces(self, sound):
             return iter(features.split(5))                                  # in pieces, as long sounds have them
-    found = list(latentsync.windows(Ear(), torch.zeros(rows * 320), c["fps"]))
+    found = list(latentsync.windows(Ear(), torch.zeros(rows * 320), c["fps"], around))
     assert len(found) == count
     close(found[0], t["out.chunk_first"], what="first")
     close(found[-1], t["out.chunk_last"], what="last")
     for i, which in ((0, "first"), (c["num_frames"] - 1, "last")):
-        window = features[latentsync.window_rows(c["start_index"] + i, rows)].flatten(0, 1)
+        window = features[latentsync.window_rows(c["start_index"] + i, rows, window=around)].flatten(0, 1)
         close(window, t[f"out.train_window_{which}"], what=f"{which} of a training clip")
 
 
