@@ -2,6 +2,7 @@
 import itertools
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -206,17 +207,35 @@ def points_of_faces(faces, cuts, every):
     return ranks
 
 
+def read_landmarks(path):
+    """The array `landmarks` of an .npz file, of numbers. Raises an error of numpy's, of zipfile's, or ValueError."""
+    if not Path(path).exists():
+        raise ValueError("no such file")
+    with open(path, "rb") as file:                                          # np.load would take other kinds for pickles
+        if file.read(2) != b"PK":
+            raise ValueError("not an .npz file")
+    with np.load(path, allow_pickle=False) as arrays:
+        if "landmarks" not in arrays:
+            raise ValueError(f"has no array 'landmarks', only {', '.join(arrays) or 'nothing'}")
+        landmarks = arrays["landmarks"]
+    if landmarks.dtype.kind not in "iuf":
+        raise ValueError(f"its landmarks are no numbers but of type {landmarks.dtype}")
+    largest = np.abs(landmarks, where=np.isfinite(landmarks), out=np.zeros(landmarks.shape)).max(initial=0)
+    if largest > 1e6:
+        raise ValueError(f"coordinates up to {largest:.3g}, expected pixels")
+    return landmarks
+
+
 def given_points(path, frames):
     """Points (frames, 3, 2) from the array `landmarks` of an .npz file, nan where there is no face.
 
     One or two frames that are missing at the end get the points of the last one. Raises UserError.
     """
     try:
-        with np.load(path) as arrays:
-            landmarks = arrays["landmarks"]
+        landmarks = read_landmarks(path)
         points = latentsync.three_points(np.where(np.isfinite(landmarks), landmarks, np.nan))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, TypeError, EOFError, zlib.error) as e:
-        reason = "no such file" if isinstance(e, FileNotFoundError) else str(e)
+    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+        reason = getattr(e, "strerror", None) or str(e) or "too large for the memory"
         raise UserError(f"--landmarks {path}: {reason}; expected an .npz with an array 'landmarks' (frames, N, 2), N = "
                         "3, 5, 106 or 478") from None
     if points.ndim == 3:

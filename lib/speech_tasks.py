@@ -57,7 +57,10 @@ class SyncNetTask(Task):
         return self.model.loss_of_moments(frames, mel[:, :, None].to(self.device), step < self.args.contrast_steps)
 
     def val_items(self):
-        return [[(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]]
+        items = [(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]
+        if getattr(self.val_set, "READS_FILES", False):
+            items.sort()                                                    # so that each video is decoded only once
+        return [items]
 
     def picture(self, model):
         """Distance over shifts, of four validation videos."""

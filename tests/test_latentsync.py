@@ -21,7 +21,7 @@ import train
 import vq
 from helpers import (CLIP, KL_CONFIG, ROOT, UNET_CONFIG, WHISPER_CONFIG, complaint, randn, run, same, script,
                      smooth_pictures, speech, tiny, weights, write_video)
-from lib import bench, clips, dubbing, videomae
+from lib import bench, clips, dubbing, faces, videomae
 from lib.console import UserError
 from lib.talking_head import talking_head, talking_scene
 from lib.video import Video, VideoWriter, read_sound
@@ -574,6 +574,31 @@ def test_what_cannot_be_dubbed(dub_files, clip, tmp_path, capsys):
     assert "is not the tokenizer that" in error("--vae", other)
     latentsync.save(tiny(latentsync.Whisper, replace(WHISPER_CONFIG, width=32)), other)
     assert "its features are 32 wide" in error("--whisper", other)
+
+
+def test_files_that_hold_no_landmarks(tmp_path):
+    good = np.random.default_rng(0).uniform(0, 50, (9, 3, 2))
+    np.save(tmp_path / "plain.npy", good)
+    np.savez(tmp_path / "other.npz", points=good, names=np.arange(3))
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "words.npz", landmarks=good.astype(str))
+    np.savez(tmp_path / "object.npz", landmarks=np.array([good, None], object))
+    np.savez(tmp_path / "far.npz", landmarks=good * 1e9)
+    np.savez(tmp_path / "good.npz", landmarks=good)
+    data = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[:len(data) // 2])
+    (tmp_path / "huge.npz").write_bytes(data.replace(b"(9, 3, 2)", b"(9e9,3,2)"))
+    (tmp_path / "text.txt").write_text("10 20\n30 40\n")
+    for name, reason in (("plain.npy", "not an .npz file"), ("text.txt", "not an .npz file"),
+                         ("other.npz", "has no array 'landmarks', only points, names"),
+                         ("empty.npz", "has no array 'landmarks', only nothing"),
+                         ("words.npz", "its landmarks are no numbers but of type <U"), ("object.npz", "Object arrays"),
+                         ("far.npz", "coordinates up to 4.99e+10, expected pixels"), ("cut.npz", ""), ("huge.npz", ""), ("no.npz", "no such"),
+                         (".", "Is a directory")):
+        with pytest.raises(UserError, match=re.escape(f"--landmarks {tmp_path / name}: {reason}")) as e:
+            faces.given_points(tmp_path / name, 9)
+        assert "expected an .npz with an array 'landmarks' (frames, N, 2)" in str(e.value)
+    np.testing.assert_array_equal(faces.given_points(tmp_path / "good.npz", 9), good)
 
 
 @pytest.mark.parametrize("path, pixels, why", [

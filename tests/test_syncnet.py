@@ -17,7 +17,7 @@ import train
 import vq
 from helpers import (CLIP, ROOT, SYNCNET_CONFIG, complaint, make_tiny_syncnet, randn, run, same,
                      smooth_pictures, speech, tiny_syncnet, weights, write_video)
-from lib import studies
+from lib import clips, speech_tasks, studies
 from lib.clips import SyntheticSyncClips
 from lib.console import UserError
 from lib.faces import describe_score, find_faces, is_in_step
@@ -643,6 +643,48 @@ def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
                                           tmp_path / "b")
     said = complaint(capsys, train, *argv, "--unaligned", "--out", tmp_path / "b")
     assert "--unaligned: is for synthetic videos" in said
+
+
+@pytest.fixture
+def folder(tmp_path, av):
+    """Six videos of 40 frames with sound."""
+    (tmp_path / "clips").mkdir()
+    for i in range(6):
+        write_video(tmp_path / "clips" / f"{i}.mp4", smooth_pictures(40, 24, seed=i), speech(1.6, seed=i))
+    return tmp_path / "clips"
+
+
+def test_videos_for_validation_are_decoded_once(tiny_network, folder, tmp_path, monkeypatch):
+    """Not once per pair; and their clips are those that a video for training has."""
+    args = train.parse_args([str(word) for word in (*SYNCNET, "--data", folder, "--val-data", folder, "--val-pairs", 24,
+                                                    "--out", tmp_path / "out")])
+    data, unseen = clips.open_sync_clips(args)
+    opened = []
+    monkeypatch.setattr(clips, "Video", lambda path: opened.append(str(path)) or Video(path))
+    task = speech_tasks.SyncNetTask(args, unseen, unseen, torch.device("cpu"), torch.Generator(), micro_batches=1)
+    assert len(task.val_items()[0]) == 24
+    found = task.validate(tiny_syncnet())
+    assert sorted(opened) == [str(folder / f"{i}.mp4") for i in range(6)]
+    monkeypatch.setattr(unseen, "validates", False)
+    assert task.validate(tiny_syncnet()) == pytest.approx(found, abs=1e-5) and len(opened) == 6 + 24
+    monkeypatch.setattr(clips.VideoFolder, "LONGEST", 39)                   # too long to be kept: clips are sought
+    unseen.validates, unseen.kept = True, {}
+    assert task.validate(tiny_syncnet()) == pytest.approx(found, abs=1e-5) and len(opened) == 6 + 24 + 6
+
+
+def test_all_given_videos_are_evaluated(tiny_network, folder, judge_file, capsys, monkeypatch):
+    monkeypatch.setattr(clips.FolderSyncClips, "first_usable", lambda self, n: [self.whole(0)])
+    run(train, *SYNCNET, "--evaluate", judge_file, "--data", folder)
+    assert f"{judge_file}: cpu (as asked), 6 videos of {folder}" in capsys.readouterr().out
+
+
+def test_more_moments_than_a_video_has(tiny_network, folder, tmp_path, capsys):
+    argv = (*SYNCNET, "--workers", 0, "--out", tmp_path / "out", "--moments")
+    assert "--moments 1000: expected 1 .. 116" in complaint(capsys, train, *argv, 1000)
+    said = complaint(capsys, train, *argv, 37, "--data", folder)
+    assert "each has to have sound and 41 frames (as many different clips as --moments 37 asks for)" in said
+    data = clips.FolderSyncClips(folder, SYNCNET_CONFIG, split=False, moments=36)
+    assert len(data.pair(0, (0,))[0]) == 36
 
 
 def test_study_runs_every_setting_once(tiny_network, tmp_path, capsys, monkeypatch):
