@@ -593,8 +593,8 @@ def test_files_that_hold_no_landmarks(tmp_path):
                          ("other.npz", "has no array 'landmarks', only points, names"),
                          ("empty.npz", "has no array 'landmarks', only nothing"),
                          ("words.npz", "its landmarks are no numbers but of type <U"), ("object.npz", "Object arrays"),
-                         ("far.npz", "coordinates up to 4.99e+10, expected pixels"), ("cut.npz", ""), ("huge.npz", ""), ("no.npz", "no such"),
-                         (".", "Is a directory")):
+                         ("far.npz", "coordinates up to 4.99e+10, expected pixels"), ("cut.npz", ""), ("huge.npz", ""),
+                         ("no.npz", "no such"), (".", "Is a directory")):
         with pytest.raises(UserError, match=re.escape(f"--landmarks {tmp_path / name}: {reason}")) as e:
             faces.given_points(tmp_path / name, 9)
         assert "expected an .npz with an array 'landmarks' (frames, N, 2)" in str(e.value)
