@@ -555,8 +555,9 @@ def sample_syncnet(args):
         curves[f"face {i}" if len(scores) > 1 else ""] = (shifts, score.curve.tolist())
     best = max(scores, key=lambda score: score.confidence)
     marks = [(-best.offset, best.distance, f"offset {best.offset:+d}")] if is_in_step(best, model) else []
-    picture = chart(curves, f"{Path(video.path).name}, judged by {name}", SHIFTS, "distance", marks=marks)
-    save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": video.path,
+    path = str(video.path).encode(errors="replace").decode()                # a name need not be text
+    picture = chart(curves, f"{Path(path).name}, judged by {name}", SHIFTS, "distance", marks=marks)
+    save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": path,
                             "sound": args.audio or "its own"})
     note = notes_of(video, sound_note, toy_note(ckpt, video))
     print(machine.summary((model,), seconds / clips, out, note, unit="frame"))

@@ -65,7 +65,7 @@ class VideoFolder:
             chosen = set(held_out(sources, train))
             self.files = [file for file in self.files if self.source(file) in chosen]
         listing = "\n".join(f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
-        self.fingerprint = " ".join(map(str, (hashlib.sha256(listing.encode()).hexdigest(), *options)))
+        self.fingerprint = " ".join(map(str, (hashlib.sha256(os.fsencode(listing)).hexdigest(), *options)))
 
     def video(self, index):
         """What `read` returns. Videos for validation are asked for again and again, so the last four are kept."""

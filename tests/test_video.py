@@ -1,4 +1,5 @@
 """Reading and writing videos and their sound: colors, geometry, channels, tracks, and what cannot be read."""
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 import latentsync
 import sample
-from helpers import complaint, run, smooth_pictures, speech, write_video
+from helpers import SYNCNET_CONFIG, complaint, run, smooth_pictures, speech, write_video
+from lib.clips import FolderSyncClips
 from lib.console import UserError
 from lib.video import Video, VideoWriter, energy, mono, read_channels, read_sound, read_sound_to_write
 
@@ -321,6 +323,23 @@ def test_a_dub_says_what_it_heard(tmp_path, av, dub_files, capsys):
     run(sample, *argv, "--audio", given, "--audio-track", 1)
     assert "the sound is silent, so the lips have nothing to say" in capsys.readouterr().err
     assert "--audio-track 3: " in complaint(capsys, sample, *argv, "--audio", given, "--audio-track", 3)
+
+
+def test_names_need_not_be_text(tmp_path, av, judge_file, capsys):
+    video = write_video(tmp_path / "a.mp4", smooth_pictures(40, 24), speech(2))
+    odd = tmp_path / os.fsdecode(b"\xff caf\xe9.MP4")
+    odd.write_bytes(video.read_bytes())
+    run(sample, "syncnet", "--ckpt", judge_file, "--video", odd, "--device", "cpu", "--out", tmp_path / "a.b.png")
+    data = FolderSyncClips(tmp_path, SYNCNET_CONFIG, split=False)
+    assert [len(data.pair(i, (i,))) for i in range(len(data))] == [3, 3]
+
+
+def test_the_demo_s_dub_says_that_it_is_a_toy(tmp_path, av, capsys):
+    video = write_video(tmp_path / "a.mp4", smooth_pictures(2, 64), speech(0.05))
+    run(sample, "latentsync", "--video", video, "--audio", video, "--aligned", "--steps", 1, "--device", "cpu", "--out",
+        tmp_path / "b.mp4")
+    said = capsys.readouterr().out
+    assert "talking_head_latentsync.safetensors is a toy that was trained on drawn heads" in said
 
 
 def test_what_is_no_video(tmp_path, capsys):
