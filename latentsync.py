@@ -83,6 +83,7 @@ class Config:
     in_channels: int = 13
     out_channels: int = 4
     motion_levels: int | None = None            # how many of the finest levels may have motion modules; None: all
+    audio_window: tuple = (2, 2)                # audio around a frame, in frames before and after it
 
     def has_motion(self, level, way):
         """Whether a level (0: the finest) has motion modules on the `way`, "down" or "up"."""
@@ -585,7 +586,8 @@ class Supervision:
     autoencoder: a vq.KLAutoencoder. syncnet: a syncnet.StableSyncNet, for whether lips and audio belong together.
     videomae: see `trepa`. lpips: a lib.losses.LPIPS, for the lower half of each frame. None leaves a loss out.
     checkpointing: recompute activations in the backward pass, `decode_batch` decoded frames at a time (a UNet has a
-    switch of its own). Raises ValueError if SyncNet or video encoder do not take clips of `frames` frames.
+    switch of its own). Raises ValueError if SyncNet or video encoder do not take clips of `frames` frames. The video
+    encoder takes them in pairs, and leaves out the last one of an odd number.
     """
 
     def __init__(self, autoencoder, syncnet=None, videomae=None, lpips=None, *, frames=16, sync_weight=0.05,
@@ -593,8 +595,8 @@ class Supervision:
         if syncnet is not None and syncnet.frames != frames:
             raise ValueError(f"a SyncNet for clips of {syncnet.frames} frames, but clips have {frames}")
         if videomae is not None:
-            if frames % videomae.config.tubelet:
-                raise ValueError(f"clips of {frames} frames: the video encoder takes them by "
+            if frames < videomae.config.tubelet:
+                raise ValueError(f"clips of {frames} frames: the video encoder takes at least "
                                  f"{videomae.config.tubelet}")
             videomae.checkpointing = checkpointing
         for network in filter(None, (autoencoder, syncnet, videomae, lpips)):
@@ -742,18 +744,24 @@ class Whisper(nn.Module):
         return torch.stack(outputs, 2)
 
     @torch.no_grad()
-    def pieces(self, sound):
+    def pieces(self, sound, overlap=0):
         """Yields the features of a sound (n,) in pieces (rows, layers + 1, C) of at most 30 s, 50 rows a second.
 
         The last piece is filled up with zeros in the mel spectrogram, as in the original. (Whisper itself would add
-        silence, which is about -1.5 there.)
+        silence, which is about -1.5 there.) overlap: rows that two successive pieces share. Each of the two gives half
+        of them, so that no row stands at an edge where Whisper hears one side only. 0 is the original's way.
         """
         mel = log_mel(sound, self.config.mels)
-        size = 2 * self.config.positions
-        for part in mel.split(size, 1):
-            rows = part.shape[1] // 2
-            part = F.pad(part.to(self.conv1.weight.device), (0, size - part.shape[1]))
-            yield self(part[None])[0, :rows]
+        positions = self.config.positions
+        overlap = min(overlap, positions // 2)
+        rows = mel.shape[1] // 2
+        for start in range(0, max(rows - overlap, 1), positions - overlap):
+            part = mel[:, 2 * start:2 * (start + positions)].to(self.conv1.weight.device)
+            part = F.pad(part, (0, 2 * positions - part.shape[1]))
+            first = overlap // 2 if start else 0
+            is_last = start + positions >= rows
+            last = rows - start if is_last else positions - (overlap - overlap // 2)
+            yield self(part[None])[0, first:last]
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -775,25 +783,28 @@ def count_frames(rows, fps=FPS):
     return frame + 1
 
 
-def window_rows(frame, rows, fps=FPS):
-    """Indices of the 10 rows of features around a frame, 0.2 s. Beyond both ends the first and the last row repeat."""
+def window_rows(frame, rows, fps=FPS, window=(2, 2)):
+    """Indices of the rows of features around a frame: two for it, and two for each of the frames before and after it
+    in `window`, together 10 or 0.2 s. Beyond both ends the first and the last row repeat."""
+    before, after = window
     centre = int(frame * ROWS_PER_SECOND / fps)
-    return np.arange(centre - 4, centre + 6).clip(0, rows - 1)
+    return np.arange(centre - 2 * before, centre + 2 * after + 2).clip(0, rows - 1)
 
 
-def windows(whisper, sound, fps=FPS):
+def windows(whisper, sound, fps=FPS, window=(2, 2), overlap=0):
     """Yields the audio of each frame, (A, C): 10 rows of all layers, row by row; A is 50 for Whisper tiny.
 
-    Only the rows that later frames need are kept. Raises ValueError for less than a row of sound.
+    window: Config.audio_window of the UNet; overlap: see Whisper.pieces. Only the rows that later frames need are
+    kept. Raises ValueError for less than a row of sound.
     """
     rows = count_rows(len(sound), whisper.config.positions)
     if not rows:
         raise ValueError("the sound is shorter than a fiftieth of a second")
-    pieces = whisper.pieces(sound)
+    pieces = whisper.pieces(sound, overlap) if overlap else whisper.pieces(sound)
     kept = next(pieces)                                                     # features of rows first, first + 1 ...
     first = 0
     for frame in range(count_frames(rows, fps)):
-        index = window_rows(frame, rows, fps)
+        index = window_rows(frame, rows, fps, window)
         while first + len(kept) <= index[-1]:
             kept = torch.cat([kept, next(pieces)])
         kept = kept[index[0] - first:]
@@ -843,9 +854,11 @@ def lanczos_resize(pictures, size):
         w = torch.sinc(distance) * torch.sinc(distance / 4)
         w = (w / w.sum(1, keepdim=True)).float()                            # float32: ties as in OpenCV
         w = (w * 2048).round().double() / 2048
-        return torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
-    down, across = (weights(n).float().to(pictures) for n in pictures.shape[-2:])           # mps has no float64
-    return (down @ pictures @ across.T + 0.5).floor().clamp(0, 255)
+        w = torch.zeros(size, n, dtype=torch.float64).scatter_add_(1, taps.long().clamp(0, n - 1), w)
+        return w.to(pictures.device)
+    height, width = pictures.shape[-2:]
+    resized = weights(height) @ pictures.double() @ weights(width).T        # exact, so that ties stay ties
+    return (resized + 0.5).floor().clamp(0, 255).to(pictures.dtype)
 
 
 def three_points(landmarks):
@@ -932,12 +945,14 @@ def warp(picture, matrix, size, fill):
     """Moves a picture (C, h, w) by a map (2, 3) of its pixels (x, y, 1) -> (C, *size), bilinear; `fill` outside.
 
     The steps are those of kornia, in float32. Callers truncate the result to whole numbers. Where it is very near to a
-    whole number, as in saturated colors, the last bit decides.
+    whole number, as in saturated colors, the last bit decides. A product of matrices with a batch dimension may round
+    otherwise than one without. Kornia has this dimension, so we have it too.
     """
     def to_unit(h, w):                                                      # pixels to -1 .. 1, corners to corners
-        return torch.tensor([[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]])
-    between = to_unit(*size) @ (homogeneous(matrix.float().cpu()) @ to_unit(*picture.shape[1:]).inverse())
-    grid = F.affine_grid(between.inverse()[None, :2], [1, 1, *size], align_corners=True).to(picture)
+        return torch.tensor([[[2 / max(w - 1, 1), 0, -1], [0, 2 / max(h - 1, 1), -1], [0, 0, 1]]])
+    pixels = homogeneous(matrix.float().cpu())[None]
+    between = to_unit(*size) @ (pixels @ to_unit(*picture.shape[1:]).inverse())             # (1, 3, 3)
+    grid = F.affine_grid(between.inverse()[:, :2], [1, 1, *size], align_corners=True).to(picture)
     moved = F.grid_sample(picture[None], grid, align_corners=True)[0]
     covered = F.grid_sample(torch.ones_like(picture)[None], grid, align_corners=True)[0]
     return moved + (1 - covered) * fill
@@ -968,6 +983,7 @@ def paste_back(picture, face, matrix, canvas):
     face = F.interpolate(face[None].float(), canvas, mode="bicubic", antialias=True, align_corners=False)[0]
     face = (warp(face, back, size, fill=127.0) / 2 + 0.5).clamp(0, 1) * 255         # the original fills with white too
     covered = warp(torch.ones(1, *canvas, device=face.device), back, size, fill=0.0)
+    covered = covered * (covered > 1e-4)                # less is rounding, one row beyond the face on some processors
     covered = erode(covered, 2)                         # without the pixels that the face covers only in part
     radius = int(float(covered.sum()) ** 0.5) // 20
     soft = blur(erode(covered, 2 * radius), radius) if radius else covered

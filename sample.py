@@ -62,11 +62,11 @@ from lib.console import (Machine, UserError, check_json, check_out, check_pixels
 from lib.drawing import (bench_generator, check_generator_args, check_npz, check_prompt_args, check_prompts_out,
                          choose_labels, choose_prompts, class_name, faster, filmstrips, generators, given, in_batches,
                          is_drawn, print_classes, save_sheet, write_npz)
-from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score
+from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, to_pixels, to_tensor)
 from lib.text import save_features
-from lib.video import Video, VideoWriter, read_sound
+from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
 from syncnet import FPS, SAMPLE_RATE
 from triton_ops import REGISTRY
@@ -523,7 +523,7 @@ def sample_syncnet(args):
     check_judge(model, ckpt, original=True)
     name = Path(ckpt).name
     video = Video(args.video or DEMO / "talking_head.mp4")
-    sound = read_sound(args.audio or video.path)
+    sound, sound_note = mono(read_channels(args.audio or video.path, SAMPLE_RATE, args.audio_track))
     start = time.perf_counter()
     scores = []
     clips = 0
@@ -538,29 +538,46 @@ def sample_syncnet(args):
                    f"at {len(sound) / SAMPLE_RATE:.2f} s")
             print(f"note: {why}", file=sys.stderr)
             continue
+        if not math.isfinite(score.distance) and not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"{name}: holds weights that are not numbers (nan or inf); use another checkpoint")
         if not math.isfinite(score.distance):
             raise UserError(f"{name}: distances overflow in {args.dtype}: use --dtype fp32")
         scores.append(score)
         clips += score.clips
-        print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score)}")
+        print(f"face {number}: {score.clips} clips from frame {first}: {describe_score(score, model)}")
     seconds = time.perf_counter() - start
     if not scores:
         raise UserError(f"{video.path}: {why}")
     if len(scores) > 1:
         offset, confidence, distance = syncnet.combine(scores)
-        print(f"all {len(scores)}: offset {offset:+d}, confidence {confidence:.3f}, distance {distance:.3f}")
-    if np.abs(sound).max() < 1e-3:
+        found = f"offset {offset:+d}, " if all(is_in_step(score, model) for score in scores) else ""
+        print(f"all {len(scores)}: {found}confidence {confidence:.3f}, distance {distance:.3f}")
+    if is_silent(sound):
         print("note: the sound is silent: nothing is in sync with it, and the offset means nothing", file=sys.stderr)
     shifts = range(-args.max_shift, args.max_shift + 1)
     curves = {}
     for i, score in enumerate(scores, 1):
         curves[f"face {i}" if len(scores) > 1 else ""] = (shifts, score.curve.tolist())
     best = max(scores, key=lambda score: score.confidence)
-    picture = chart(curves, f"{Path(video.path).name}, judged by {name}", SHIFTS, "distance",
-                    marks=[(-best.offset, best.distance, f"offset {best.offset:+d}")])
-    save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": video.path,
+    marks = [(-best.offset, best.distance, f"offset {best.offset:+d}")] if is_in_step(best, model) else []
+    path = str(video.path).encode(errors="replace").decode()                # a name need not be text
+    picture = chart(curves, f"{Path(path).name}, judged by {name}", SHIFTS, "distance", marks=marks)
+    save_png(out, picture, {"model": "syncnet", "checkpoint": name, "video": path,
                             "sound": args.audio or "its own"})
-    print(machine.summary((model,), seconds / clips, out, unit="frame"))
+    note = notes_of(video, sound_note, toy_note(ckpt, video))
+    print(machine.summary((model,), seconds / clips, out, note, unit="frame"))
+
+
+def toy_note(ckpt, video):
+    """What has to be said if a network of the demo meets a video that is not the demo's."""
+    if Path(ckpt).resolve().parent != DEMO.resolve() or video.path.resolve().parent == DEMO.resolve():
+        return ""
+    return f"{Path(ckpt).name} is a toy that was trained on drawn heads and knows no real faces"
+
+
+def notes_of(video, *more):
+    """Part of a summary line: what the user should know about a video, and what else there is to say."""
+    return "".join(f"{note}, " for note in (*video.notes, *more) if note)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -575,7 +592,9 @@ def sample_latentsync(args):
     speech = Path(args.audio or DEMO / "other_speech.flac")
     if not args.bench:
         video = Video(path)
-        sound = read_sound(speech)
+        sound, sound_note = mono(read_channels(speech, SAMPLE_RATE, args.audio_track))
+        if is_silent(sound):
+            print(f"note: {speech}: the sound is silent, so the lips have nothing to say", file=sys.stderr)
         if out.resolve() in (path.resolve(), speech.resolve()):
             raise UserError(f"--out {out}: would replace what it is made from; choose another name")
         if len(sound) < SAMPLE_RATE // FPS:
@@ -588,7 +607,7 @@ def sample_latentsync(args):
         machine.dtype = torch.float16 if torch.cuda.get_device_capability(device)[0] > 7 else torch.float32
         machine.dtype_why = "as the original has it here"
     load = dubbing.random_models if args.random_weights else dubbing.load_models
-    name, cfg, unet, autoencoder, whisper = load(args)
+    name, resolution, cfg, unet, autoencoder, whisper = load(args)
     unet = unet.to(device, machine.dtype)
     autoencoder = autoencoder.to(device, machine.dtype)
     whisper = whisper.to(device)                                            # it is small, so it stays in float32
@@ -618,18 +637,22 @@ def sample_latentsync(args):
         for number, picture in dubbing.forth_and_back(video, count):
             shown.append(number)
             yield picture, face_maps(number)
-    dubbed = dub(frames(), latentsync.windows(whisper, sound), unet)
+    shared_rows = latentsync.ROWS_PER_SECOND if args.overlap else 0         # a second
+    windows = latentsync.windows(whisper, sound, window=unet.config.audio_window, overlap=shared_rows)
+    dubbed = dub(frames(), windows, unet)
     size = dubbing.panel_size(unet, video) if args.steps_grid else (video.height, video.width)
-    with VideoWriter(out, *size, sound=read_sound(speech, 48000), crf=args.crf, rate=48000) as writer:
+    given = read_sound_to_write(speech, args.audio_track)
+    with VideoWriter(out, *size, sound=given, crf=args.crf, colors=video.colors) as writer:
         for frame in tqdm(dubbed, total=count, desc="dubbing", unit="frame", smoothing=0.05):
             writer.write(dubbing.panels(frame, size) if args.steps_grid else frame.picture)
             without_face += frame.generated is None
     seconds = time.perf_counter() - start
     if without_face:
         print(f"note: {without_face} of {len(shown)} frames have no face; they stay as they were", file=sys.stderr)
+    toy = toy_note(args.ckpt or DEMO / "talking_head_latentsync.safetensors", video) if not args.random_weights else ""
     if judge:
         dubbing.print_scores(judge, video, out, shown, face_maps, sound)
-    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, "
+    note = f"{len(shown)} frames of {len(shown) / FPS:.2f} s, " + notes_of(video, sound_note, resolution, toy)
     print(machine.summary((unet, autoencoder, whisper), seconds / max(len(shown), 1), out, note, unit="frame"))
 
 

@@ -36,7 +36,7 @@ def clip_items(data, items, read):
     """([read(index, seed)] of items, with the next usable video in place of an unusable one; the unusable ones)."""
     clips = []
     broken = []
-    why_none = f"not one of these videos can be used; each has to have sound and {data.shortest} frames"
+    why_none = f"not one of these videos can be used; each has to have sound and {data.needed}"
     for index, seed in items:
         clips.append(first_readable(lambda i: read(i, seed), index, len(data), data.name, broken, why_none)[1])
     return clips, broken
@@ -49,11 +49,14 @@ class VideoFolder:
     """
 
     READS_FILES = True
+    LONGEST = 30 * FPS                          # frames of a video that is decoded as a whole
     kinds = "videos"
 
     def __init__(self, root, train, split, *options):
         pyav()
         self.root = root
+        self.validates = not train
+        self.kept = {}                                                      # what was read of the last videos
         self.files = [str(file) for file in videos_in(root)]
         if not self.files:
             raise UserError(f"--data {root}: no videos in it; expected .mp4 files of aligned faces, with sound")
@@ -63,6 +66,24 @@ class VideoFolder:
             self.files = [file for file in self.files if self.source(file) in chosen]
         listing = (f"{os.path.relpath(file, root)} {os.path.getsize(file)}" for file in self.files)
         self.fingerprint = " ".join(map(str, (fingerprint_of(listing), *options)))
+
+    def video(self, index):
+        """What `read` returns. Videos for validation are asked for again and again, so the last four are kept."""
+        if not self.validates:
+            return self.read(index)
+        if index not in self.kept:
+            if len(self.kept) == 4:
+                del self.kept[next(iter(self.kept))]
+            self.kept[index] = self.read(index)
+        return self.kept[index]
+
+    def clips_of(self, video):
+        """clip(start, count) -> frames of a Video, uint8 (count, 3, h, w). For validation it is decoded only once."""
+        if self.validates:
+            whole = video.clip(0, self.LONGEST + 1)
+            if len(whole) <= self.LONGEST:
+                return lambda start, count: whole[start:start + count]
+        return video.clip
 
     @staticmethod
     def source(file):
@@ -103,7 +124,10 @@ class SyncClips:
         self.config = config
         self.audio_offset = audio_offset
         self.moments = moments
-        self.shortest = 2 * config.frames
+        self.shortest = max(2 * config.frames, moments + config.frames - 1)
+        self.needed = f"{self.shortest} frames"
+        if moments > config.frames + 1:
+            self.needed += f" (as many different clips as --moments {moments} asks for)"
 
     def spoiled(self, index, sound):
         """The sound, shifted by at most audio_offset frames, by another amount for each video, as in raw data."""
@@ -186,18 +210,19 @@ class SyntheticSyncClips(SyntheticHeads, SyncClips):
 
 
 class FolderSyncClips(VideoFolder, SyncClips):
-    """Videos of a folder. The videos must be short, because the whole sound is read for every pair."""
+    """Videos of a folder. The videos must be short, because in training the whole sound is read for every pair."""
 
     def __init__(self, root, config, train=True, split=True, **options):
         SyncClips.__init__(self, config, **options)
         VideoFolder.__init__(self, root, train, split, config, options)
 
-    def video(self, index):
+    def read(self, index):
         video = Video(self.files[index])
         sound = read_sound(self.files[index])
+        clip = self.clips_of(video)
 
         def frames_at(start):
-            return syncnet.lower_halves(video.clip(start, self.config.frames), self.config)
+            return syncnet.lower_halves(clip(start, self.config.frames), self.config)
 
         def mel_at(start):
             return syncnet.mel_window(self.spoiled(index, sound), start, self.config.columns)
@@ -231,6 +256,7 @@ def open_sync_clips(args, config=None):
         if config.picture[1] > 64:
             raise UserError(f"--data: recipe {args.recipe} needs a folder of videos; synthetic ones have 64 x 64 "
                             "pixels")
+        check_ranges(("--moments", args.moments, 1, 120 - config.frames + 1))           # clips of a video of 4.8 s
         train = SyntheticSyncClips(config, args.videos, FIRST_HEAD, unaligned=args.unaligned, **options)
         return train, SyntheticSyncClips(config, VAL_HEADS, seconds=8.0)    # real clips have 5 to 10 s
     if args.unaligned:
@@ -243,13 +269,16 @@ class DubbingDataset:
     """Dubbing examples. Subclasses have name(index) and video(index).
 
     video(index) returns (number of frames, frames_at(start, count), audio features (rows, layers, C), sound (n,)).
-    `columns` is the length of a mel window if SyncNet takes part in the loss, else None.
+    `columns` is the length of a mel window if SyncNet takes part in the loss, else None. `audio_window`: see
+    latentsync.Config.
     """
 
     def __init__(self, frames):
         self.frames = frames
         self.columns = None
+        self.audio_window = (2, 2)
         self.shortest = 3 * frames
+        self.needed = f"{self.shortest} frames"
 
     def scene(self, index, seed, clips=1):
         """`clips` successive clips of one video. Raises OSError if it is too short.
@@ -272,8 +301,8 @@ class DubbingDataset:
         frames = frames_at(start, clips * F)
         if len(frames) < clips * F or len(references) < clips * F:
             raise OSError("ends too soon")
-        rows = np.stack([latentsync.window_rows(start + i, len(features)) for i in range(clips * F)])
-        return frames, references, features[rows].flatten(1, 2).float(), sound, start
+        rows = [latentsync.window_rows(start + i, len(features), window=self.audio_window) for i in range(clips * F)]
+        return frames, references, features[np.stack(rows)].flatten(1, 2).float(), sound, start
 
     def clip(self, index, seed):
         """One clip: frames, references, audio windows, and the mel window of SyncNet or an empty tensor."""
@@ -343,7 +372,7 @@ class FolderDubbing(VideoFolder, DubbingDataset):
         if not any(file.exists() for file in self.features):
             raise UserError(f"--data {self.root}: not one of these {len(self)} videos has sound that can be read")
 
-    def video(self, index):
+    def read(self, index):
         path = self.files[index]
         if not self.features[index].exists():
             raise OSError("no sound")
@@ -356,8 +385,10 @@ class FolderDubbing(VideoFolder, DubbingDataset):
         if video.width < self.resolution:
             raise UserError(f"{path}: has {video.width} pixels, but {self.resolution} are to be painted")
 
+        clip = self.clips_of(video)
+
         def frames_at(start, count):
-            frames = video.clip(start, count)
+            frames = clip(start, count)
             if video.width == self.resolution:
                 return frames
             size = (self.resolution, self.resolution)

@@ -330,7 +330,7 @@ def check_writable(path, flag="--out", suffix=None):
     With a suffix the path is a file that must end in it, without a suffix it is a folder.
     """
     path = Path(path)
-    if suffix and path.suffix != suffix:
+    if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{flag} {path}: expected a name that ends in {suffix}")
     folder = path.parent if suffix else path
     try:

@@ -1,5 +1,6 @@
 """What `sample.py latentsync` needs besides the pipeline: models, faces, panels, scores, the benchmark."""
 import itertools
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,19 +42,29 @@ def check_args(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 
+RESOLUTIONS = {"1.0": 256, "1.5": 256, "1.6": 512}                          # version of LatentSync -> side of the faces
+
 
 def load_models(args):
-    """(name, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae and --whisper, or of the demo."""
+    """(name, resolution in words, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae, --whisper, or of the demo."""
     download = not args.no_download
     ckpt = DEMO / "talking_head_latentsync.safetensors"
     if args.ckpt:
         ckpt = Path(find_checkpoint(args.ckpt, download))
     metadata = read_metadata(ckpt)
     ours = "tokenizer" in metadata                                          # written by train.py
-    # No tensor shows the resolution. The name of the file, of its folder or of its repository does.
-    version = "/".join([str(args.ckpt), *ckpt.absolute().parts[-4:]])
-    resolution = args.resolution or (512 if not ours and "1.6" in version else None)
+    resolution, why = args.resolution, "as asked"
+    if not resolution and not ours:
+        resolution, why = named_resolution(args.ckpt, ckpt.absolute())
     unet = latentsync.load(ckpt, resolution=resolution)
+    if ours and not args.resolution:
+        why = "as its file says"
+    elif not resolution and unet.config.motion == "none":
+        why = "version 1.0"                                                 # it has no motion modules
+    elif not resolution:
+        raise UserError(f"{ckpt}: versions 1.5 and 1.6 have the same tensors, and nothing in this path names one; "
+                        "expected LatentSync-1.5 or latentsync_1.6 in it, or say it: --resolution 256 (version 1.5) or "
+                        "512 (1.6)")
     vae = find_companion(args.vae, ckpt, "talking_head_kl.safetensors" if ours else "sd-vae-ft-mse", download, "--vae")
     whisper = args.whisper
     if not ours and not whisper and (ckpt.parent / "whisper" / "tiny.pt").exists():     # as in the authors' folders
@@ -67,7 +78,20 @@ def load_models(args):
         raise UserError(f"{whisper}: its features are {encoder.config.width} wide, but {ckpt} takes "
                         f"{unet.config.audio_width}; give the encoder it was trained with as --whisper")
     cfg = args.cfg if args.cfg is not None else metadata.get("sampling", {}).get("cfg", 1.5)
-    return ckpt.name, cfg, unet, autoencoder, encoder
+    return ckpt.name, f"faces of {unet.config.resolution} pixels ({why})", cfg, unet, autoencoder, encoder
+
+
+def named_resolution(*paths):
+    """(side of the faces, the reason) of the last part of the first path that names a version; (None, "") if none does.
+
+    A version is a whole number such as 1.6, with or without a v. 1.6.2 is another one, which is not known.
+    """
+    for path in paths:
+        for part in reversed(Path(path).parts):
+            version = re.search(r"latentsync[-_ ]?v?([0-9]+(\.[0-9]+)+)", part, re.IGNORECASE)
+            if version and version[1] in RESOLUTIONS:
+                return RESOLUTIONS[version[1]], f"{version[0]} in its path"
+    return None, ""
 
 
 def random_models(args):
@@ -83,7 +107,8 @@ def random_models(args):
     g = torch.Generator().manual_seed(args.seed)
     for model in (unet, autoencoder, whisper):
         model.eval().init_weights(g)
-    return name, 1.5 if args.cfg is None else args.cfg, unet, autoencoder, whisper
+    cfg = 1.5 if args.cfg is None else args.cfg
+    return name, f"faces of {unet.config.resolution} pixels", cfg, unet, autoencoder, whisper
 
 
 def set_frames(unet, args):
@@ -233,7 +258,7 @@ def print_scores(judge, video, out, shown, face_maps, sound):
         except ValueError as e:
             print(f"note: SyncNet cannot judge it: {e}", file=sys.stderr)
             return
-        print(f"{what + ':':<8}{describe_score(score)}")
+        print(f"{what + ':':<8}{describe_score(score, judge)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,7 +279,7 @@ def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine):
     def run(unet=unet):
         align = latentsync.Aligner(config.resolution)
         frames = ((pictures[i % 2], align(points)) for i in range(count))
-        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)))
+        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)), window=config.audio_window)
         faces = [frame.generated for frame in dub(frames, itertools.islice(windows, count), unet)]
         return torch.stack(faces).float().cpu()
     stages = {"whisper": [(whisper, "forward")], "encoder": [(autoencoder, "encode")],

@@ -4,7 +4,7 @@ import torch
 from tqdm import tqdm
 
 import syncnet
-from lib.clips import open_sync_clips
+from lib.clips import FolderSyncClips, open_sync_clips
 from lib.console import UserError, choose_device
 from lib.speech_tasks import SyncNetTask
 from lib.talking_head import shift_sound
@@ -18,9 +18,14 @@ def evaluate_syncnet(args):
     if isinstance(model, syncnet.OriginalSyncNet):
         raise UserError(f"{args.evaluate}: is the original SyncNet, whose distances say neither yes nor no; sample.py "
                         "syncnet scores videos with it")
-    _, unseen = open_sync_clips(args, model.config)
+    if args.data == "demo":
+        _, unseen = open_sync_clips(args, model.config)
+        which = f"unseen {unseen.kinds}"
+    else:                                                                   # all of them, not only those held out
+        unseen = FolderSyncClips(args.val_data or args.data, model.config, train=False, split=False)
+        which = f"videos of {unseen.root}"
     task = SyncNetTask(args, unseen, unseen, device, torch.Generator(device), micro_batches=1)
-    print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} unseen {unseen.kinds}")
+    print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} {which}")
     scores = task.validate(model)
     print(f"{scores['accuracy']:.2%} of {args.val_pairs:,} pairs classified correctly (loss {scores['loss']:.3f})")
     videos = [(frames[:4 * FPS], sound) for frames, sound in unseen.first_usable(10)]

@@ -121,10 +121,17 @@ def vq_flags(add):
     add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
 
 
+def audio_track_flag(add):
+    """The flag of both commands that hear a file."""
+    add("--audio-track", type=int, metavar="N", help="of a file with several, from 1 on; default: the first that is "
+        "not silent")
+
+
 def syncnet_flags(add):
     """Flags of `sample.py syncnet`."""
     add("--video", metavar="FILE", help="default: the demo's")
     add("--audio", metavar="FILE", help="another sound than the video's own")
+    audio_track_flag(add)
     add("--ckpt", metavar="FILE|NAME", help="syncnet_v2.model (Sync-C, Sync-D), stable_syncnet.pt, or one of train.py; "
         "default: demo/")
     add("--face", nargs="+", default=["auto"], metavar="WHERE", help="whole: the video is a face, aligned or cropped; "
@@ -139,12 +146,14 @@ def latentsync_flags(add):
     """Flags of `sample.py latentsync`."""
     add("--video", metavar="FILE", help="the video to dub; default: the demo's")
     add("--audio", metavar="FILE", help="the speech: a sound file, or a video with sound (with the demo's video: the "
-        "demo's); the result has it in mono")
+        "demo's); the result has its channels and rate")
+    audio_track_flag(add)
     add("--ckpt", metavar="FILE|NAME", help="weights: a file, or latentsync_1.0.pt, latentsync_1.5.pt, "
         "latentsync_1.6.pt; default: demo/")
     add("--vae", metavar="DIR|NAME", help="the autoencoder; default: sd-vae-ft-mse")
     add("--whisper", metavar="FILE|NAME", help="the audio encoder; default: beside --ckpt, else whisper_tiny.pt")
-    add("--resolution", type=int, choices=[256, 512], help="of the faces; default: 512 if --ckpt names version 1.6")
+    add("--resolution", type=int, choices=[256, 512], help="of the faces; default: what the file or a "
+        "name in the path of --ckpt says")
     add("--out", metavar="FILE", help="an .mp4; default: out/latentsync.mp4")
     add("--steps", type=int, default=20, help="of diffusion (default 20)")
     add("--cfg", type=float, help="guidance, useful from 1 (none) to 3; default: the demo's own, else 1.5")
@@ -152,7 +161,8 @@ def latentsync_flags(add):
     add("--deep-cache", action="store_true", help="run most of the network in every third step only: faster, nearly "
         "the same result")
     add("--overlap", type=int, default=0, metavar="FRAMES", help="paint the last frames of each clip again with the "
-        "next one, and cross-fade: no seams (default 0)")
+        "next one, and cross-fade: no seams (default 0); the 30-second pieces in which Whisper hears then overlap by a "
+        "second")
     add("--face", type=int, default=1, metavar="N", help="if there are several faces, the N-th largest (default 1)")
     add("--landmarks", metavar="FILE.npz", help="do not look for faces: an array `landmarks` (frames, N, 2) in pixels, "
         "25 frames a second, N = 3 (brows, nose), 5, 106 or 478; nan where there is no face")

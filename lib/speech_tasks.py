@@ -55,7 +55,10 @@ class SyncNetTask(Task):
         return self.model.loss_of_moments(frames, mel[:, :, None].to(self.device), step < self.args.contrast_steps)
 
     def val_items(self):
-        return [[(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]]
+        items = [(i % len(self.val_set), (i,)) for i in range(self.args.val_pairs)]
+        if getattr(self.val_set, "READS_FILES", False):
+            items.sort()                                                    # so that each video is decoded only once
+        return [items]
 
     def picture(self, model):
         """Distance over shifts, of four validation videos."""
@@ -203,8 +206,8 @@ class LatentSyncTask(Task):
         most = latentsync.CONFIGS[args.model].motion_length
         if args.stage != "1" and args.frames > most:
             raise UserError(f"--frames {args.frames}: expected at most {most}, the length of the motion modules")
-        if args.trepa_weight and args.frames % 2:
-            raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose an even one")
+        if args.trepa_weight and args.frames < 2:
+            raise UserError(f"--frames {args.frames}: TREPA's video encoder takes frames in pairs; choose 2 or more")
         if args.init and args.stable_diffusion:
             raise UserError("--init and --stable-diffusion exclude each other")
         if args.prepare:
@@ -236,6 +239,7 @@ class LatentSyncTask(Task):
         self.model.freeze(args.stage)
         for data in (self.train_set, self.val_set):
             data.encode_audio(self.whisper, args)
+            data.audio_window = config.audio_window
             data.columns = self.syncnet.config.columns if self.supervision and args.sync_weight else None
         self.metrics = ["noise", *self.supervision.weights] if self.supervision else []
         self.val_metrics = ["loss", "ssim", "lmd", "flicker"]

@@ -100,9 +100,13 @@ class VideoMAE(nn.Module):
         self.head = nn.Linear(c.width, c.classes) if c.classes else None    # in the file, not needed here
 
     def patches(self, clips):
-        """Clips (B, 3, F, H, W) in [-1, 1], F even -> pixels of all tokens (B, L, 3 * tubelet * patch^2) in [0, 1]."""
+        """Clips (B, 3, F, H, W) in [-1, 1] -> pixels of all tokens (B, L, 3 * tubelet * patch^2) in [0, 1].
+
+        Frames that do not fill a token are left out at the end, as by the original's strided convolution.
+        """
         c = self.config
-        x = rearrange(clips, "b c f h w -> (b f) c h w")
+        whole = clips[:, :, :clips.shape[2] // c.tubelet * c.tubelet]
+        x = rearrange(whole, "b c f h w -> (b f) c h w")
         if x.shape[2:] != (c.size, c.size):
             x = F.interpolate(x, (c.size, c.size), mode="bicubic", align_corners=False)
         return rearrange((x / 2 + 0.5).clamp(0, 1), "(b l t) c (h p) (w q) -> b (l h w) (c t p q)", b=len(clips),
@@ -120,7 +124,7 @@ class VideoMAE(nn.Module):
         return tokens
 
     def features(self, clips):
-        """(B, 3, F, H, W) in [-1, 1], F even -> (B, width): the mean of the last block's tokens, normalised."""
+        """(B, 3, F, H, W) in [-1, 1] -> (B, width): the mean of the last block's tokens, normalised."""
         return self.fc_norm(self.encode(self.embed(self.patches(clips))).mean(1))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ import train
 import vq
 from helpers import (CLIP, KL_CONFIG, ROOT, UNET_CONFIG, WHISPER_CONFIG, complaint, randn, run, same, script,
                      smooth_pictures, speech, tiny, weights, write_video)
-from lib import bench, clips, dubbing, videomae
+from lib import bench, clips, dubbing, faces, videomae
 from lib.console import UserError
 from lib.talking_head import talking_head, talking_scene
 from lib.video import Video, VideoWriter, read_sound
@@ -52,6 +52,40 @@ def test_windows_are_those_of_all_features_at_once(dub_parts, samples):
     for frame, window in enumerate(found):
         rows = [min(max(r, 0), len(features) - 1) for r in range(2 * frame - 4, 2 * frame + 6)]
         assert torch.equal(window, features[rows].flatten(0, 1))
+
+
+@pytest.mark.parametrize("samples", [320, 20 * 320, 21 * 320, 32 * 320, 33 * 320, 100 * 320 + 500])
+@pytest.mark.parametrize("overlap", [1, 8])
+def test_pieces_of_sound_may_overlap(dub_parts, samples, overlap):
+    """Each row comes once, from the piece in which it is farther from an edge. 20 rows are a piece."""
+    ear, sound = dub_parts[2], torch.from_numpy(speech(3))[:samples]
+    mel = latentsync.log_mel(sound)
+    rows = mel.shape[1] // 2
+    found = torch.cat(list(ear.pieces(sound, overlap)))
+    assert len(found) == rows == latentsync.count_rows(samples, 20)
+    step = 20 - overlap
+    for row in range(rows):
+        piece = max(0, row - overlap // 2) // step
+        if piece * step >= rows - overlap:                                  # the piece before reaches to the end
+            piece = max(0, -(-(rows - overlap) // step) - 1)
+        part = mel[:, 2 * step * piece:][:, :40]
+        expected = ear(F.pad(part, (0, 40 - part.shape[1]))[None])[0, row - step * piece]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
+    assert torch.equal(torch.cat(list(ear.pieces(sound, 0))), torch.cat(list(ear.pieces(sound))))
+    windows = list(latentsync.windows(ear, sound, overlap=overlap))
+    index = latentsync.window_rows(len(windows) - 1, rows)
+    assert torch.equal(windows[-1], found[index].flatten(0, 1))
+
+
+def test_audio_windows_may_be_asymmetric(dub_parts):
+    assert latentsync.window_rows(10, 99).tolist() == list(range(16, 26))
+    assert latentsync.window_rows(10, 99, window=(1, 3)).tolist() == list(range(18, 28))
+    assert latentsync.window_rows(0, 99, window=(3, 0)).tolist() == [0] * 6 + [0, 1]
+    ear, sound = dub_parts[2], torch.from_numpy(speech(1))
+    features = torch.cat(list(ear.pieces(sound)))
+    for frame, window in enumerate(latentsync.windows(ear, sound, window=(0, 4))):
+        index = latentsync.window_rows(frame, len(features), window=(0, 4))
+        assert torch.equal(window, features[index].flatten(0, 1))
 
 
 def test_too_little_sound():
@@ -540,6 +574,65 @@ def test_what_cannot_be_dubbed(dub_files, clip, tmp_path, capsys):
     assert "is not the tokenizer that" in error("--vae", other)
     latentsync.save(tiny(latentsync.Whisper, replace(WHISPER_CONFIG, width=32)), other)
     assert "its features are 32 wide" in error("--whisper", other)
+
+
+def test_files_that_hold_no_landmarks(tmp_path):
+    good = np.random.default_rng(0).uniform(0, 50, (9, 3, 2))
+    np.save(tmp_path / "plain.npy", good)
+    np.savez(tmp_path / "other.npz", points=good, names=np.arange(3))
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "words.npz", landmarks=good.astype(str))
+    np.savez(tmp_path / "object.npz", landmarks=np.array([good, None], object))
+    np.savez(tmp_path / "far.npz", landmarks=good * 1e9)
+    np.savez(tmp_path / "good.npz", landmarks=good)
+    data = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[:len(data) // 2])
+    (tmp_path / "huge.npz").write_bytes(data.replace(b"(9, 3, 2)", b"(9e9,3,2)"))
+    (tmp_path / "text.txt").write_text("10 20\n30 40\n")
+    for name, reason in (("plain.npy", "not an .npz file"), ("text.txt", "not an .npz file"),
+                         ("other.npz", "has no array 'landmarks', only points, names"),
+                         ("empty.npz", "has no array 'landmarks', only nothing"),
+                         ("words.npz", "its landmarks are no numbers but of type <U"), ("object.npz", "Object arrays"),
+                         ("far.npz", "coordinates up to 4.99e+10, expected pixels"), ("cut.npz", ""), ("huge.npz", ""),
+                         ("no.npz", "no such"), (".", "Is a directory")):
+        with pytest.raises(UserError, match=re.escape(f"--landmarks {tmp_path / name}: {reason}")) as e:
+            faces.given_points(tmp_path / name, 9)
+        assert "expected an .npz with an array 'landmarks' (frames, N, 2)" in str(e.value)
+    np.testing.assert_array_equal(faces.given_points(tmp_path / "good.npz", 9), good)
+
+
+@pytest.mark.parametrize("path, pixels, why", [
+    ("LatentSync-1.6/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("models--ByteDance--LatentSync-1.6/snapshots/0123abcd/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("LatentSync-1.6/checkpoints/latentsync_unet.pt", 512, "LatentSync-1.6"),
+    ("x/latentsync_v1.5.pt", 256, "latentsync_v1.5"), ("LatentSync-1.6/a/latentsync_1.5.pt", 256, "latentsync_1.5"),
+    ("latentsync_1.5/models-v1.6.2/unet.pt", 256, "latentsync_1.5"), ("models-v1.6.2/latentsync_unet.pt", None, ""),
+    ("latentsync-1.6.2/unet.pt", None, ""), ("checkpoints/latentsync_unet.pt", None, ""), ("1.6/unet.pt", None, "")])
+def test_the_resolution_comes_from_a_name(path, pixels, why):
+    found = dubbing.named_resolution("latentsync.pt", path)
+    assert found == (pixels, f"{why} in its path" if why else "")
+
+
+def test_a_resolution_is_said_or_asked_for(dub_parts, dub_files, clip, tmp_path, capsys, monkeypatch):
+    """Files like the released ones: the name of a folder tells it, version 1.0 has no motion modules, else we ask."""
+    monkeypatch.setitem(latentsync.CONFIGS, "tiny", UNET_CONFIG)
+    monkeypatch.setattr(dubbing, "RESOLUTIONS", {"1.5": 32, "1.6": 64})
+    def load(name, motion="all"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = latentsync.export(tiny(latentsync.UNet, replace(UNET_CONFIG, motion=motion)))
+        torch.save({"state_dict": state}, path)
+        companions = [f"--{flag}={dub_files / f'talking_head_{name}.safetensors'}"
+                      for flag, name in (("vae", "kl"), ("whisper", "whisper"))]
+        _, resolution, _, unet, _, _ = dubbing.load_models(sample.parse_args(
+            ["latentsync", "--ckpt", str(path), *companions]))
+        return resolution, unet.config.resolution
+    assert load("LatentSync-1.6/snapshots/123/unet.pt") == ("faces of 64 pixels (LatentSync-1.6 in its path)", 64)
+    assert load("checkpoints/unet.pt", motion="none") == ("faces of 32 pixels (version 1.0)", 32)
+    with pytest.raises(UserError, match=r"or say it: --resolution 256 \(version 1.5\) or 512 \(1.6\)"):
+        load("checkpoints/unet.pt")
+    run(sample, *command(dub_files, clip, tmp_path / "out.mp4"))
+    assert "faces of 32 pixels (as its file says), " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -931,7 +931,8 @@ def latentsync_whisper_windows(meta, t, tmp_path):
     grid = torch.meshgrid(1.0 * torch.arange(rows), 0.01 * torch.arange(layers), 1e-4 * torch.arange(C), indexing="ij")
     features, count = sum(grid), latentsync.count_frames(rows, c["fps"])
     assert count == t["out.num_chunks"].item()
-    index = [latentsync.window_rows(frame, rows, c["fps"]) for frame in range(count)]
+    around = c["audio_feat_length"]
+    index = [latentsync.window_rows(frame, rows, c["fps"], around) for frame in range(count)]
     equal(torch.tensor(np.stack(index)), t["out.index"], "rows")
 
     class Ear:
@@ -939,12 +940,12 @@ def latentsync_whisper_windows(meta, t, tmp_path):
 
         def pieces(self, sound):
             return iter(features.split(5))                                  # in pieces, as long sounds have them
-    found = list(latentsync.windows(Ear(), torch.zeros(rows * 320), c["fps"]))
+    found = list(latentsync.windows(Ear(), torch.zeros(rows * 320), c["fps"], around))
     assert len(found) == count
     close(found[0], t["out.chunk_first"], what="first")
     close(found[-1], t["out.chunk_last"], what="last")
     for i, which in ((0, "first"), (c["num_frames"] - 1, "last")):
-        window = features[latentsync.window_rows(c["start_index"] + i, rows)].flatten(0, 1)
+        window = features[latentsync.window_rows(c["start_index"] + i, rows, window=around)].flatten(0, 1)
         close(window, t[f"out.train_window_{which}"], what=f"{which} of a training clip")
 
 
@@ -972,9 +973,9 @@ def latentsync_affine(meta, t, tmp_path):
         matrix = align(t["in.landmarks3"][i])
         close(matrix, t["out.matrix"][i], what=f"matrix {i}")
         face = latentsync.warp(picture.permute(2, 0, 1).float(), matrix, align.canvas, 127.0).byte()
-        close_pictures(face.permute(1, 2, 0), t["out.face"][i], f"face {i}")
+        equal(face.permute(1, 2, 0), t["out.face"][i], f"face {i}")
         aligned = latentsync.align_face(picture, matrix, align.canvas, c["resolution"])
-        close_pictures(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
+        equal(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
         res = c["resolution"]
         painted = 0.3 * noise(f"in.face.{i}", (3, res, res)) + t["out.face_resized"][i].permute(2, 0, 1) / 127.5 - 1
         restored = latentsync.paste_back(picture, painted, matrix, align.canvas)
@@ -999,28 +1000,14 @@ def latentsync_pipeline(meta, t, tmp_path):
     assert len(windows) == count
     latents, decode = [], autoencoder.decode
     autoencoder.decode = lambda z: latents.append(z) or decode(z)
-
-    def run(scale=1.0):
-        latents.clear()
-        clip = [(frames[i][0], frames[i][1] * scale) for i in order]
-        g = torch.Generator().manual_seed(c["seed"])
-        found = list(latentsync.lipsync(unet, autoencoder, clip, windows, g, steps=c["steps"], cfg=c["guidance"]))
-        return torch.cat(latents), torch.stack([dubbed.generated for dubbed in found]), found
-    z, faces, found = run()
-    # The aligned face is truncated to bytes. Its map comes from a singular value decomposition, whose last bit differs
-    # between linear algebra libraries. A byte that falls to the other side moves latents by 1e-3, so no fixed tolerance
-    # is both sharp and fair. The bound is therefore measured here, as the effect of changing the last bit of the maps.
-    mean8 = lambda faces: F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1])
-    others = [run(1 + k * 2.0**-23) for k in (-2, 2)]
-    for what, ours, theirs, moved in (("latents", z, t["out.latents"], [z for z, _, _ in others]),
-                                      ("faces", mean8(faces), t["out.faces_mean8"], [mean8(f) for _, f, _ in others])):
-        bound = 1e-4 + 1.5 * max((other - ours).abs().max().item() for other in moved)
-        assert bound < 6e-3, "the maps' last bit matters less"
-        close(ours, theirs, atol=bound, what=what)
-    differs = lambda a, b: (torch.as_tensor(a) != torch.as_tensor(b)).any(-1).float().mean().item()
+    g = torch.Generator().manual_seed(c["seed"])
+    clip = [frames[i] for i in order]
+    found = list(latentsync.lipsync(unet, autoencoder, clip, windows, g, steps=c["steps"], cfg=c["guidance"]))
+    close(torch.cat(latents), t["out.latents"], what="latents")
+    faces = torch.stack([dubbed.generated for dubbed in found])
+    close(F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1]), t["out.faces_mean8"], what="faces")
     for row, expected in zip(meta["rows"], t["out.frames"]):
-        moved = max(differs(other[row].picture, found[row].picture) for _, _, other in others)
-        close_pictures(found[row].picture, expected, f"frame {row}", share=max(0.002, 1.5 * moved))
+        close_pictures(found[row].picture, expected, f"frame {row}")
 
 
 def load_videomae(state, c, path):

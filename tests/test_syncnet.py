@@ -17,10 +17,10 @@ import train
 import vq
 from helpers import (CLIP, ROOT, SYNCNET_CONFIG, complaint, make_tiny_syncnet, randn, run, same,
                      smooth_pictures, speech, tiny_syncnet, weights, write_video)
-from lib import studies
+from lib import clips, speech_tasks, studies
 from lib.clips import SyntheticSyncClips
 from lib.console import UserError
-from lib.faces import find_faces
+from lib.faces import describe_score, find_faces, is_in_step
 from lib.syncnet_variants import variant
 from lib.talking_head import shift_sound, talking_head
 from lib.tracks import face_crop, face_tracks, smooth_track
@@ -252,7 +252,7 @@ def test_combine_scores():
 def test_sound_of_any_rate_and_kind(tmp_path, rate, channels, subtype, suffix):
     t = np.arange(rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * t)
-    both = np.stack([2 * tone, 0 * tone], 1)[:, :channels] if channels == 2 else tone
+    both = np.stack([1.1 * tone, 0.9 * tone], 1)[:, :channels] if channels == 2 else tone
     soundfile.write(tmp_path / f"a{suffix}", both, rate, subtype=subtype)
     sound = read_sound(tmp_path / f"a{suffix}")
     assert sound.dtype == np.float32 and len(sound) == 16000
@@ -381,7 +381,8 @@ def test_judging_a_video_by_the_command(tmp_path, av, judge_file, capsys):
     video = write_video(tmp_path / "a.mp4", smooth_pictures(40), speech(2))
     run(sample, "syncnet", "--ckpt", judge_file, "--video", video, "--out", tmp_path / "a.png", "--device", "cpu")
     out = capsys.readouterr().out
-    assert re.search(r"face 1: 36 clips from frame 0: offset [+-]\d+ frames.*confidence 0\.\d+, distance 0\.\d+", out)
+    found = r"face 1: 36 clips from frame 0: not in step within \+-15 frames, confidence 0\.\d+, distance 0\.\d+"
+    assert re.search(found, out)                                            # its weights are random
     assert "s per frame, peak memory" in out and "a.png" in out
     from PIL import Image
     picture = Image.open(tmp_path / "a.png")
@@ -392,6 +393,49 @@ def test_judging_a_video_by_the_command(tmp_path, av, judge_file, capsys):
     said = capsys.readouterr()
     assert "note: the sound is silent" in said.err
     assert float(re.search(r"confidence ([\d.]+)", said.out)[1]) < 0.1      # not 0: other clips count at other shifts
+
+
+def test_offsets_are_said_only_where_they_are_known():
+    """A dip in the window; one beyond it, of which only the slope is seen; and next to none."""
+    judge, original = tiny_syncnet(), vq.build(syncnet.OriginalSyncNet)
+    shifts = torch.arange(-15, 16)
+    dip = lambda at, depth: syncnet.best_shift(0.8 - depth / (1 + (shifts - at).abs() / 4), 100)
+    for at in (-13, -3, 0, 8, 13):
+        assert describe_score(dip(at, 0.6), judge).startswith(f"offset {-at:+d} frames")
+    for at in (-20, -14, 14, 15, 25):
+        assert describe_score(dip(at, 0.6), judge).startswith("not in step within +-15 frames, confidence 0.")
+        assert describe_score(dip(at, 6.0), original).startswith("not in step within +-15 frames, confidence ")
+    assert describe_score(dip(2, 0.2), judge).startswith("not in step within +-15")
+    assert describe_score(dip(2, 0.2), original).startswith("offset -2 frames")             # of another unit
+    short = torch.full((31,), math.nan)
+    short[10:21] = torch.linspace(0.9, 0.2, 11)                             # a short clip allows few shifts
+    assert describe_score(syncnet.best_shift(short, 9), judge).startswith("not in step within +-15")
+    few = syncnet.best_shift(torch.tensor([0.9, 0.2, 0.9]), 9)              # --max-shift 1
+    assert describe_score(few, judge).startswith("offset +0 frames")
+
+
+def test_unrelated_sound_is_not_in_step():
+    """The demo's judge on heads that it has not seen: where LEAST_CONFIDENCE comes from, with fewer of them."""
+    judge = syncnet.load(ROOT / "demo" / "talking_head_syncnet.safetensors")
+    frames, own = talking_head(3, 3.2)
+    _, other = talking_head(4, 3.2)
+    scores = [syncnet.score(judge, frames, sound) for sound in (own, other, shift_sound(own, -20))]
+    assert [is_in_step(score, judge) for score in scores] == [True, False, False] and scores[0].offset == 0
+    assert scores[0].confidence > 0.5 and max(score.confidence for score in scores[1:]) < 0.3
+
+
+def test_a_toy_says_that_it_is_one(tmp_path, av, capsys):
+    """The demo's judge on a video that is not the demo's; and weights that are no numbers."""
+    video = write_video(tmp_path / "a.mp4", smooth_pictures(40), speech(2))
+    run(sample, "syncnet", "--video", video, "--out", tmp_path / "a.png", "--device", "cpu", "--face", "whole")
+    toy = "talking_head_syncnet.safetensors is a toy that was trained on drawn heads and knows no real faces, "
+    assert toy in capsys.readouterr().out
+    broken = tiny_syncnet()
+    broken.visual_encoder.conv_in.weight.data[0] = math.nan
+    syncnet.save(broken, tmp_path / "nan.safetensors")
+    said = complaint(capsys, sample, "syncnet", "--ckpt", tmp_path / "nan.safetensors", "--video", video, "--out",
+                     tmp_path / "b.png", "--device", "cpu")
+    assert "nan.safetensors: holds weights that are not numbers (nan or inf)" in said
 
 
 def test_what_is_said_about_videos_that_cannot_be_judged(tmp_path, av, judge_file, capsys):
@@ -599,6 +643,48 @@ def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
                                           tmp_path / "b")
     said = complaint(capsys, train, *argv, "--unaligned", "--out", tmp_path / "b")
     assert "--unaligned: is for synthetic videos" in said
+
+
+@pytest.fixture
+def folder(tmp_path, av):
+    """Six videos of 40 frames with sound."""
+    (tmp_path / "clips").mkdir()
+    for i in range(6):
+        write_video(tmp_path / "clips" / f"{i}.mp4", smooth_pictures(40, 24, seed=i), speech(1.6, seed=i))
+    return tmp_path / "clips"
+
+
+def test_videos_for_validation_are_decoded_once(tiny_network, folder, tmp_path, monkeypatch):
+    """Not once per pair; and their clips are those that a video for training has."""
+    args = train.parse_args([str(word) for word in (*SYNCNET, "--data", folder, "--val-data", folder, "--val-pairs", 24,
+                                                    "--out", tmp_path / "out")])
+    data, unseen = clips.open_sync_clips(args)
+    opened = []
+    monkeypatch.setattr(clips, "Video", lambda path: opened.append(str(path)) or Video(path))
+    task = speech_tasks.SyncNetTask(args, unseen, unseen, torch.device("cpu"), torch.Generator(), micro_batches=1)
+    assert len(task.val_items()[0]) == 24
+    found = task.validate(tiny_syncnet())
+    assert sorted(opened) == [str(folder / f"{i}.mp4") for i in range(6)]
+    monkeypatch.setattr(unseen, "validates", False)
+    assert task.validate(tiny_syncnet()) == pytest.approx(found, abs=1e-5) and len(opened) == 6 + 24
+    monkeypatch.setattr(clips.VideoFolder, "LONGEST", 39)                   # too long to be kept: clips are sought
+    unseen.validates, unseen.kept = True, {}
+    assert task.validate(tiny_syncnet()) == pytest.approx(found, abs=1e-5) and len(opened) == 6 + 24 + 6
+
+
+def test_all_given_videos_are_evaluated(tiny_network, folder, judge_file, capsys, monkeypatch):
+    monkeypatch.setattr(clips.FolderSyncClips, "first_usable", lambda self, n: [self.whole(0)])
+    run(train, *SYNCNET, "--evaluate", judge_file, "--data", folder)
+    assert f"{judge_file}: cpu (as asked), 6 videos of {folder}" in capsys.readouterr().out
+
+
+def test_more_moments_than_a_video_has(tiny_network, folder, tmp_path, capsys):
+    argv = (*SYNCNET, "--workers", 0, "--out", tmp_path / "out", "--moments")
+    assert "--moments 1000: expected 1 .. 116" in complaint(capsys, train, *argv, 1000)
+    said = complaint(capsys, train, *argv, 37, "--data", folder)
+    assert "each has to have sound and 41 frames (as many different clips as --moments 37 asks for)" in said
+    data = clips.FolderSyncClips(folder, SYNCNET_CONFIG, split=False, moments=36)
+    assert len(data.pair(0, (0,))[0]) == 36
 
 
 def test_study_runs_every_setting_once(tiny_network, tmp_path, capsys, monkeypatch):

@@ -172,13 +172,16 @@ def test_codes_are_unit_vectors_and_any_size_will_do():
 def test_codes_may_have_any_length():
     """LlamaGen's option of a codebook without l2 norm: tokens are the nearest codes by distance, as they are."""
     tokenizer = tiny_single(unit_codes=False)
+    with torch.no_grad():
+        tokenizer.quantize.codebook[::2] *= 3                               # lengths do matter
     image = randn(2, 3, 16, 16)
     tokens, = tokenizer.tokenize(image)
     z = rearrange(tokenizer.encode(image), "b c h w -> b (h w) c")
     assert torch.equal(tokens, torch.cdist(z, tokenizer.quantize.codebook[None]).argmin(2))
     codes = tokenizer.quantize.embed(tokens, (4, 4))
     assert torch.equal(rearrange(codes, "b c h w -> b (h w) c"), tokenizer.quantize.codebook[tokens])
-    assert not torch.equal(tokens, tiny_single().tokenize(image)[0])
+    tokenizer.quantize.config = replace(tokenizer.config, unit_codes=True)
+    assert not torch.equal(tokens, tokenizer.tokenize(image)[0])
 
 
 def test_usage_counts_the_last_65536_indices():
