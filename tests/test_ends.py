@@ -251,7 +251,7 @@ class Attack:
         return open, (self.path, "w")
 
 
-NOTES = [("null", "NoneType"), ("[]", "list"), ("{}", "step is 3"), ('{"step": "x"}', "step is 'x'"),
+NOTES = [("null", "NoneType"), ("[]", "list"), ("{}", "step"), ('{"step": "x"}', "step is 'x'"),
          ('{"step": -1}', "step is -1"), ('{"step": 12.5}', "step is 12.5"),
          ('{"micro_batches": 0}', "micro_batches is 0"), ("[" * 100000, "recursion"), ("\xff", "decode")]
 
