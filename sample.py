@@ -208,7 +208,7 @@ def keep_black(mask, side):
 
     mask: a PIL picture; if it is white anywhere, at least one cell is redrawn. Raises UserError if it is all black.
     """
-    pixels = torch.from_numpy(np.asarray(cover(mask, 16 * side, 16 * side).convert("L"))).float()
+    pixels = torch.tensor(np.asarray(cover(mask, 16 * side, 16 * side).convert("L"))).float()
     white = torch.nn.functional.avg_pool2d(pixels[None], 16)[0] / 255
     if white.max() < 0.01:
         raise UserError("--mask: the centre square is black, so nothing would be redrawn; paint white where to redraw")
@@ -264,7 +264,10 @@ def sample_infinity(args):
     if pixels:
         scales = vq.schedule(args.aspect or 1.0, pixels)
     options = INFINITY_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "tau", "top_k", "top_p")
+    note = ""
     for key in ("cfg", "tau"):
+        if isinstance(options[key], list) and len(options[key]) > len(scales):      # a list for larger pictures
+            note += f"the first {len(scales)} of {len(options[key])} values of --{key} are used, "
         if isinstance(options[key], list) and len(options[key]) == 1:       # one value for all scales
             options[key] = options[key][0]
         try:
@@ -346,7 +349,7 @@ def sample_infinity(args):
     if single:
         titles = [f"{h}x{w}" for h, w in scales] if args.steps_grid else []
         save_sheet(out, pictures, titles, [], settings | {"prompts": ", ".join(dict.fromkeys(items))})
-    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}"))
+    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}", note))
 
 
 def origin(args, machine, tokenizer):

@@ -66,14 +66,19 @@ def fetch_from_hub(name, download):
     not_here = f"{name}: not here and not in huggingface_hub's cache, and --no-download is set"
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError:
         way_out = f"to download it, pip install huggingface_hub; or get it from {page} and give its path"
         raise UserError(f"{name}: {way_out}" if download else not_here) from None
+    except ValueError as e:                                                 # it reads HF_ENDPOINT when it is imported
+        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
     try:
         return cached_in_hub(huggingface_hub, name, offline=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
         if not download:
             raise UserError(not_here) from None
+    except ValueError as e:
+        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
     try:
         while rank_and_world()[0]:
             time.sleep(1)
