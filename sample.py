@@ -12,6 +12,7 @@
     python sample.py llamagen --prompt "red heart"                  text -> emoji, token by token
     python sample.py llamagen --ckpt c2i_L_384.pt --classes 207 360
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
+    python sample.py vq --ckpt vae_ch160v4096z32.pth --image imagenet/val --npz val.npz         for rFID
     python sample.py latentsync                                     a synthetic head says something else
     python sample.py latentsync --ckpt latentsync_1.5.pt --video talk.mp4 --audio speech.wav --out dubbed.mp4
     python sample.py syncnet --video clip.mp4                       is its sound in sync? offset, confidence, distance
@@ -20,7 +21,7 @@
 import argparse
 import signal
 
-from lib.flags import FLAGS
+from lib.flags import FLAGS, NOTES
 
 
 def parse_args(argv=None):
@@ -29,7 +30,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, **style)
     commands = parser.add_subparsers(dest="model", metavar="MODEL", required=True)
     for name, (what, add_flags) in FLAGS.items():
-        command = commands.add_parser(name, help=what, **style)
+        command = commands.add_parser(name, help=what, description=NOTES.get(name, what), **style)
         add_flags(command.add_argument)
         command.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     return parser.parse_args(argv)
@@ -39,6 +40,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # during the imports Ctrl-C ends the process without a traceback
     ARGS = parse_args()                         # before the imports that take seconds, so that --help answers at once
 
+import contextlib
 import itertools
 import math
 import sys
@@ -57,14 +59,18 @@ import var
 import vq
 from lib import bench_ops, dubbing
 from lib.bench import race, textbook_loop
-from lib.console import (Machine, UserError, check_json, check_out, check_pixels, check_ranges, check_writable,
-                         run_command, save_json, timed)
-from lib.drawing import (bench_generator, check_generator_args, check_npz, check_prompt_args, check_prompts_out,
-                         choose_labels, choose_prompts, class_name, faster, filmstrips, generators, given, in_batches,
-                         is_drawn, print_classes, save_sheet, write_npz)
+from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
+                         check_writable, run_command, save_json, timed)
+from lib.data import suffix_of, visible_files
+from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
+                         check_npz, check_prompt_args, check_prompts_out, check_sheet, choose_labels, choose_prompts,
+                         class_name, faster, filmstrips, generators, given, in_batches, is_drawn, names_to_choose_from,
+                         print_classes, save_sheet, write_npz)
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
-from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, to_pixels, to_tensor)
+from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, ssim, to_pixels,
+                          to_tensor)
+from lib.shards import PICTURES
 from lib.text import save_features
 from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
@@ -75,23 +81,22 @@ from triton_ops import REGISTRY
 # python sample.py var
 
 VAR_DEFAULTS = dict(cfg=4.0, top_k=900, top_p=0.95)                         # the authors' values for good pictures
+BOX = [0.1, 0.1, 0.8, 0.8]
 
 
 def sample_var(args):
     """Draw classes into a grid or one file per picture, or do what --edit, --npz, --bench or --list-classes asks."""
+    check_paths(args)
     check_generator_args(args)
-    check_ranges(("--cfg", args.cfg, 0, None))
+    check_ranges(("--cfg", args.cfg, 0, MOST_GUIDANCE))
     check_npz(args, "--edit", "--steps-grid")
-    y0, x0, y1, x1 = args.box
-    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-        raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
-    if bool(args.edit) != bool(args.image):
-        raise UserError("--edit and --image go together: the way to edit and the picture to be edited")
-    if args.edit == "class" and not args.classes:
-        raise UserError("--edit class: give the new class with --classes")
+    check_edit(args)
     if not (args.bench or args.npz or args.list_classes):
         out, single = check_out(args.out, "out/var.png")
+        check_paths(args, out)
+        check_sheet(out, single, args.n or len(args.classes))
     given_picture = read_picture(args.image) if args.edit else None
+    mask = read_mask(args.mask, given_picture) if args.mask else None
 
     # Load.
     machine = Machine(args)
@@ -105,20 +110,27 @@ def sample_var(args):
     # What to draw.
     names = metadata.get("classes", [])
     total = model.config.num_classes
+    known_names, note = names_to_choose_from(args, names, total)
     if args.list_classes:
-        return print_classes(names, name, total)
+        return print_classes(known_names, note, name, total)
     patch_nums = model.config.patch_nums
-    labels = choose_labels(args, names, total, metadata.get("show"))
+    labels = choose_labels(args, known_names, total, metadata.get("show"))
     options = VAR_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "top_k", "top_p")
     options["more_smooth"] = args.smooth
     settings = {"model": "var", "checkpoint": name, "seed": args.seed} | options
     before = []                                                             # pictures shown before the drawn ones
+    box = args.box or BOX
+    side = tokenizer.config.stride * patch_nums[-1]
     if args.edit:
-        side = tokenizer.config.stride * patch_nums[-1]
         image = to_tensor(cover(given_picture, side, side), device)
-        keep_mask = var.edit_mask(args.box, patch_nums[-1], inpaint=args.edit != "out").to(device)
+        if mask is not None:
+            keep_mask = keep_black(mask, patch_nums[-1]).to(device)
+        else:
+            keep_mask = var.edit_mask(box, patch_nums[-1], inpaint=args.edit != "out").to(device)
         options |= {"given_tokens": tokenizer.tokenize(image, patch_nums), "keep_mask": keep_mask}
-        settings |= {"edit": args.edit, "box": args.box, "image": args.image}
+        settings |= {"edit": args.edit, "image": args.image} | ({"mask": args.mask} if args.mask else {"box": box})
+        if given_picture.width != given_picture.height:
+            note += "the centre square of the picture was used, "
         cell = side // patch_nums[-1]
         kept = torch.where(keep_mask.repeat_interleave(cell, 0).repeat_interleave(cell, 1), image, 0.5)
         before = list(to_pixels(torch.cat([image, kept]).add(1).div(2)))
@@ -130,7 +142,7 @@ def sample_var(args):
         return model.sample(tokenizer, torch.tensor([labels[i] for i in numbers]), all_scales=all_scales,
                             generator=generators(args, numbers, device), **options)
     if args.bench:
-        n = min(args.n or 1, len(labels))
+        n = args.n or len(args.classes) or 1
         sampling = [(var, "sample_logits"), (var, "filter_logits"), (var, "exponential_noise")]
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(p * p for p in patch_nums)
@@ -140,7 +152,7 @@ def sample_var(args):
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
     if args.npz:
         settings["dtype"] = str(machine.dtype)
-        return write_npz(args, lambda numbers: draw(numbers, *pair), len(labels), settings, loaded.files)
+        return write_npz(args, lambda numbers: draw(numbers, *pair), len(labels), side, settings, loaded.files)
 
     # Draw, batch by batch, and save.
     start = time.perf_counter()
@@ -160,7 +172,47 @@ def sample_var(args):
         titles = ["given", "kept"] if before else []
         sheet = pictures if scales else before + pictures
         save_sheet(out, sheet, scales, titles, settings | {"classes": classes})
-    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(labels)} files in {out}"))
+    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(labels)} files in {out}", note))
+
+
+def check_edit(args):
+    """Raise UserError for wrong values of the flags that edit a picture, and wrong combinations of them."""
+    y0, x0, y1, x1 = args.box or BOX
+    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+        raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
+    if bool(args.edit) != bool(args.image):
+        raise UserError("--edit and --image go together: the way to edit and the picture to be edited")
+    if (args.box or args.mask) and not args.edit:
+        raise UserError(f"{'--box' if args.box else '--mask'} goes with --edit in|out|class")
+    if args.box and args.mask:
+        raise UserError("--box and --mask exclude each other")
+    if args.mask and args.edit == "out":
+        raise UserError("--edit out is for a --box; --mask is white where to redraw, so use --edit in")
+    if args.edit == "class" and not args.classes:
+        raise UserError("--edit class: give the new class with --classes")
+    if args.edit in ("in", "out") and args.classes:
+        raise UserError(f"--edit {args.edit} redraws without a class: leave out --classes, or use --edit class")
+
+
+def read_mask(path, picture):
+    """The mask of --mask as a PIL picture. Raises UserError unless it is as large as the picture."""
+    mask = read_picture(path)
+    if mask.size != picture.size:
+        raise UserError(f"--mask {path}: has {mask.width}x{mask.height} pixels, but the picture has {picture.width}x"
+                        f"{picture.height}")
+    return mask
+
+
+def keep_black(mask, side):
+    """The cells of the last token map to keep: bool (side, side). Cells that are half white or more are redrawn.
+
+    mask: a PIL picture; if it is white anywhere, at least one cell is redrawn. Raises UserError if it is all black.
+    """
+    pixels = torch.tensor(np.asarray(cover(mask, 16 * side, 16 * side).convert("L"))).float()
+    white = torch.nn.functional.avg_pool2d(pixels[None], 16)[0] / 255
+    if white.max() < 0.01:
+        raise UserError("--mask: the centre square is black, so nothing would be redrawn; paint white where to redraw")
+    return white < min(0.5, white.max())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,15 +227,21 @@ PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "hum
 
 def sample_infinity(args):
     """Draw prompts into a grid, one file per picture, or a folder (--prompts), or do --save-features or --bench."""
+    check_paths(args)
     check_generator_args(args)
     check_prompt_args(args)
     check_pixels(args.pixels)
-    check_ranges(*(("--cfg", c, 0, None) for c in args.cfg or []), *(("--tau", t, 1e-3, None) for t in args.tau or []),
+    check_ranges(*(("--cfg", c, 0, MOST_GUIDANCE) for c in args.cfg or []),
+                 *(("--tau", t, 1e-3, MOST_GUIDANCE) for t in args.tau or []),
                  ("--aspect", args.aspect, 0.3, 3.4), ("--keep", args.keep, 1, None), ("--tile", args.tile, 0, None))
     if 0 < args.tile <= 8:
         raise UserError(f"--tile {args.tile}: tiles overlap by 8 cells; use 16 or more")
+    if args.keep and not args.image:
+        raise UserError("--keep goes with --image, the picture whose first scales are kept")
     if not (args.bench or args.save_features):
         out, single = check_prompts_out(args, "out/infinity.png")
+        check_paths(args, out)
+        check_sheet(out, single, args.n * len(args.prompt))
     given_picture = read_picture(args.image) if args.image else None
 
     # Load.
@@ -206,7 +264,10 @@ def sample_infinity(args):
     if pixels:
         scales = vq.schedule(args.aspect or 1.0, pixels)
     options = INFINITY_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "tau", "top_k", "top_p")
+    note = ""
     for key in ("cfg", "tau"):
+        if isinstance(options[key], list) and len(options[key]) > len(scales):      # a list for larger pictures
+            note += f"the first {len(scales)} of {len(options[key])} values of --{key} are used, "
         if isinstance(options[key], list) and len(options[key]) == 1:       # one value for all scales
             options[key] = options[key][0]
         try:
@@ -217,9 +278,10 @@ def sample_infinity(args):
         check_ranges(("--guide-features", block, -config.depth, config.depth - 1))
     cell = tokenizer.config.stride * (config.patchify + 1)                  # pixels per token
     height, width = (n * cell for n in scales[-1])
+    keep = args.keep or 4 if args.image else 0
     settings = {"model": "infinity", "checkpoint": name, "size": f"{height}x{width}"} | options
     settings |= {"guide_after": args.guide_features, "negative": args.negative, "image": args.image,
-                 "keep": args.keep if args.image else 0, "tile": args.tile} | origin(args, machine, tokenizer)
+                 "keep": keep, "tile": args.tile} | origin(args, machine, tokenizer)
     options |= {"scales": scales, "guide_after": args.guide_features, "tile": args.tile}
 
     # Prompts, as their text features.
@@ -238,7 +300,7 @@ def sample_infinity(args):
     if args.save_features:
         save_features(features, args.save_features)
         return print(f"features of {len(features)} prompts -> {args.save_features}")
-    if args.bench:
+    if args.bench and not args.prompt:
         texts = texts[:1]
     items = [text for text in texts for _ in range(args.n)]
     if args.negative is not None:
@@ -246,9 +308,9 @@ def sample_infinity(args):
     if given_picture is not None:
         image = to_tensor(cover(given_picture, height, width), device)
         sizes = infinity.tokenizer_scales(scales, config.patchify)
-        if args.keep > len(sizes):
-            raise UserError(f"--keep {args.keep}: there are {len(sizes)} scales")
-        options |= {"given_bits": tokenizer.tokenize(image, sizes), "keep_scales": args.keep}
+        if keep > len(sizes):
+            raise UserError(f"--keep {keep}: there are {len(sizes)} scales")
+        options |= {"given_bits": tokenizer.tokenize(image, sizes), "keep_scales": keep}
 
     def draw(numbers, model=model, tokenizer=tokenizer, all_scales=False):
         """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that, one entry per scale."""
@@ -261,7 +323,7 @@ def sample_infinity(args):
         sampling = [(infinity, "draw_bits"), (infinity, "exponential_noise")]
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(h * w for h, w in scales)
-        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, args.n)
+        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, len(items))
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
@@ -287,7 +349,7 @@ def sample_infinity(args):
     if single:
         titles = [f"{h}x{w}" for h, w in scales] if args.steps_grid else []
         save_sheet(out, pictures, titles, [], settings | {"prompts": ", ".join(dict.fromkeys(items))})
-    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}"))
+    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}", note))
 
 
 def origin(args, machine, tokenizer):
@@ -305,14 +367,19 @@ def sample_llamagen(args):
 
     Or do what --npz, --save-features, --bench or --list-classes asks.
     """
+    check_paths(args)
     check_generator_args(args)
     check_prompt_args(args)
-    check_ranges(*(("--cfg", c, 0, None) for c in args.cfg or []), ("--temperature", args.temperature, 0, None),
-                 ("--cfg-interval", args.cfg_interval, -1, None), ("--size", args.size, 1, None),
-                 ("--eval-size", args.eval_size, 1, None))
+    check_ranges(*(("--cfg", c, 0, MOST_GUIDANCE) for c in args.cfg or []),
+                 ("--temperature", args.temperature, 0, MOST_GUIDANCE), ("--cfg-interval", args.cfg_interval, -1, None),
+                 ("--size", args.size, 1, LONGEST_SIDE), ("--eval-size", args.eval_size, 1, LONGEST_SIDE))
+    if args.temperature and args.temperature < 1e-3:
+        raise UserError(f"--temperature {args.temperature}: expected 0, or 0.001 .. {MOST_GUIDANCE}")
     check_npz(args, "--steps-grid")
     if not (args.bench or args.npz or args.list_classes or args.save_features):
         out, single = check_prompts_out(args, "out/llamagen.png")
+        check_paths(args, out)
+        check_sheet(out, single, (args.n or 1) * max(len(args.prompt), len(args.classes) if not args.n else 1))
 
     # Load.
     machine = Machine(args)
@@ -333,17 +400,22 @@ def sample_llamagen(args):
         raise UserError(f"{name}: draws classes and reads no text; give --classes, or as --ckpt a t2i_* model")
     if not reads_text and args.save_features:
         raise UserError(f"{name}: reads no text, so there are no features to save")
+    if not reads_text and (args.t5 or args.no_clean):
+        flag = "--t5" if args.t5 else "--no-clean"
+        raise UserError(f"{flag}: is for models that read text, but {name} draws classes; leave it out")
     if reads_text and args.npz:
         raise UserError("--npz is for classes; for prompts fill a folder with --prompts FILE --out DIR")
+    known_names, note = names_to_choose_from(args, names, config.num_classes)
     if args.list_classes:
-        return print_classes(names, name, config.num_classes)
+        return print_classes(known_names, note, name, config.num_classes)
 
     # Settings.
     defaults = dict(cfg=7.5 if reads_text else 4.0, cfg_interval=-1, temperature=1.0,
                     top_k=1000 if reads_text else 2000, top_p=1.0)
     options = defaults | metadata.get("sampling", {}) | given(args, *defaults)
     settings = {"model": "llamagen", "checkpoint": name, "seed": args.seed} | options
-    settings |= {"side": config.side * tokenizer.config.stride, "eval_size": args.eval_size}
+    side = config.side * tokenizer.config.stride
+    settings |= {"side": side, "eval_size": args.eval_size}
     settings |= origin(args, machine, tokenizer)
     cfg = options.pop("cfg")
     cfgs = cfg if isinstance(cfg, list) else [cfg]                          # one for all pictures, or one for each
@@ -351,7 +423,7 @@ def sample_llamagen(args):
     # What to draw.
     n = args.n or 1                                                         # pictures of each prompt
     if not reads_text:
-        items = choose_labels(args, names, config.num_classes, metadata.get("show"))
+        items = choose_labels(args, known_names, config.num_classes, metadata.get("show"))
         descriptions = [{"class": class_name(names, label)} for label in items]
     else:
         if args.random_weights and args.bench:                              # no T5 is loaded then
@@ -365,10 +437,15 @@ def sample_llamagen(args):
         if args.save_features:
             save_features(features, args.save_features)
             return print(f"features of {len(features)} prompts -> {args.save_features}")
-        if args.bench:
+        if args.bench and not args.prompt:
             texts = texts[:1]
         items = [text for text in texts for _ in range(n)]
         descriptions = [{"prompt": item} for item in items]
+    if args.bench and not reads_text:
+        items = items[:args.n or len(args.classes) or 1]
+    if len(cfgs) > len(items):
+        raise UserError(f"--cfg has {len(cfgs)} values, but there are {len(items)} pictures; give one value for all, "
+                        "or at most one for each")
 
     def condition(numbers):
         """What the model takes for these pictures: classes and None, or text features and their mask."""
@@ -386,20 +463,23 @@ def sample_llamagen(args):
             """Time the loop as it is usually written, without the decoder. A speed-up below 1 means ours is faster."""
             if reads_text or len(cfgs) > 1 or options["cfg_interval"] != -1:
                 return {}
-            labels = condition(range(n))[0].to(device)
+            numbers = range(len(items))
+            labels = condition(numbers)[0].to(device)
             filters = {key: options[key] for key in ("temperature", "top_k", "top_p")}
-            ours = lambda: model.generate(labels, cfg=cfgs[0], generator=generators(args, range(n), device), **options)
-            textbook = lambda: textbook_loop(model, labels, cfgs[0], generator=generators(args, range(n), device),
+            ours = lambda: model.generate(labels, cfg=cfgs[0], generator=generators(args, numbers, device), **options)
+            textbook = lambda: textbook_loop(model, labels, cfgs[0], generator=generators(args, numbers, device),
                                              **filters)
-            results = race(ours, {"textbook loop": textbook}, n, device)
+            results = race(ours, {"textbook loop": textbook}, len(items), device)
             return {key: value | {"what": "tokens"} for key, value in results.items()}
         sampling = [(llamagen, "sample_logits"), (llamagen, "exponential_noise")]
-        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, [], config.side**2, n, rivals)
+        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, [], config.side**2, len(items),
+                               rivals)
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
     if args.npz:                                                            # 0.5: LlamaGen's authors round
-        return write_npz(args, lambda numbers: draw(numbers, *pair), len(items), settings, loaded.files, add=0.5)
+        return write_npz(args, lambda numbers: draw(numbers, *pair), len(items), args.eval_size or side, settings,
+                         loaded.files, add=0.5)
 
     # Draw, batch by batch, and save. Pictures that are there already are kept.
     start = time.perf_counter()
@@ -430,7 +510,7 @@ def sample_llamagen(args):
         kind = "prompts" if reads_text else "classes"
         drawn = ", ".join(dict.fromkeys(text for description in descriptions for text in description.values()))
         save_sheet(out, pictures, titles, [], settings | {kind: drawn})
-    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}"))
+    print(machine.summary((tokenizer, model), seconds, out if single else f"{len(items)} files in {out}", note))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,50 +518,158 @@ def sample_llamagen(args):
 
 
 def sample_vq(args):
-    """Reconstruct pictures. The originals stand above, what the tokenizer keeps of them below; with --steps-grid, after
-    every scale."""
+    """Reconstruct pictures into a sheet, a folder or an array, and say how well.
+
+    On a sheet the originals stand above, what the tokenizer keeps of them below; with --steps-grid, after every scale.
+    """
+    check_paths(args)
+    check_ranges(("--batch-size", args.batch_size, 1, MOST_BATCH))
+    check_npz(args, "--out", "--keep-size", "--steps-grid")
+    sources = picture_files(args.image)
+    if not args.npz:
+        out, single = check_out(args.out, "out/vq.png")
+        check_paths(args, out)
+        check_sheet(out, single, len(sources))
+    if args.seed is not None:
+        print("note: --seed does nothing here, because nothing is drawn at random", file=sys.stderr)
     machine = Machine(args)
     device = machine.device
-    out, single = check_out(args.out, "out/vq.png")
-    ckpt = find_checkpoint(args.ckpt, not args.no_download) if args.ckpt else DEMO / "emoji_vq.safetensors"
+    ckpt = DEMO / "emoji_vq.safetensors"
+    if args.ckpt:
+        ckpt = find_checkpoint(args.ckpt, not args.no_download, "--ckpt")
     tokenizer = vq.load(ckpt, dtype=machine.dtype, weights=args.weights).to(device)
     config = tokenizer.config
-    originals = [read_picture(file) for file in args.image]
-    if not originals:
-        tiles, _ = demo_tiles()
-        originals = tiles[19::240]                                          # eight, of different kinds
-    rows = []
-    scores = []
-    tokens = []
-    seconds = 0.0
-    for picture in tqdm(originals, unit="picture", leave=False, disable=len(originals) < 8):
-        picture, patch_nums = fit(picture, config, args.keep_size)
-        image = to_tensor(picture, device)
-        encoding, indices = timed(lambda: tokenizer.tokenize(image, patch_nums), device)
-        decoding, decoded = timed(lambda: tokenizer.detokenize(indices, patch_nums, all_scales=args.steps_grid), device)
-        if not args.steps_grid:
-            decoded = [decoded]
-        seconds += encoding + decoding
-        tokens.append(torch.cat(indices, 1))
-        scores.append(psnr(decoded[-1], image).item())
-        rows.append(to_pixels(torch.cat([image, *decoded]).add(1).div(2)))
     titles = ["original", "decoded"]
     if args.steps_grid:
         titles = ["original"] + [f"{h}x{w}" for h, w in vq.as_pairs(config.patch_nums)]
     text = {"model": "vq", "checkpoint": args.ckpt or "demo"}
+    add = 0.5 if config.single_scale else 0.0                               # LlamaGen's authors round, VAR's cut off
+    unreadable = []
+
+    def pictures():
+        """Yield (name, picture, schedule) of all pictures that can be read."""
+        if not sources:                                                     # eight of the demo's, of different kinds
+            for picture in demo_tiles()[0][19::240]:
+                yield "demo", *fit(picture, config, args.keep_size)
+        for path, was_named in sources:
+            try:
+                yield path, *fit(read_picture(path), config, args.keep_size)
+            except UserError as e:
+                if was_named:
+                    raise
+                unreadable.append(e)
+
+    def batches():
+        """Yield lists of pictures of one size, at most --batch-size of them."""
+        for _, alike in itertools.groupby(pictures(), lambda item: item[1].size):
+            while batch := list(itertools.islice(alike, args.batch_size)):
+                yield batch
+
+    # Reconstruct, batch by batch. A folder or an array is written on the way, a sheet at the end.
+    rows = []
+    qualities = []                                                          # (PSNR, SSIM) of each picture
+    usage = Usage(tokenizer)
+    seconds = 0.0
+    npz = NpzFile(args.npz) if args.npz else None
+    with npz or contextlib.nullcontext(), tqdm(total=len(sources), unit="picture", leave=False,
+                                               disable=len(sources) < 8) as bar:
+        for batch in batches():
+            names, originals, schedules = zip(*batch)
+            image = torch.cat([to_tensor(picture, device) for picture in originals])
+            patch_nums = schedules[0]
+            encoding, indices = timed(lambda: tokenizer.tokenize(image, patch_nums), device)
+            decoding, decoded = timed(
+                lambda: tokenizer.detokenize(indices, patch_nums, all_scales=args.steps_grid), device)
+            if not args.steps_grid:
+                decoded = [decoded]
+            seconds += encoding + decoding
+            usage.count(indices)
+            similar = [math.nan] * len(batch)
+            if min(image.shape[2:]) >= 11:
+                similar = ssim(decoded[-1], image).tolist()
+            first = len(qualities)
+            qualities += zip(psnr(decoded[-1], image).tolist(), similar)
+            if args.npz:
+                npz.add(to_pixels(decoded[-1].add(1).div(2), add))
+            elif single or args.steps_grid:
+                strips = torch.stack([image, *decoded], 1).add(1).div(2)
+                strips = [to_pixels(strip) for strip in strips]
+            if not args.npz and single:
+                rows += strips
+            elif not args.npz:
+                for i, name in enumerate(names):
+                    picture = to_pixels(decoded[-1][i:i + 1].add(1).div(2), add)[0]
+                    if args.steps_grid:
+                        picture = grid(strips[i], len(titles), titles=titles)
+                    save_png(out / f"{first + i:05d}.png", picture, text | {"image": name})
+            bar.update(len(batch))
+        if not qualities:
+            raise unreadable[0]
+    where = out if not args.npz else args.npz
+    if not args.npz and single:
+        where = save_rows(out, rows, titles, args.steps_grid, text)
+    for e in unreadable[:3]:
+        print(f"note: {e}", file=sys.stderr)
+    note = f"{len(unreadable)} of {len(sources)} cannot be read, " if unreadable else ""
+    quality, similarity = np.mean(qualities, 0)
+    note += f"PSNR {quality:.2f} dB, SSIM {similarity:.3f}, {usage.percent():.0f} % of the {usage.what}, "
+    if len(qualities) > 8:
+        note = f"{len(qualities)} pictures, " + note
+    print(machine.summary((tokenizer,), seconds / len(qualities), where, note))
+
+
+def picture_files(given):
+    """Files and folders of --image -> [(path, whether the file itself was named)]. Raises UserError."""
+    found = []
+    for path in given:
+        if not Path(path).is_dir():
+            found.append((path, True))
+            continue
+        inside = [(file, False) for file in visible_files(path) if suffix_of(file) in PICTURES]
+        if not inside:
+            raise UserError(f"--image {path}: no picture in this folder ({', '.join(sorted(PICTURES))})")
+        found += inside
+    return found
+
+
+def save_rows(out, rows, titles, steps_grid, text):
+    """Save strips of pictures as one .png, or in a folder if they differ in size -> where they are."""
     alike = len({row.shape for row in rows}) == 1
-    if single and alike and args.steps_grid:
+    if alike and steps_grid:
         save_png(out, grid(np.concatenate(rows), len(titles), titles=titles), text)
-    elif single and alike:
+    elif alike:
         save_png(out, grid(np.concatenate(np.stack(rows, 1)), len(rows)), text)
-    else:                                                                   # one file per picture
-        out = check_writable(out.with_suffix("") if single else out)
+    else:
+        out = check_writable(out.with_suffix(""))
         for i, row in enumerate(rows):
             save_png(out / f"{i:05d}.png", grid(row, len(row), titles=titles), text)
-    usage = tokenizer.quantize.coverage([torch.cat([t.flatten(0, 1) for t in tokens])[None]], config)
-    what = "codes used" if config.vocab_size else "bits' entropy"
-    note = f"PSNR {np.mean(scores):.2f} dB, {usage:.0f} % of the {what}, "
-    print(machine.summary((tokenizer,), seconds / len(rows), out, note))
+    return out
+
+
+class Usage:
+    """How much of a tokenizer's codes any number of pictures make use of."""
+
+    def __init__(self, tokenizer):
+        self.quantizer = tokenizer.quantize
+        self.config = tokenizer.config
+        self.what = "codes used" if self.config.vocab_size else "bits' entropy"
+        self.seen = []                                                      # codes; or for bits how many of each are 1
+        self.total = 0
+
+    def count(self, tokens):
+        """Add the tokens of a batch, a list of (B, l) indices or (B, l, d) bits."""
+        tokens = torch.cat(tokens, 1).flatten(0, 1).cpu()
+        self.total += len(tokens)
+        if self.config.vocab_size:
+            self.seen = torch.cat([*self.seen, tokens])[None].unique(dim=1)
+        else:
+            self.seen = [sum(self.seen) + tokens.sum(0)]
+
+    def percent(self):
+        """See `coverage` of the quantizer."""
+        if self.config.vocab_size:
+            return self.quantizer.coverage([self.seen], self.config)
+        return self.quantizer.coverage([self.seen[0][None, None] / self.total], self.config)
 
 
 def fit(picture, config, keep_size):

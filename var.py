@@ -448,12 +448,14 @@ class VAR(nn.Module):
 def edit_mask(box, side, inpaint=True):
     """The cells of the last token map to keep: bool (side, side), for `VAR.sample(keep_mask=...)`.
 
-    box: (y0, x0, y1, x1) as fractions of the picture. inpaint=True keeps everything outside the box, inpaint=False
-    keeps the inside (out-painting).
+    box: (y0, x0, y1, x1) as fractions of the picture; it has at least one cell. inpaint=True keeps everything outside
+    the box, inpaint=False keeps the inside (out-painting).
     """
     y0, x0, y1, x1 = (round(v * side) for v in box)
+    y0 = min(y0, side - 1)
+    x0 = min(x0, side - 1)
     inside = torch.zeros(side, side, dtype=torch.bool)
-    inside[y0:y1, x0:x1] = True
+    inside[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
     return ~inside if inpaint else inside
 
 

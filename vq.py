@@ -54,6 +54,7 @@ losses that a tokenizer is trained with are in lib/losses.py.
 """
 import argparse
 import codecs
+import errno
 import hashlib
 import itertools
 import json
@@ -1626,19 +1627,31 @@ def save_checkpoint(path, state, config, dtype=None, **extra):
         save_file({k: cast(v).contiguous() for k, v in state.items()}, temporary, metadata)
 
 
+def temporary_name(path):
+    """A hidden name beside `path` that nobody else has: several machines may write the same file."""
+    return path.with_name(f".{os.urandom(6).hex()}.{path.name}")
+
+
 @contextmanager
 def atomic(path):
     """Yields a temporary name beside `path`. It is renamed to `path` at the end, or removed after an error."""
     path = Path(path)
-    temporary = path.with_name(f".{os.urandom(6).hex()}.{path.name}")       # several machines may write the same file
+    temporary = temporary_name(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode                                     # what the user's umask allows
         yield temporary
         os.chmod(temporary, mode)                                           # safetensors writes files for oneself only
         os.replace(temporary, path)
-    except OSError as e:
-        e.filename = str(path)                                              # some writers do not say which file it was
+    except OSError as e:                                                    # some writers do not say which file it was,
+        e.filename = str(path)                                              # and numpy not why it wrote less
+        e.errno = e.errno or errno.ENOSPC
+        e.strerror = e.strerror or os.strerror(e.errno)
         raise
+    except Exception as e:
+        number = re.search(r"os error (\d+)", str(e))                       # safetensors hides it in a text
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)

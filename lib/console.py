@@ -30,6 +30,11 @@ class MissingPackage(UserError):
 
 
 MOST_BYTES = 2**26                              # of a text file that is read as a whole
+MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
+INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
+OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
+NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
+           ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
 
 @contextmanager
@@ -327,31 +332,61 @@ def check_ranges(*rows):
 def check_writable(path, flag="--out", suffix=None):
     """Create the folder of an output and make sure, before any work, that it can be written -> Path.
 
-    With a suffix the path is a file that must end in it, without a suffix it is a folder.
+    With a suffix the path is a file that must end in it, without a suffix it is a folder. A file is tried under its
+    temporary name (see vq.atomic), which is longer than its own.
     """
     path = Path(path)
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{flag} {path}: expected a name that ends in {suffix}")
     folder = path.parent if suffix else path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if suffix and path.is_dir():
             raise OSError(21, "it is a folder")
-        probe = folder / f".{os.urandom(6).hex()}.probe"                    # other machines may probe at the same time
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = vq.temporary_name(path if suffix else folder / "probe")     # other machines may probe at the same time
         probe.touch()
         probe.unlink()
-    except OSError as e:
-        raise UserError(f"{flag} {path}: cannot be written ({e.strerror}); choose another place") from None
+    except (OSError, ValueError) as e:                                      # ValueError: a null byte
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{flag} {path}: cannot be written ({reason}); choose another place") from None
     return path
 
 
 def check_out(given, default):
     """--out of a command that makes pictures -> (path, whether it is one .png rather than a folder of them)."""
     path = Path(given or default)
-    if path.suffix not in ("", ".png") and not path.is_dir():
+    suffix = path.suffix.lower()
+    if suffix in NOT_PNG and not path.is_dir():
         raise UserError(f"--out {path}: expected a name that ends in .png, or a folder")
-    single = path.suffix == ".png"
+    single = suffix == ".png"
     return check_writable(path, suffix=".png" if single else None), single
+
+
+def check_paths(args, out=None):
+    """Raise UserError if a path is empty, or if an output would replace something that the command reads.
+
+    out: the output of a command whose --out has a default. Paths are compared with links followed. A folder as output
+    must not hold pictures, or lines for GenEval, that are read, because its files get their names by number.
+    """
+    values = {name: value for name, value in vars(args).items() if name in INPUTS + OUTPUTS}
+    for name, value in values.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UserError(f"--{name.replace('_', '-')} '': is empty; give a path, or leave it out")
+    if out is not None:
+        values["out"] = out
+    inputs = []
+    for name in INPUTS:
+        value = values.get(name) or []
+        inputs += value if isinstance(value, list) else [value]
+    outputs = [(f"--{name.replace('_', '-')}", values[name]) for name in OUTPUTS if values.get(name)]
+    for flag, output in outputs:
+        place = os.path.realpath(output)
+        for given in inputs:
+            source = os.path.realpath(given)
+            numbered = os.path.isdir(given) or source.endswith((".png", ".jsonl"))
+            inside = os.path.isdir(place) and numbered and source.startswith(place + os.sep)
+            if source == place or inside:
+                raise UserError(f"{flag} {output}: would replace {given}, which it is made from; choose another name")
 
 
 def check_pixels(pixels):

@@ -1,6 +1,8 @@
 """What the three generators of sample.py share: classes, prompts, seeds, sheets, sets for evaluation, benchmarks."""
 import json
 import shutil
+import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from tqdm import tqdm
 
 import vq
 from lib.bench import bench, print_bench, race
-from lib.console import UserError, check_json, check_out, check_ranges, check_writable, rank_and_world, save_json
+from lib.console import (MOST_SEED, UserError, check_json, check_out, check_ranges, check_writable, rank_and_world,
+                         save_json)
 from lib.graphs import captured, with_compiled_blocks
 from lib.pictures import grid, opened, save_png, to_pixels
 from lib.text import encode_texts, load_t5, read_features, read_prompts
@@ -20,6 +23,11 @@ from lib.weights import find_companion
 from triton_ops import INTERPRET
 
 NPZ_CHUNK = 250                                 # pictures per file of an unfinished --npz
+MOST_PICTURES = 10**6                           # of one command
+MOST_ON_SHEET = 1000                            # in one .png
+MOST_BATCH = 4096                               # pictures drawn at a time
+LONGEST_SIDE = 4096                             # of a picture that is drawn, in pixels
+MOST_GUIDANCE = 1000                            # --cfg and temperatures: far beyond what is useful, far from overflow
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,8 +36,8 @@ NPZ_CHUNK = 250                                 # pictures per file of an unfini
 
 def check_generator_args(args):
     """Raise UserError for wrong values of the flags that all generators have."""
-    check_ranges(("-n", args.n, 1, None), ("--batch-size", args.batch_size, 1, None), ("--seed", args.seed, 0, None),
-                 ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1))
+    check_ranges(("-n", args.n, 1, MOST_PICTURES), ("--batch-size", args.batch_size, 1, MOST_BATCH),
+                 ("--seed", args.seed, 0, MOST_SEED), ("--top-k", args.top_k, 0, None), ("--top-p", args.top_p, 0, 1))
     if args.ckpt and args.random_weights:
         raise UserError("--ckpt and --random-weights exclude each other")
     if args.compile and INTERPRET:
@@ -46,6 +54,13 @@ def check_npz(args, *excluded):
         raise UserError(f"--npz is for whole sets of pictures: leave out {' and '.join(excluded)}")
 
 
+def check_sheet(out, single, count):
+    """Raise UserError if `count` pictures are too many for one .png."""
+    if single and count > MOST_ON_SHEET:
+        raise UserError(f"--out {out}: {count} pictures do not fit into one .png, which takes at most {MOST_ON_SHEET}; "
+                        "give a folder as --out, for one file per picture")
+
+
 def given(args, *names):
     """{name: value} of the flags that were given."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -56,22 +71,43 @@ def choose_labels(args, names, total, show=()):
 
     names: class names in the checkpoint; total: number of classes; show: names that the checkpoint suggests.
     """
-    chosen = []
-    for c in args.classes:
-        if c in names:
-            chosen.append(names.index(c))
-        elif c.isdigit() and int(c) <= total:
-            chosen.append(int(c))
-        else:
-            known = ", or a name that --list-classes prints" if names else ""
-            raise UserError(f"--classes {c}: expected an id 0 .. {total - 1}, {total} for no class{known}")
+    chosen = [class_id(text, names, total) for text in args.classes]
+    if args.n and args.n < len(chosen):
+        raise UserError(f"-n {args.n}: --classes names {len(chosen)}; leave out -n, or give {len(chosen)} or more")
     n = args.n or len(chosen) or (50 * total if args.npz else 16)
     if not chosen and not args.npz and show:
-        chosen = [names.index(c) for c in show]
+        chosen = [names.index(c) for c in show if c in names]
     elif not chosen and n < total:
         chosen = [int((i + 0.5) * total / n) for i in range(n)]
     chosen = chosen or range(total)
     return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def class_id(text, names, total):
+    """The class that an id or a name means. Raises UserError, also for a name that several classes have."""
+    found = [i for i, name in enumerate(names) if name == text]
+    if len(found) > 1:
+        raise UserError(f"--classes {text}: is the name of the classes {', '.join(map(str, found))}; give one of these "
+                        "ids")
+    if found:
+        return found[0]
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= total:
+        return int(text)
+    known = ", or a name that --list-classes prints" if names else ""
+    raise UserError(f"--classes {text or repr(text)}: expected an id 0 .. {total - 1}, {total} for no class{known}")
+
+
+def names_to_choose_from(args, names, total):
+    """(class names for --classes and --list-classes, where they are from): the checkpoint's names, else ImageNet's.
+
+    Released models have 1000 classes and no names. Their ids are the places of ImageNet's sorted WordNet ids, and
+    torchvision has the names in this order.
+    """
+    by_name = args.list_classes or any(not text.isdigit() for text in args.classes)
+    if names or total != 1000 or not by_name:
+        return names, ""
+    from torchvision.models import ResNet50_Weights
+    return ResNet50_Weights.DEFAULT.meta["categories"], "names of classes: ImageNet's, from torchvision, "
 
 
 def class_name(names, label):
@@ -79,10 +115,12 @@ def class_name(names, label):
     return names[label] if label < len(names) else str(label)
 
 
-def print_classes(names, checkpoint, total):
-    """--list-classes."""
+def print_classes(names, source, checkpoint, total):
+    """--list-classes. source: where the names are from, if not from the checkpoint."""
     lines = "\n".join(f"{i:4d}  {name}" for i, name in enumerate(names))
     print(lines or f"{checkpoint}: {total} classes, no names in the file")
+    if source:
+        print(f"note: {checkpoint} holds no names; {source.strip(', ')}, in the order of WordNet ids", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,6 +154,10 @@ def check_prompt_args(args):
     """Raise UserError for wrong combinations of the flags of prompts."""
     if args.prompt and args.prompts:
         raise UserError("--prompt and --prompts exclude each other")
+    if args.t5 and args.features:
+        raise UserError("--t5 and --features exclude each other: features are what a T5 has read already")
+    if args.bench and args.prompts:
+        raise UserError("--bench times one batch: give its prompts with --prompt, not with --prompts")
     if args.save_features:
         check_writable(args.save_features, "--save-features", suffix=".safetensors")
 
@@ -148,12 +190,22 @@ def choose_prompts(args, model, device, width, length, show, clean=False, suffix
         raise UserError("an empty prompt: say in a few words what to draw")
     texts = [suffix(text) for text in texts]
     needed = list(dict.fromkeys([*texts, *also]))
+    for text in needed:
+        try:
+            text.encode()
+        except UnicodeEncodeError:                                          # from a command line in another encoding
+            way_out = "set the terminal to UTF-8, or give --prompts FILE"
+            raise UserError(f"a prompt is not UTF-8: {text}; {way_out}") from None
     if args.features:
         missing = [text for text in needed if text not in saved]
         if missing:
             raise UserError(f"--features {args.features}: lacks '{missing[0]}'; write it with --save-features")
         return Prompts(texts, saved, geneval)
     encoder = model.text_encoder
+    if encoder is not None and (args.t5 or getattr(args, "no_clean", False)):
+        flag = f"--t5 {args.t5}" if args.t5 else "--no-clean"
+        raise UserError(f"{flag}: this model has a text encoder of its own, which reads prompts as they are; leave out "
+                        f"{flag.split()[0]}")
     if encoder is None:
         path = find_companion(args.t5, args.ckpt or ".", "flan-t5-xl", not args.no_download, "--t5")
         encoder = load_t5(path, width, device=device)
@@ -207,11 +259,11 @@ def is_drawn(path, text):
         return False
 
 
-def write_npz(args, draw, n, settings, files, add=0.0):
-    """--npz: all pictures as one array arr_0 (n, h, w, 3) uint8, in chunks that survive an interruption.
+def write_npz(args, draw, n, side, settings, files, add=0.0):
+    """--npz: all pictures as one array arr_0 (n, side, side, 3) uint8, in chunks that survive an interruption.
 
-    draw(numbers) -> (B, 3, h, w). Every picture has its own generator, so neither the batch size nor the number of
-    processes changes it. add: see to_pixels.
+    draw(numbers) -> (B, 3, side, side). Every picture has its own generator, so neither the batch size nor the number
+    of processes changes it. add: see to_pixels.
     """
     path = Path(args.npz)
     rank, world = rank_and_world()
@@ -222,35 +274,91 @@ def write_npz(args, draw, n, settings, files, add=0.0):
     settings = settings | {"n": n, "classes": args.classes, "files": versions, "one_generator": one_batch}
     settings = json.dumps(settings)
     note = parts / "settings.json"
-    if note.exists() and note.read_text() != settings:
+    if note.exists() and note.read_bytes() != settings.encode():
         raise UserError(f"{parts}: holds pictures of other settings; delete it, or choose another --npz")
     with vq.atomic(note) as temporary:
         temporary.write_text(settings)
-    chunks = [parts / f"{i:07d}.npy" for i in range(0, n, NPZ_CHUNK)]
-    for i, file in enumerate(tqdm(chunks, unit=f"x{NPZ_CHUNK} pictures", disable=rank > 0)):
-        if i % world != rank or file.exists():
+    starts = range(0, n, NPZ_CHUNK)
+    chunks = {parts / f"{start // NPZ_CHUNK:07d}.npy": (min(NPZ_CHUNK, n - start), side, side, 3) for start in starts}
+    for i, (file, shape) in enumerate(tqdm(chunks.items(), unit=f"x{NPZ_CHUNK} pictures", disable=rank > 0)):
+        if i % world != rank or is_chunk(file, shape):
             continue
-        numbers = range(i * NPZ_CHUNK, min((i + 1) * NPZ_CHUNK, n))
-        starts = range(0, len(numbers), args.batch_size)
-        pictures = [to_pixels(draw(numbers[start:start + args.batch_size]), add) for start in starts]
-        with vq.atomic(file) as temporary, open(temporary, "wb") as f:
-            np.save(f, np.concatenate(pictures))
-    while rank == 0 and not all(file.exists() for file in chunks):          # the other processes still draw
+        if file.exists():
+            tqdm.write(f"note: {file} is damaged, or holds other pictures; they are drawn again", file=sys.stderr)
+        numbers = range(i * NPZ_CHUNK, i * NPZ_CHUNK + shape[0])
+        batches = range(0, len(numbers), args.batch_size)
+        pictures = [to_pixels(draw(numbers[first:first + args.batch_size]), add) for first in batches]
+        save_chunk(file, pictures)
+    while rank == 0 and not all(is_chunk(*chunk) for chunk in chunks.items()):  # the other processes still draw
         time.sleep(1)
     if rank == 0:
-        with vq.atomic(path) as temporary:
-            merge_npz(temporary, chunks, n)
+        merge_npz(path, chunks)
         shutil.rmtree(parts)                                                # with leftovers of killed processes
         print(f"{n} pictures -> {path}")
 
 
-def merge_npz(path, chunks, n):
-    """Join .npy files into one .npz without holding them in memory: 50,000 pictures of 256 pixels are 10 GB."""
-    shape = (n, *np.load(chunks[0], mmap_mode="r").shape[1:])
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z, z.open("arr_0.npy", "w", force_zip64=True) as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for chunk in chunks:
-            f.write(np.load(chunk).tobytes())
+def is_chunk(path, shape):
+    """Whether a file holds pictures, an undamaged uint8 array of this shape."""
+    try:
+        pictures = np.load(path, mmap_mode="r")
+    except (OSError, *vq.MISUNDERSTOOD):
+        return False
+    return isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8 and pictures.shape == shape
+
+
+def save_chunk(path, pictures):
+    """Write arrays (B, h, w, 3) uint8 as one .npy."""
+    with vq.atomic(path) as temporary, open(temporary, "wb") as f:
+        np.save(f, np.concatenate(pictures))
+
+
+def merge_npz(path, chunks):
+    """Join .npy files into one .npz without holding them in memory: 50,000 pictures of 256 pixels are 10 GB.
+
+    chunks: {path: shape}.
+    """
+    shapes = list(chunks.values())
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    with vq.atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for chunk in chunks:
+                f.write(np.load(chunk).tobytes())
+
+
+class NpzFile:
+    """A .npz of pictures whose number is known at the end only. Used in a `with`; an error leaves no file behind.
+
+    Pictures wait in a folder beside the file, because the header of an array begins with its size.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.chunks = {}
+        self.waiting = []
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
+        return self
+
+    def add(self, pictures):
+        """Append (B, h, w, 3) uint8."""
+        self.waiting.append(pictures)
+        if sum(map(len, self.waiting)) >= NPZ_CHUNK:
+            self._save()
+
+    def _save(self):
+        path = Path(self.folder.name) / f"{len(self.chunks):07d}.npy"
+        save_chunk(path, self.waiting)
+        self.chunks[path] = (sum(map(len, self.waiting)), *self.waiting[0].shape[1:])
+        self.waiting = []
+
+    def __exit__(self, error, *_):
+        with self.folder:
+            if error is None:
+                if self.waiting:
+                    self._save()
+                merge_npz(self.path, self.chunks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

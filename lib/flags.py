@@ -2,11 +2,10 @@
 import argparse
 
 
-def output_flags(add):
+def output_flags(add, batch_size):
     """Flags of all commands that make pictures."""
     add("--ckpt", metavar="FILE|NAME", help="weights: a file, or a released name such as var_d16.pth; default: demo/")
-    add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
-    add("--batch-size", type=int, default=8, help="pictures drawn at a time (default 8)")
+    add("--batch-size", type=int, default=batch_size, help=f"pictures at a time (default {batch_size})")
     add("--steps-grid", action="store_true", help="a filmstrip: how each picture came to be")
     machine_flags(add)
 
@@ -32,7 +31,8 @@ def bench_flags(add, example):
 
 def generator_flags(add, example):
     """Flags of the three generators. Defaults of the settings come from the checkpoint, or are those in the help."""
-    output_flags(add)
+    output_flags(add, batch_size=8)
+    add("--out", metavar="PATH", help="a .png, or a folder for one file per picture; default: out/MODEL.png")
     add("--seed", type=int, default=0, help="picture i is drawn with seed + i, in any batch (default 0)")
     add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
         help="the tokenizer; default: the one beside --ckpt, else the released one")
@@ -42,8 +42,9 @@ def generator_flags(add, example):
 
 def class_flags(add):
     """Flags of generators that draw classes."""
-    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="default: the checkpoint's choice, else all")
-    add("--list-classes", action="store_true", help="print the class names that the checkpoint knows")
+    add("--classes", nargs="+", default=[], metavar="ID|NAME", help="in turn, each at least once; default: the "
+        "checkpoint's choice, else all. Released models have ImageNet's: ids in the order of WordNet ids")
+    add("--list-classes", action="store_true", help="print the class names that --classes takes")
     add("--npz", metavar="FILE", help="all pictures as one uint8 array arr_0; an interrupted run continues")
 
 
@@ -69,8 +70,9 @@ def var_flags(add):
     add("--image", metavar="FILE", help="the picture to edit")
     add("--edit", choices=["in", "out", "class"],
         help="redraw inside --box | outside it | inside it, as the class of --classes")
-    add("--box", type=float, nargs=4, default=[0.1, 0.1, 0.8, 0.8], metavar=("Y0", "X0", "Y1", "X1"),
-        help="in shares of the picture")
+    add("--box", type=float, nargs=4, metavar=("Y0", "X0", "Y1", "X1"), help="in shares of the picture's centre "
+        "square, which is all that is used of it (default 0.1 0.1 0.8 0.8); at least one cell is redrawn")
+    add("--mask", metavar="FILE", help="instead of --box: a picture of the same size, white where to redraw")
 
 
 def infinity_flags(add):
@@ -89,7 +91,7 @@ def infinity_flags(add):
     add("--aspect", type=float, help="height / width, 0.333 .. 3; the nearest of 15 is taken (default 1)")
     add("--pixels", metavar="SIZE", help="0.06M, 0.25M, 0.60M or 1M; default: what the checkpoint was trained for")
     add("--image", metavar="FILE", help="a picture whose first --keep scales are kept")
-    add("--keep", type=int, default=4, metavar="N", help="with --image (default 4): few scales keep its colors and "
+    add("--keep", type=int, metavar="N", help="with --image (default 4): few scales keep its colors and "
         "layout, all of them reconstruct it")
     add("--tile", type=int, default=0, metavar="CELLS", help="decode in tiles with this side: less memory and nearly "
         "the same picture; 0: at once")
@@ -103,8 +105,8 @@ def llamagen_flags(add):
     add("-n", type=int, help="number of pictures (default: one per class given, else 16), or per prompt (default 1)")
     add("--no-clean", action="store_true", help="give prompts to T5 as they are; by default they are cleaned like the "
         "captions of the training data, which needs ftfy and beautifulsoup4")
-    add("--cfg", type=float, nargs="+", help="guidance, 1: none; one for all pictures, or one for each; default 4, for "
-        "text 7.5")
+    add("--cfg", type=float, nargs="+", help="guidance, 1: none; one for all pictures, or several in turn; default 4, "
+        "for text 7.5")
     add("--cfg-interval", type=int, help="guide only the first N + 2 tokens, -1: all; default -1")
     add("--temperature", type=float, help="0: always the likeliest token; default 1")
     add("--top-k", type=int, help="keep the N likeliest tokens, 0: all; default 2000, for text 1000")
@@ -115,10 +117,14 @@ def llamagen_flags(add):
 
 def vq_flags(add):
     """Flags of `sample.py vq`."""
-    output_flags(add)
-    add("--seed", type=int, default=0, help=argparse.SUPPRESS)              # nothing is drawn
-    add("--image", nargs="+", default=[], metavar="FILE", help="pictures; default: some of the demo's")
+    output_flags(add, batch_size=1)
+    add("--image", nargs="+", default=[], metavar="FILE|DIR", help="pictures, or folders of them, with their "
+        "sub-folders, in sorted order; default: some of the demo's")
+    add("--out", metavar="PATH", help="a .png with the originals above, or a folder for the reconstructions, one file "
+        "each; default: out/vq.png")
+    add("--npz", metavar="FILE", help="all reconstructions as one uint8 array arr_0, for rFID")
     add("--keep-size", action="store_true", help="do not cut a square; any size that the stride divides")
+    add("--seed", type=int, help=argparse.SUPPRESS)                         # nothing is drawn
 
 
 def audio_track_flag(add):
@@ -186,6 +192,12 @@ def ops_flags(add):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
 
 
+NOTES = {  # command: what else --help says
+    "llamagen": """class or text -> image
+
+LlamaGen cannot redraw a part of a picture, as `sample.py var --edit` does. It draws row by row, and a token sees only
+those above it and to its left, so a new part would know nothing of what is kept below it and to its right.""",
+}
 FLAGS = {  # command: what it does, and its flags
     "var": ("class -> image", var_flags),
     "infinity": ("text -> image", infinity_flags),

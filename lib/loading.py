@@ -48,7 +48,7 @@ def find_files(args, demo, load, fallback_of, flag):
     fallback_of(model) -> name of the tokenizer if --vae is not given.
     """
     download = not args.no_download
-    ckpt = find_checkpoint(args.ckpt, download) if args.ckpt else DEMO / f"{demo}.safetensors"
+    ckpt = find_checkpoint(args.ckpt, download, "--ckpt") if args.ckpt else DEMO / f"{demo}.safetensors"
     metadata = read_metadata(ckpt)
     model = load(ckpt)
     vae = find_companion(args.vae, ckpt, fallback_of(model), download, flag)

@@ -239,7 +239,7 @@ def save_png(path, picture, text=None):
     """Write a uint8 (h, w, 3) picture atomically, with a dict of text metadata."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, str(value).encode(errors="replace").decode())    # names of files need not be text
     with vq.atomic(path) as temporary:
         Image.fromarray(picture).save(temporary, "PNG", pnginfo=info)
 

@@ -38,11 +38,11 @@ FOLDERS = {  # the name of a folder -> (repository, folder in it, patterns of th
 WEBSITE = {"syncnet_v2.model": "http://www.robots.ox.ac.uk/~vgg/software/lipsync/data/syncnet_v2.model"}
 
 
-def find_checkpoint(name, download=True):
+def find_checkpoint(name, download=True, flag=""):
     """A path as it is, or a released name -> its file or folder in the cache, downloaded if it is not there.
 
     Files of the hub lie in the cache of huggingface_hub, so mirrors (HF_ENDPOINT), tokens and files that other
-    programs have downloaded are used.
+    programs have downloaded are used. flag: the one that gave the name; a UserError begins with it.
     """
     path = Path(name)
     if path.exists():
@@ -51,7 +51,7 @@ def find_checkpoint(name, download=True):
     released = next((path.name + end for end in ("", ".pth", ".pt") if path.name + end in known), None)
     if released is None or path.parent != Path("."):
         models = "" if path.suffix else f", and no released model of that name ({', '.join(known)})"
-        raise UserError(f"{name}: no such file{models}")
+        raise UserError(f"{flag} {name}: no such file{models}".lstrip())
     if released in WEBSITE:
         return fetch_from_website(WEBSITE[released], download)
     return fetch_from_hub(released, download)
@@ -66,14 +66,19 @@ def fetch_from_hub(name, download):
     not_here = f"{name}: not here and not in huggingface_hub's cache, and --no-download is set"
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError:
         way_out = f"to download it, pip install huggingface_hub; or get it from {page} and give its path"
         raise UserError(f"{name}: {way_out}" if download else not_here) from None
+    except ValueError as e:                                                 # it reads HF_ENDPOINT when it is imported
+        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
     try:
         return cached_in_hub(huggingface_hub, name, offline=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
         if not download:
             raise UserError(not_here) from None
+    except ValueError as e:
+        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
     try:
         while rank_and_world()[0]:
             time.sleep(1)
@@ -129,7 +134,7 @@ def fetch_from_website(address, download):
 def find_companion(given, beside, fallback, download, flag):
     """A second file that a model needs: the given one, else `fallback` beside the first file, else the released one."""
     if given:
-        return find_checkpoint(given, download)
+        return find_checkpoint(given, download, flag)
     if (Path(beside).parent / fallback).exists():
         return Path(beside).parent / fallback
     if fallback in RELEASED or fallback in FOLDERS:
@@ -147,7 +152,7 @@ def is_sampling(value):
     """Whether a value is what sample.py takes from a header: numbers by the names of its flags."""
     names = {"cfg", "tau", "top_k", "top_p", "temperature"}
     numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
-    return numbers and set(value) <= names and all(0 <= number < 1e4 for number in value.values())
+    return numbers and set(value) <= names and all(x == 0 or 1e-3 <= x < 1e5 for x in value.values())
 
 
 METADATA = {  # what train.py writes into a safetensors header: (whether a value may be used, what it should be)
