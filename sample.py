@@ -61,16 +61,16 @@ from lib import bench_ops, dubbing
 from lib.bench import race, textbook_loop
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
-from lib.data import suffix_of, visible_files
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
                          check_npz, check_prompt_args, check_prompts_out, check_sheet, choose_labels, choose_prompts,
                          class_name, faster, filmstrips, generators, given, in_batches, is_drawn, names_to_choose_from,
                          print_classes, save_sheet, write_npz)
+from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
-from lib.shards import PICTURES
+from lib.reconstruction import Usage, fit, picture_files, save_rows
 from lib.text import save_features
 from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
@@ -81,7 +81,6 @@ from triton_ops import REGISTRY
 # python sample.py var
 
 VAR_DEFAULTS = dict(cfg=4.0, top_k=900, top_p=0.95)                         # the authors' values for good pictures
-BOX = [0.1, 0.1, 0.8, 0.8]
 
 
 def sample_var(args):
@@ -173,46 +172,6 @@ def sample_var(args):
         sheet = pictures if scales else before + pictures
         save_sheet(out, sheet, scales, titles, settings | {"classes": classes})
     print(machine.summary((tokenizer, model), seconds, out if single else f"{len(labels)} files in {out}", note))
-
-
-def check_edit(args):
-    """Raise UserError for wrong values of the flags that edit a picture, and wrong combinations of them."""
-    y0, x0, y1, x1 = args.box or BOX
-    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-        raise UserError(f"--box {y0} {x0} {y1} {x1}: expected 0 <= Y0 < Y1 <= 1 and 0 <= X0 < X1 <= 1")
-    if bool(args.edit) != bool(args.image):
-        raise UserError("--edit and --image go together: the way to edit and the picture to be edited")
-    if (args.box or args.mask) and not args.edit:
-        raise UserError(f"{'--box' if args.box else '--mask'} goes with --edit in|out|class")
-    if args.box and args.mask:
-        raise UserError("--box and --mask exclude each other")
-    if args.mask and args.edit == "out":
-        raise UserError("--edit out is for a --box; --mask is white where to redraw, so use --edit in")
-    if args.edit == "class" and not args.classes:
-        raise UserError("--edit class: give the new class with --classes")
-    if args.edit in ("in", "out") and args.classes:
-        raise UserError(f"--edit {args.edit} redraws without a class: leave out --classes, or use --edit class")
-
-
-def read_mask(path, picture):
-    """The mask of --mask as a PIL picture. Raises UserError unless it is as large as the picture."""
-    mask = read_picture(path)
-    if mask.size != picture.size:
-        raise UserError(f"--mask {path}: has {mask.width}x{mask.height} pixels, but the picture has {picture.width}x"
-                        f"{picture.height}")
-    return mask
-
-
-def keep_black(mask, side):
-    """The cells of the last token map to keep: bool (side, side). Cells that are half white or more are redrawn.
-
-    mask: a PIL picture; if it is white anywhere, at least one cell is redrawn. Raises UserError if it is all black.
-    """
-    pixels = torch.tensor(np.asarray(cover(mask, 16 * side, 16 * side).convert("L"))).float()
-    white = torch.nn.functional.avg_pool2d(pixels[None], 16)[0] / 255
-    if white.max() < 0.01:
-        raise UserError("--mask: the centre square is black, so nothing would be redrawn; paint white where to redraw")
-    return white < min(0.5, white.max())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -616,82 +575,6 @@ def sample_vq(args):
     if len(qualities) > 8:
         note = f"{len(qualities)} pictures, " + note
     print(machine.summary((tokenizer,), seconds / len(qualities), where, note))
-
-
-def picture_files(given):
-    """Files and folders of --image -> [(path, whether the file itself was named)]. Raises UserError."""
-    found = []
-    for path in given:
-        if not Path(path).is_dir():
-            found.append((path, True))
-            continue
-        inside = [(file, False) for file in visible_files(path) if suffix_of(file) in PICTURES]
-        if not inside:
-            raise UserError(f"--image {path}: no picture in this folder ({', '.join(sorted(PICTURES))})")
-        found += inside
-    return found
-
-
-def save_rows(out, rows, titles, steps_grid, text):
-    """Save strips of pictures as one .png, or in a folder if they differ in size -> where they are."""
-    alike = len({row.shape for row in rows}) == 1
-    if alike and steps_grid:
-        save_png(out, grid(np.concatenate(rows), len(titles), titles=titles), text)
-    elif alike:
-        save_png(out, grid(np.concatenate(np.stack(rows, 1)), len(rows)), text)
-    else:
-        out = check_writable(out.with_suffix(""))
-        for i, row in enumerate(rows):
-            save_png(out / f"{i:05d}.png", grid(row, len(row), titles=titles), text)
-    return out
-
-
-class Usage:
-    """How much of a tokenizer's codes any number of pictures make use of."""
-
-    def __init__(self, tokenizer):
-        self.quantizer = tokenizer.quantize
-        self.config = tokenizer.config
-        self.what = "codes used" if self.config.vocab_size else "bits' entropy"
-        self.seen = []                                                      # codes; or for bits how many of each are 1
-        self.total = 0
-
-    def count(self, tokens):
-        """Add the tokens of a batch, a list of (B, l) indices or (B, l, d) bits."""
-        tokens = torch.cat(tokens, 1).flatten(0, 1).cpu()
-        self.total += len(tokens)
-        if self.config.vocab_size:
-            self.seen = torch.cat([*self.seen, tokens])[None].unique(dim=1)
-        else:
-            self.seen = [sum(self.seen) + tokens.sum(0)]
-
-    def percent(self):
-        """See `coverage` of the quantizer."""
-        if self.config.vocab_size:
-            return self.quantizer.coverage([self.seen], self.config)
-        return self.quantizer.coverage([self.seen[0][None, None] / self.total], self.config)
-
-
-def fit(picture, config, keep_size):
-    """A PIL picture, resized or cropped to a size that the tokenizer takes, and the schedule for it."""
-    stride = config.stride
-    last, _ = vq.as_pairs(config.patch_nums)[-1]
-    if not keep_size:
-        return cover(picture, stride * last, stride * last), config.patch_nums
-    if not config.vocab_size:                                               # bits: the largest schedule that fits
-        aspect = picture.height / picture.width
-        fits = [p for p in vq.PIXELS if vq.schedule(aspect, p)[-1][0] * 16 <= picture.height] or ["0.06M"]
-        cells = 16 // stride                                                # along a cell of a schedule, 16 pixels
-        patch_nums = [(cells * h, cells * w) for h, w in vq.schedule(aspect, fits[-1])]
-        h, w = patch_nums[-1]
-        return cover(picture, h * stride, w * stride), patch_nums
-    w = picture.width // stride
-    h = picture.height // stride
-    if min(w, h) < 1:
-        raise UserError(f"a picture of {picture.width}x{picture.height} is smaller than one cell of {stride}x{stride} "
-                        "pixels")
-    patch_nums = [(max(1, round(p * h / last)), max(1, round(p * w / last))) for p in config.patch_nums]
-    return picture.crop((0, 0, w * stride, h * stride)), patch_nums
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import sample
 import var
 import vq
 from helpers import ROOT, complaint, info, run, smooth_pictures, tiny_var
-from lib import bench, drawing
+from lib import bench, drawing, editing, reconstruction
 from lib.console import UserError, check_out, check_paths, save_json
 from lib.pictures import psnr, read_picture, ssim, to_pixels, to_tensor
 
@@ -202,13 +202,13 @@ def test_boxes_and_masks_have_a_cell():
     assert inside.nonzero().tolist() == [[1, 2], [1, 3], [2, 2], [2, 3]]
     dot = Image.new("RGB", (64, 64))
     dot.paste("white", (20, 36, 25, 40))
-    kept = sample.keep_black(dot, 4)
+    kept = editing.keep_black(dot, 4)
     assert (~kept).nonzero().tolist() == [[2, 1]]
     half = Image.new("L", (80, 40))                                         # of which 20 to 60 is the centre square
     half.paste(255, (40, 0, 80, 40))
-    assert torch.equal(sample.keep_black(half, 4), torch.tensor([[True, True, False, False]] * 4))
+    assert torch.equal(editing.keep_black(half, 4), torch.tensor([[True, True, False, False]] * 4))
     with pytest.raises(UserError, match="is black"):
-        sample.keep_black(Image.new("L", (9, 9)), 4)
+        editing.keep_black(Image.new("L", (9, 9)), 4)
 
 
 def test_a_mask_redraws_what_is_white(models, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_a_whole_folder_is_reconstructed(models, folder, tmp_path, capsys):
     scores = []
     codes = []
     for file in sorted(folder.glob("*/*.PNG")):
-        cut, _ = sample.fit(read_picture(file), tokenizer.config, False)
+        cut, _ = reconstruction.fit(read_picture(file), tokenizer.config, False)
         image = to_tensor(cut, "cpu")
         decoded = tokenizer.reconstruct(image)
         codes += tokenizer.tokenize(image)
@@ -284,7 +284,7 @@ def test_bits_and_single_tokens_of_a_folder(folder, text_files, token_files, tmp
     run(sample, "vq", "--ckpt", text_files[1], "--image", folder, "--npz", tmp_path / "b.npz", "--device", "cpu",
         "--batch-size", 4)
     tokenizer = vq.load(text_files[1])
-    images = [to_tensor(sample.fit(read_picture(f), tokenizer.config, False)[0], "cpu") for f in
+    images = [to_tensor(reconstruction.fit(read_picture(f), tokenizer.config, False)[0], "cpu") for f in
               sorted(folder.glob("*/*.PNG"))]
     tokens = torch.cat(tokenizer.tokenize(torch.cat(images)), 1).flatten(0, 1)[None]
     expected = tokenizer.quantize.coverage([tokens], tokenizer.config)
