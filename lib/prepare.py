@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import latentsync
 import syncnet
-from lib.console import MissingPackage, UserError, check_writable, choose_device
+from lib.console import MissingPackage, UserError, check_writable, choose_device, read_text, understanding
 from lib.face_metrics import score_aligned
 from lib.faces import check_judge, find_faces, given_points, is_cut, points_of_faces, scene_colors
 from lib.pictures import UNREADABLE, write_table
@@ -154,10 +154,14 @@ def quality_function(name):
     """The function that --quality MODULE:FUNCTION names."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
+    expected = "expected MODULE:FUNCTION, of a file here or of a package"
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise UserError(f"--quality {name}: {e}; expected MODULE:FUNCTION, of a file here or of a package") from None
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"--quality {name}: {e}; {expected}") from None
+    if not callable(found):
+        raise UserError(f"--quality {name}: is no function; {expected}")
+    return found
 
 
 def sync_score(faces, sound, options, device):
@@ -224,6 +228,11 @@ def make_clip(source, out, start, count, options):
     return row
 
 
+def name_of_clip(source, start):
+    """The file of the clip that begins with a frame of a video, inside of --data."""
+    return f"{source}_{start:06d}.mp4"
+
+
 COLUMNS = ("source", "bytes", "start", "verdict", "frames", "offset", "confidence", "quality", "file", "settings")
 
 
@@ -239,13 +248,18 @@ class Table:
         self.settings = settings
         rows = []
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:          # its last row may have been cut off
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            text = read_text(path, "a table that --prepare wrote")
+            with understanding(path, "a table that --prepare wrote"):
+                rows = [row for row in csv.DictReader(text.splitlines()) if self.is_whole(row)]
+        incomplete = {row["source"] for row in rows if row["verdict"].startswith("failed")}     # these are tried again
+        rows = [row for row in rows if not row["verdict"].startswith("failed")]
+        if rows and settings.startswith(rows[-1]["settings"]) and settings != rows[-1]["settings"]:
+            rows.pop()                                                      # it was cut in its last field
         other = next((row["settings"] for row in rows if row["settings"] != settings), None)
         if other:
             raise UserError(f"{path}: was made with other settings ({other}; now {settings}); give the same, or "
                             "another --data")
-        incomplete = {row["source"] for row in rows if not self.counts(row)}
+        incomplete |= {row["source"] for row in rows if not self.counts(row)}
         for row in rows:
             if row["verdict"] == "kept" and not self.same_video(row):
                 (path.parent / row["file"]).unlink(missing_ok=True)         # a clip of a video that has changed
@@ -254,13 +268,23 @@ class Table:
         write_table(path, self.rows, COLUMNS)
         self.known = {(row["source"], row["start"]) for row in self.rows}
 
+    @staticmethod
+    def is_whole(row):
+        """Whether a row has all columns, and names as its file the clip that belongs to it and no other file."""
+        if any(row.get(name) is None for name in COLUMNS) or None in row:   # None: columns beyond those of the head
+            return False
+        if row["verdict"] != "kept":
+            return True
+        ours = row["start"].isdecimal() and row["file"] == name_of_clip(row["source"], int(row["start"]))
+        return ours and not Path(row["file"]).is_absolute() and ".." not in Path(row["file"]).parts
+
     def same_video(self, row):
         return row["bytes"] == self.sizes.get(row["source"], row["bytes"])
 
     def counts(self, row):
         """Whether a row need not be done again."""
         clip_exists = row["verdict"] != "kept" or (self.path.parent / row["file"]).is_file()
-        return self.same_video(row) and clip_exists and not row["verdict"].startswith("failed")
+        return self.same_video(row) and clip_exists
 
     def add(self, source, verdict, start="", **columns):
         row = {"source": source, "bytes": self.sizes[source], "start": start, "verdict": verdict} | columns
@@ -328,6 +352,7 @@ def prepare(args):
         settings.append(f"{options.quality} {options.min_quality:g}")
     sizes = {source: str(path.stat().st_size) for source, path in paths.items()}
     table = Table(out / "prepared.csv", sizes, ", ".join(settings))
+
     def stop(*_):
         """SIGTERM and Ctrl-C alike. A second one ends the process at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -360,7 +385,7 @@ def work_off(pool, room, table, paths, out, options):
             while len(jobs) < room:
                 if pieces:
                     source, start, count = pieces.popleft()
-                    file = f"{source}_{start:06d}.mp4"
+                    file = name_of_clip(source, start)
                     job = pool.submit(make_clip, paths[source], out / file, start, count, options)
                     jobs[job] = source, start, file
                 elif (source := next(waiting, None)) is not None:

@@ -21,8 +21,9 @@ from helpers import (CLIP, JUDGE_CONFIG, KL_CONFIG, ROOT, UNET_CONFIG, VIDEOMAE_
                      weights, write_video)
 from lib import prepare, recipes, speech_tasks, studies, videomae
 from lib.clips import FolderDubbing, SyntheticDubbing, VideoFolder
+from lib.console import UserError
 from lib.face_metrics import compare_faces, mouth_points
-from lib.pictures import ssim
+from lib.pictures import ssim, write_table
 from lib.talking_head import mouth_of, shift_sound, talking_head, talking_scene
 from lib.talking_head import speech as synthetic_speech
 from lib.video import Video, read_sound
@@ -558,3 +559,30 @@ def test_shots_become_pieces():
     assert prepare.pieces_of([0, 100, 130], 400, 125, 48) == [(0, 100), (130, 125), (255, 145)]
     assert prepare.pieces_of([0], 40, 125, 48) == []
     assert prepare.pieces_of([0], 125, 125, 48) == [(0, 125)] and prepare.pieces_of([0], 249, 125, 48) == [(0, 249)]
+
+
+def test_tables_of_preparation_are_not_trusted(tmp_path, capsys):
+    """No file outside of --data is deleted, a last row that was cut is made again, failures block nothing."""
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "prepared.csv"
+    victim = tmp_path / "victim.txt_000000.mp4"
+    victim.touch()
+    row = dict.fromkeys(prepare.COLUMNS, "") | {"source": "a.mp4", "bytes": "9", "start": "0", "verdict": "kept",
+                                                "frames": "50", "file": "a.mp4_000000.mp4", "settings": "of raw, 5 s"}
+    foreign = [row | {"source": "../victim.txt", "file": "../victim.txt_000000.mp4"},
+               row | {"file": str(victim)}, row | {"start": "x"}, row | {"file": "b.mp4"}]
+    failed = row | {"verdict": "failed: TypeError", "start": "", "settings": "of raw, 5 s, os:sep 40"}
+    write_table(path, [row, *foreign, failed], prepare.COLUMNS)
+    (tmp_path / "data" / row["file"]).touch()
+    table = prepare.Table(path, {"a.mp4": "9", "../victim.txt": "1"}, "of raw, 5 s")
+    assert [r["file"] for r in table.rows] == [row["file"]] and victim.exists()
+    write_table(path, [row, row | {"settings": "of ra"}], prepare.COLUMNS)
+    assert len(prepare.Table(path, {"a.mp4": "9"}, "of raw, 5 s").rows) == 1
+    with pytest.raises(UserError, match="was made with other settings"):
+        prepare.Table(path, {"a.mp4": "9"}, "of raw, 6 s")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="prepared.csv: expected a table that --prepare wrote"):
+        prepare.Table(path, {}, "")
+    for name in ("os:sep", "os:nothing", "nowhere:f", ":f"):
+        assert f"--quality {name}: " in complaint(capsys, train, *PREPARE, "--prepare", tmp_path, "--data",
+                                                  tmp_path.parent / "clips", "--quality", name)
