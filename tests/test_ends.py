@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import vq
 from helpers import ROOT, captioned, complaint, info, log_rows, run, smooth_pictures, speech, write_video
 from lib import recipes, tasks
 from lib.checkpoints import MetadataUnpickler
-from lib.console import UserError
+from lib.console import GuardedStream, UserError, guarded_output
 from lib.readers import one_by_one, read_batches
 from lib.run import StopOnSignal
 from test_distributed import TORCHRUN, finished, started, steps_saved, until
@@ -185,6 +186,43 @@ def test_ctrl_c_during_the_imports_shows_no_traceback():
         time.sleep(0.7)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=SECONDS)[1] == "" and process.returncode
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Messages that cannot be printed
+
+
+def test_messages_that_cannot_be_printed_end_nothing(monkeypatch, tmp_path):
+    """A full disk is remembered, a reader that has left is not; a closed stream drops everything."""
+    for error, remembered in ((OSError(28, "No space left on device"), True), (BrokenPipeError(32, "Broken pipe"), False)):
+        stream = open(tmp_path / "out", "w")
+        guarded = GuardedStream(stream)
+        monkeypatch.setattr(guarded, "stream", stream)
+        with monkeypatch.context() as patched:
+            failing = lambda *_, error=error: (_ for _ in ()).throw(error)
+            patched.setattr(guarded, "stream", SimpleNamespace(write=failing, flush=failing, fileno=stream.fileno))
+            print("one", file=guarded)
+            guarded.flush()
+        assert (guarded.error is error) == remembered
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with guarded_output():
+        print("two")
+        print("three", file=sys.stderr)
+    assert sys.stdout is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection, code", [("> /dev/full", 0), ("| true", 0), ("| head -1", 0), ("2>&-", 0),
+                                               (">&- 2>&-", 0), ("> /dev/full 2>&1", 0)])
+def test_training_goes_on_without_an_output(redirection, code, pictures, tmp_path):
+    jobs = tmp_path / "jobs.json"
+    argv = (*VQ, "--data", pictures, "--steps", 3, "--val-every", 0, "--sample-every", 0, "--out", tmp_path / "a")
+    jobs.write_text(json.dumps([[str(a) for a in argv]]))
+    command = f"{sys.executable} {ROOT}/tests/tiny_runs.py {jobs} {redirection}; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert ran.returncode == code and "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr
+    assert steps_saved(tmp_path / "a") == [3] and (tmp_path / "a" / "model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,6 @@ if __name__ == "__main__":
     clips.VAL_HEADS = 1
     break_something(os.environ.get("LEGIBLE_FAULT", ""))
     for argv in json.loads(Path(sys.argv[1]).read_text()):
-        run_command(train.train, train.parse_args([str(a) for a in argv]))
+        run_command(train.train, train.parse_args([str(a) for a in argv]), needs_output=False)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
