@@ -1463,7 +1463,10 @@ def config_from_json(cls, text, path):
 
 def _check_value(name, value, kind):
     """Raises ValueError unless a value of a config has the type that its class names, and a possible size."""
-    kind = kind if isinstance(kind, str) else kind.__name__
+    kind = kind.__name__ if isinstance(kind, type) else str(kind)           # such as "tuple | None"
+    if value is None and kind.endswith(" | None"):
+        return
+    kind = kind.removesuffix(" | None")
     if kind == "tuple":
         if not isinstance(value, tuple) or not 0 < len(value) <= 1000:
             raise ValueError(f"{name} is {str(value)[:50]}, expected a list")

@@ -287,8 +287,6 @@ def check_args(args):
     """(folder of raw videos, folder of clips, the arguments with all defaults). Raises UserError."""
     if args.data == "demo":
         raise UserError("--prepare: give the folder that is to hold the clips as --data DIR")
-    if args.study:
-        raise UserError("--prepare and --study exclude each other")
     for flag, needs in (("min_confidence", "syncnet"), ("max_offset", "syncnet"), ("min_quality", "quality")):
         if getattr(args, flag) is not None and not getattr(args, needs):
             raise UserError(f"--{flag.replace('_', '-')}: goes with --{needs}")

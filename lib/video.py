@@ -414,11 +414,16 @@ class VideoWriter:
 
     def __enter__(self):
         self.av = pyav()
-        self.stack = ExitStack()
-        temporary = self.stack.enter_context(vq.atomic(self.path))
-        self.stack.push(self.explain_error)
-        self.container = self.stack.enter_context(self.av.open(str(temporary.absolute()), "w", format="mp4"))
-        self.stack.push(self.flush)
+        with ExitStack() as stack:                                          # after an error nothing is left behind
+            stack.push(self.explain_error)
+            temporary = stack.enter_context(vq.atomic(self.path))
+            self.container = stack.enter_context(self.av.open(str(temporary.absolute()), "w", format="mp4"))
+            stack.push(self.flush)
+            self.add_streams()
+            self.stack = stack.pop_all()
+        return self
+
+    def add_streams(self):
         self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
         self.stream.height = self.height
         self.stream.width = self.width
@@ -430,7 +435,6 @@ class VideoWriter:
         codec.color_range = 2 if self.colors.full else 1
         if self.sound is not None:
             self.track = self.container.add_stream("aac", rate=self.sound.rate, layout=self.sound.layout)
-        return self
 
     def __exit__(self, *error):
         return self.stack.__exit__(*error)
@@ -444,7 +448,7 @@ class VideoWriter:
             self.container.mux(stream.encode(None))
 
     def explain_error(self, kind, error, trace):
-        if isinstance(error, self.av.error.FFmpegError):                    # a full disk, a missing folder
+        if isinstance(error, (self.av.error.FFmpegError, OSError)):         # a full disk, a missing folder
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def write(self, picture):

@@ -474,7 +474,7 @@ def test_bad_arguments(tiny, capsys, argv, message):
     (["--prompt", "a", "--prompts", "b"], "--prompt and --prompts exclude each other"),
     (["--aspect", "9"], "--aspect 9.0: expected 0.3 .. 3.4"),
     (["--aspect", "2"], "draws squares of one size only"),
-    (["--guide-features", "7"], "--guide-features 7: expected -2 .. 1"),
+    (["--guide-features", "0", "7"], "--guide-features 7: expected -2 .. 1"),
     (["--tile", "4"], "use 16 or more"),
     (["--features", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["--image", "nowhere.png"], "nowhere.png: no such file"),

@@ -251,7 +251,7 @@ class Attack:
         return open, (self.path, "w")
 
 
-NOTES = [("null", "NoneType"), ("[]", "list"), ("{}", "step is 3"), ('{"step": "x"}', "step is 'x'"),
+NOTES = [("null", "NoneType"), ("[]", "list"), ('{"settings": 3}', "settings is 3"), ('{"step": "x"}', "step is 'x'"),
          ('{"step": -1}', "step is -1"), ('{"step": 12.5}', "step is 12.5"),
          ('{"micro_batches": 0}', "micro_batches is 0"), ("[" * 100000, "recursion"), ("\xff", "decode")]
 
@@ -272,9 +272,10 @@ def test_damaged_checkpoints_are_set_aside(three_steps, tmp_path, capsys):
     (state / "9999999" / "notes.json").write_text(json.dumps(notes))
     said = []
     for text, _ in NOTES:
-        found = json.loads(text) if text.startswith("{") else None
-        text = json.dumps(notes | found) if found else text
-        folder = state / f"{len(said) + 10:07d}"
+        step = len(said) + 10
+        if text.startswith("{"):
+            text = json.dumps(notes | {"step": step} | json.loads(text))
+        folder = state / f"{step:07d}"
         folder.mkdir()
         (folder / "notes.json").write_text(text, encoding="latin-1")
         said.append(folder)

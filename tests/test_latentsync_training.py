@@ -276,7 +276,7 @@ def test_mistakes_are_named(tiny_networks, dub_files, tmp_path, capsys):
     flags, init = tiny_networks
     other, original = tmp_path / "other.safetensors", tmp_path / "syncnet_v2.model"
     syncnet.save(tiny_syncnet(), other)                                     # clips of 5 frames
-    torch.save(syncnet.export(vq.build(syncnet.OriginalSyncNet)), original)
+    torch.save(syncnet.export(syncnet.OriginalSyncNet()), original)
     for extra, said in ((("--stage", 2), "--stage 2: trains attention and motion modules only"),
                         (("--stage", 2, *init, "--syncnet", other), "is made for clips of 5 frames, but clips have 4"),
                         (("--stage", 2, *init, "--syncnet", original), "is the original SyncNet"),
@@ -533,7 +533,7 @@ def test_preparing_wants_folders(tmp_path, capsys, av):
     for flags, said in ((("--max-offset", 3), "--max-offset: goes with --syncnet"),
                         (("--min-quality", 3), "--min-quality: goes with --quality"),
                         (("--piece", 1), "--piece 1: expected at least 2"),
-                        (("--study",), "--prepare and --study exclude each other")):
+                        (("--study",), "--prepare, --study: each of these runs instead of training")):
         assert said in complaint(capsys, train, *PREPARE, "--prepare", tmp_path / "raw", "--data", tmp_path / "o",
                                  *flags)
 

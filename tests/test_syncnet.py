@@ -435,7 +435,7 @@ def test_a_toy_says_that_it_is_one(tmp_path, av, capsys):
     syncnet.save(broken, tmp_path / "nan.safetensors")
     said = complaint(capsys, sample, "syncnet", "--ckpt", tmp_path / "nan.safetensors", "--video", video, "--out",
                      tmp_path / "b.png", "--device", "cpu")
-    assert "nan.safetensors: holds weights that are not numbers (nan or inf)" in said
+    assert "holds values that are no finite numbers" in said
 
 
 def test_what_is_said_about_videos_that_cannot_be_judged(tmp_path, av, judge_file, capsys):
@@ -630,11 +630,13 @@ def test_pairs_of_clips_and_sounds():
 
 
 def test_training_on_a_folder_of_clips(tiny_network, tmp_path, av, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
     for i in range(3):
-        write_video(tmp_path / f"{i}.mp4", smooth_pictures(20, 24, seed=i), speech(0.8, seed=i))
-    write_video(tmp_path / "mute.mp4", smooth_pictures(20, 24))
-    write_video(tmp_path / "short.mp4", smooth_pictures(6, 24), speech(1))
-    argv = (*SYNCNET, "--data", tmp_path, "--steps", 3, "--workers", 0, "--sample-every", 0)
+        write_video(data / f"{i}.mp4", smooth_pictures(20, 24, seed=i), speech(0.8, seed=i))
+    write_video(data / "mute.mp4", smooth_pictures(20, 24))
+    write_video(data / "short.mp4", smooth_pictures(6, 24), speech(1))
+    argv = (*SYNCNET, "--data", data, "--steps", 3, "--workers", 0, "--sample-every", 0)
     run(train, *argv, "--out", tmp_path / "out")
     said = capsys.readouterr()
     assert "5 videos" in said.out and "unreadable of 5" in said.out + said.err and "mute.mp4" in said.out + said.err

@@ -328,8 +328,8 @@ def test_mistakes(pictures, files, tmp_path, capsys):
     assert "--log-every -1: expected at least 0" in say(*VQ, "--log-every", -1)
     assert "--accum 0: expected 1 .. 1000000" in say(*VQ, "--accum", 0)
     assert "not an image tokenizer" in say(*VAR, "--vae", files[2])
-    assert "no finite gradient in 3 steps in a row" in say(*VQ, "--lr", 1e30, "--steps", 9, "--clip", 1e30,
-                                                           "--max-skipped", 3)
+    assert "no finite gradient in 3 steps in a row" in say(*VQ, "--l1", 1e9, "--l2", 1e9, "--lr", 10, "--steps", 99,
+                                                           "--clip", 1e9, "--max-skipped", 3)
     assert "--out /proc/nowhere: cannot be written" in complaint(capsys, train, *VQ, "--out", "/proc/nowhere")
 
 

@@ -194,8 +194,9 @@ class InfinityKind(Kind):
         return model.null_text[:5].expand(2, -1, -1), self.text_mask
 
     def checkpoints(self, state):
-        ema = {k: v + 1 for k, v in state.items()}
-        return {"flat.pth": state, "training.pth": {"args": {}, "trainer": {"gpt_fsdp": state, "gpt_ema_fsdp": ema}}}
+        trained = {k: v + 1 for k, v in state.items()}
+        trainer = {"gpt_fsdp": trained, "gpt_ema_fsdp": state}
+        return {"flat.pth": state, "training.pth": {"args": {}, "trainer": trainer}}
 
     def load(self, path, config):
         return load_infinity(path, patchify=config.patchify)
