@@ -1,4 +1,5 @@
 """What the three generators of sample.py share: classes, prompts, seeds, sheets, sets for evaluation, benchmarks."""
+import io
 import json
 import shutil
 import sys
@@ -289,7 +290,8 @@ def write_npz(args, draw, n, side, settings, files, add=0.0):
         batches = range(0, len(numbers), args.batch_size)
         pictures = [to_pixels(draw(numbers[first:first + args.batch_size]), add) for first in batches]
         save_chunk(file, pictures)
-    while rank == 0 and not all(is_chunk(*chunk) for chunk in chunks.items()):  # the other processes still draw
+    others = [chunk for i, chunk in enumerate(chunks.items()) if i % world != rank]
+    while rank == 0 and not all(is_chunk(*chunk) for chunk in others):      # the other processes still draw
         time.sleep(1)
     if rank == 0:
         merge_npz(path, chunks)
@@ -308,8 +310,10 @@ def is_chunk(path, shape):
 
 def save_chunk(path, pictures):
     """Write arrays (B, h, w, 3) uint8 as one .npy."""
-    with vq.atomic(path) as temporary, open(temporary, "wb") as f:
-        np.save(f, np.concatenate(pictures))
+    content = io.BytesIO()                                                  # numpy does not notice every full disk
+    np.save(content, np.concatenate(pictures))
+    with vq.atomic(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def merge_npz(path, chunks):

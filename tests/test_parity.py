@@ -40,11 +40,30 @@ def runner(kind):
     return lambda f: RUNNERS.setdefault(kind, f)
 
 
-def cases():
-    for path in sorted(FOLDER.glob("*.safetensors")):
-        kind = load_case(path)[0]["kind"]
-        if kind in RUNNERS:
-            yield pytest.param(path, id=path.stem)
+def thinned(out, expected):
+    """Every n-th entry of a tensor in each dimension, so that the shape is that of what a case has stored."""
+    assert out.dim() == expected.dim(), f"{tuple(out.shape)} cannot be thinned to {tuple(expected.shape)}"
+    strides = []
+    for n, stored in zip(out.shape, expected.shape):
+        strides.append(next(stride for stride in range(1, n + 1) if -(-n // stride) == stored))
+    return out[tuple(slice(None, None, stride) for stride in strides)]
+
+
+def noted(meta, name, shape=None):
+    """The input that a case's note describes: "2 noise('in.mel', (3, 1, 80, 52))".
+
+    name: a pattern, because some names have a number, as in.features2. shape: for notes that do not say it in numbers.
+    """
+    found = re.search(rf"([\d.]+ )?noise\('({name})'(?:, [(\[]([\d, ]+)[)\]])?", meta["note"])
+    scale, name, noted_shape = found.groups()
+    if noted_shape:
+        shape = tuple(map(int, noted_shape.split(",")))
+    return float(scale or 1) * noise(name, shape)
+
+
+def said(meta, pattern):
+    """The numbers in a case's note that a pattern finds."""
+    return [float(number) for number in re.search(pattern, meta["note"]).groups()]
 
 
 def close(out, expected, atol=1e-4, what=""):
@@ -143,7 +162,7 @@ def var_vqvae_decode(meta, t, tmp_path):
     indices = t["in.idx"].long().split([p * p for p in meta["config"]["patch_nums"]], 1)
     images = tokenizer.detokenize(indices, all_scales=True)
     close(torch.stack([F.avg_pool2d(image, 8) for image in images]), t["out.ladder_mean8"], what="images of all scales")
-    close(images[-1][:1, :, ::2, ::2], t["out.img"], what="image")
+    close(thinned(images[-1], t["out.img"]), t["out.img"], what="image")
     check_image(images[-1], t, "img")
     # An experimental path of the original: the running sum has the size of its scale and is resized to the next one.
     quantizer, sizes, f_hat = tokenizer.quantize, vq.as_pairs(tokenizer.config.patch_nums), 0
@@ -183,8 +202,9 @@ def var_logits(meta, t, tmp_path):
     close(logits, t["out.logits"], what="logits")
     close(logits.mean(), t["out.logits_mean"])
     close(logits.std(), t["out.logits_std"])
-    dropped = model(labels, features, class_drop=0.5, generator=torch.Generator().manual_seed(0))
-    close(dropped[:, ::5, ::3], t["out.logits_dropped"], what="logits with class dropping")
+    rate, seed = said(meta, r"cond_drop_rate ([\d.]+) right after torch.manual_seed\((\d+)\)")
+    dropped = model(labels, features, class_drop=rate, generator=torch.Generator().manual_seed(int(seed)))
+    close(thinned(dropped, t["out.logits_dropped"]), t["out.logits_dropped"], what="logits with class dropping")
 
 
 @runner("var.train")
@@ -270,6 +290,20 @@ def var_edit(meta, t, tmp_path):
     keep = var.edit_mask(meta["box"], model.config.patch_nums[-1], inpaint=meta["inpainting"])
     equal(keep, t["in.mask"], "mask")
     check_draw(model, tokenizer, t, meta["call"], given_tokens=given, keep_mask=keep)
+
+
+def full(meta, t, tmp_path, parts):
+    """A case of the real size is told by what it has stored, and runs as the small case with the same entries."""
+    chosen = [run for needed, run in parts if needed <= set(t) | set(meta)]
+    assert chosen, f"{meta['kind']}: {sorted(t)} are the entries of no known kind"
+    chosen[0](meta, t, tmp_path)
+
+
+@runner("var.full")
+def var_full(meta, t, tmp_path):
+    full(meta, t, tmp_path, [({"in.mask", "box"}, var_edit), ({"out.tokens", "call"}, var_sample),
+                             ({"in.idx", "in.labels", "out.logits"}, var_logits), ({"out.f", "out.idx"}, var_vqvae),
+                             ({"in.idx", "out.ladder_mean8"}, var_vqvae_decode)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,6 +399,12 @@ def llamagen_generate(meta, t, tmp_path):
         equal(tokens, t[f"out.tokens.{i}"], f"tokens of run {i}")
 
 
+@runner("llamagen.full")
+def llamagen_full(meta, t, tmp_path):
+    full(meta, t, tmp_path, [({"runs", "out.tokens.0"}, llamagen_generate),
+                             ({"in.tokens", "out.logits"}, llamagen_logits), ({"in.codes", "out.quant"}, llamagen_vq)])
+
+
 @runner("llamagen.filters")
 def llamagen_filters(meta, t, tmp_path):
     for i, run in enumerate(meta["runs"]):
@@ -458,7 +498,7 @@ def lpips(meta, t, tmp_path):
     heads = {k: v for k, v in state.items() if k.startswith("lin")}
     torch.save(vgg, tmp_path / "vgg16.pth")
     torch.save(heads, tmp_path / "vgg.pth")
-    a = noise("in.a", (2, 3, 32, 64))
+    a = noted(meta, "in.a")
     b = (a + 0.5 * noise("in.b", tuple(a.shape))).clamp(-1, 1)
     close(losses.load_lpips(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")(a, b), t["out.lpips"], what="lpips")
 
@@ -517,7 +557,8 @@ def infinity_vae(meta, t, tmp_path):
     tokenizer, _ = load_infinity(meta, t, tmp_path)
     c, scales = meta["config"], check_schedule(meta["config"])
     h, w = (n * tokenizer.config.stride for n in scales[-1])
-    image = noise(f"in.image{c['input_index']}", (c["batch"], 3, h, w))
+    image = noted(meta, r"in.image\d*")
+    assert image.shape == (c["batch"], 3, h, w)
     image = 3 * F.avg_pool2d(F.pad(image, (2,) * 4, "reflect"), 5, 1)
     f = tokenizer.encode(image)
     close(f, t["out.features"], what="features")
@@ -534,13 +575,13 @@ def infinity_quantizer(meta, t, tmp_path):
     c, scales = meta["config"], check_schedule(meta["config"])
     d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.bits"].shape
     quantizer = vq.MultiScaleBSQ(vq.CONFIGS[f"infinity_vae_d{d}"])
-    f = noise("in.features2", (B, d, *scales[-1])).requires_grad_()
+    f = noted(meta, r"in.features\d*").requires_grad_()
     steps = list(quantizer.quantize_scales(f, scales))
     equal(torch.cat([bits for _, bits, _ in steps], 1), t["out.bits"], "bits")
     quantized = steps[-1][2]
-    close(quantized[:, :, ::2, ::2], t["out.quantized"], what="quantized")
+    close(thinned(quantized, t["out.quantized"]), t["out.quantized"], what="quantized")
     (quantized * noise("in.dz", tuple(quantized.shape))).sum().backward()
-    close(f.grad[:, :, ::2, ::2], t["out.grad_features"], what="gradient")
+    close(thinned(f.grad, t["out.grad_features"]), t["out.grad_features"], what="gradient")
     commitment, each, overall = (torch.stack(column) for column in zip(*(quantizer.losses(z) for z, _, _ in steps)))
     for found, key in ((commitment, "commitment"), (each, "per_sample_entropy"), (overall, "codebook_entropy")):
         torch.testing.assert_close(found, t[f"out.{key}"], rtol=1e-5, atol=1e-7)
@@ -565,14 +606,14 @@ def infinity_bsc(meta, t, tmp_path):
     scales = check_schedule(c)
     d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.labels"].shape
     quantizer = vq.MultiScaleBSQ(vq._bits(d))
-    f = noise("in.features1", (B, d, *pairs(c["vae_scale_schedule"])[-1]))
+    f = noted(meta, r"in.features\d*")
     inputs, labels, chances = correct(quantizer, f, scales, c)
     close(torch.tensor(chances), t["out.strengths"], what="chances")
     equal(labels, t["out.labels"], "labels")
-    close(inputs[:1], t["out.inputs"], what="inputs")
+    close(thinned(inputs, t["out.inputs"]), t["out.inputs"], what="inputs")
     inputs, labels = infinity.self_correct(quantizer, f, scales, 0.0, patchify=bool(c["spatial_patchify"]))
-    equal(labels[:1], t["out.labels_noflip"], "labels without flips")
-    close(inputs[:1, ::3], t["out.inputs_noflip"], what="inputs without flips")
+    equal(thinned(labels, t["out.labels_noflip"]), t["out.labels_noflip"], "labels without flips")
+    close(thinned(inputs, t["out.inputs_noflip"]), t["out.inputs_noflip"], what="inputs without flips")
 
 
 @runner("infinity.logits")
@@ -580,12 +621,17 @@ def infinity_logits(meta, t, tmp_path):
     _, model = load_infinity(meta, t, tmp_path)
     c, scales = meta["config"], check_schedule(meta["config"])
     lengths, L = c["text_lens"], sum(h * w for h, w in scales)
-    text, mask = unpack(noise("in.text", (sum(lengths), model.config.text_width)), lengths)
-    x = noise("in.x", (len(lengths), L - 1, model.config.bits))
-    close(model(text, mask, x, scales).flatten(2)[:, ::2], t["out.logits"], what="logits")
-    null = torch.where(torch.tensor([True] + [False] * (len(lengths) - 1))[:, None, None],
-                       model.null_rows(text.shape[1]), text)                # the case drops the first prompt
-    close(model(null, mask, x, scales).flatten(2)[:, ::8], t["out.logits_cond_drop"], what="logits, a prompt dropped")
+    text, mask = unpack(noted(meta, "in.text"), lengths)
+    x = noted(meta, "in.x")
+    assert x.shape == (len(lengths), L - 1, model.config.bits)
+    logits = model(text, mask, x, scales).flatten(2)
+    close(thinned(logits, t["out.logits"]), t["out.logits"], what="logits")
+    rate, seed = said(meta, r"conditional dropout ([\d.]+) after python random.seed\((\d+)\)")
+    random.seed(int(seed))
+    dropped = torch.tensor([random.random() < rate for _ in lengths])
+    null = torch.where(dropped[:, None, None], model.null_rows(text.shape[1]), text)
+    logits = model(null, mask, x, scales).flatten(2)
+    close(thinned(logits, t["out.logits_cond_drop"]), t["out.logits_cond_drop"], what="logits, some prompts dropped")
 
 
 @runner("infinity.train")
@@ -594,12 +640,11 @@ def infinity_train(meta, t, tmp_path):
     c, scales = meta["config"], check_schedule(meta["config"])
     model.train()
     model.config = replace(model.config, drop_path=0.0)
-    lengths, size = c["text_lens"], [n * tokenizer.config.stride for n in scales[-1]]
-    size = [n * (1 + bool(c.get("spatial_patchify"))) for n in size]
-    f = tokenizer.encode(noise("in.image3", (len(lengths), 3, *size)))
+    lengths = c["text_lens"]
+    f = tokenizer.encode(noted(meta, r"in.image\d*"))
     inputs, labels, _ = correct(tokenizer.quantize, f, scales, c)
-    equal(labels[:1], t["out.labels"], "labels")
-    text, mask = unpack(noise("in.text", (sum(lengths), model.config.text_width)), lengths)
+    equal(thinned(labels, t["out.labels"]), t["out.labels"], "labels")
+    text, mask = unpack(noted(meta, "in.text"), lengths)
     n = sum(h * w for h, w in scales[:c["always_training_scales"]]) - 1
     drop = c["cond_drop_rate"]
     random.seed(c["seed"])
@@ -607,7 +652,8 @@ def infinity_train(meta, t, tmp_path):
         dropped = torch.tensor([random.random() < drop for _ in lengths])
         text = torch.where(dropped[:, None, None], model.null_rows(text.shape[1]), text)
     arguments = (text, mask, inputs[:, :n], labels, scales)
-    close(model(*arguments[:3], scales).flatten(2)[:, ::8], t["out.logits"], what="logits")
+    logits = model(*arguments[:3], scales).flatten(2)
+    close(thinned(logits, t["out.logits"]), t["out.logits"], what="logits")
     loss, metrics = model.loss(*arguments, text_drop=0.0)
     if c["bitloss_type"] == "sum":
         loss = loss * model.config.bits
@@ -626,23 +672,26 @@ def infinity_train(meta, t, tmp_path):
 def infinity_sample(meta, t, tmp_path):
     tokenizer, model = load_infinity(meta, t, tmp_path)
     c, scales = meta["config"], check_schedule(meta["config"])
-    i, d, Ct = c["input_index"], tokenizer.config.z_channels, model.config.text_width
-    text, mask = unpack(noise(f"in.text{i}", (sum(c["text_lens"]), Ct)), c["text_lens"])
+    d = tokenizer.config.z_channels
+    width = model.config.text_width
+    text, mask = unpack(noted(meta, r"in.text\d*"), c["text_lens"])
     negative = None
     if c["negative_lens"]:
-        negative = unpack(noise(f"in.negative{i}", (sum(c["negative_lens"]), Ct)), c["negative_lens"])
+        rows = noise(f"in.negative{c['input_index']}", (sum(c["negative_lens"]), width))
+        negative = unpack(rows, c["negative_lens"])
     sizes = infinity.tokenizer_scales(scales, model.config.patchify)
     lengths = [h * w for h, w in sizes]
     given = (noise("in.gt", (len(text), sum(lengths), d)) > 0).split(lengths, 1) if c["gt_leak"] else None
-    layer, = c["cfg_insertion_layer"]
+    guided_blocks = [layer for layer in c["cfg_insertion_layer"] if layer < 0]  # 0 means the logits
     generator = torch.Generator().manual_seed(c["g_seed"] or 0)
     steps = []
     model.sample(tokenizer, text, mask, scales=scales, cfg=c["cfg_list"], tau=c["tau_list"], top_k=c["top_k"],
-                 top_p=c["top_p"], negative=negative, guide_after=layer if layer < 0 else None, generator=generator,
+                 top_p=c["top_p"], negative=negative, guide_after=guided_blocks, generator=generator,
                  given_bits=given, keep_scales=c["gt_leak"], on_step=steps.append)
     steps = steps[:c["trunk_scale"]]
     equal(torch.cat([s.bits for s in steps], 1), t["out.bits"], "bits")
-    close(torch.cat([s.logits for s in steps], 1).flatten(2)[:, ::8], t["out.logits"], what="logits")
+    logits = torch.cat([s.logits for s in steps], 1).flatten(2)
+    close(thinned(logits, t["out.logits"]), t["out.logits"], what="logits")
     close(steps[-1].f_hat, t["out.quantized"], what="quantized")
     image = to_pixels((tokenizer.decode(steps[-1].f_hat) + 1) / 2)
     off = np.abs(image.astype(int) - t["out.image_bgr"].flip(-1).numpy().astype(int))
@@ -678,12 +727,6 @@ def stable_config(c, picture):
     latent = picture[0] == picture[1]
     return syncnet.Config(levels(c["visual_encoder"]), levels(c["audio_encoder"]), channels // (4 if latent else 3),
                           picture, latent)
-
-
-def noted(meta, name):
-    """The input that a case's note describes: "2 noise('in.mel', (3, 1, 80, 52))"."""
-    scale, shape = re.search(rf"([\d.]+ )?noise\('{name}', \(([\d, ]+)\)\)", meta["note"]).groups()
-    return float(scale or 1) * noise(name, tuple(map(int, shape.split(","))))
 
 
 @runner("syncnet.stable")
@@ -877,8 +920,8 @@ def latentsync_denoise(meta, t, tmp_path):
     c = meta["config"]
     model = load_unet(part_of(meta, t), c["unet"], tmp_path / "unet.pt")
     shape = t["out.latents_0"].shape
-    z = noise("in.z", (*shape[:2], 1, *shape[3:])).expand(shape)
-    mask = (noise("in.mask", (1, 1, *shape[2:])) > 0).float()
+    z = noted(meta, "in.z").expand(shape)
+    mask = (noted(meta, "in.mask") > 0).float()
     condition = torch.cat([mask, noise("in.masked", tuple(shape)), noise("in.ref", tuple(shape))], 1)
     every = c["deepcache"]["cache_interval"] if c["deepcache"] else 1
     with torch.no_grad():
@@ -918,7 +961,7 @@ def latentsync_whisper_encoder(meta, t, tmp_path):
 def latentsync_whisper_features(meta, t, tmp_path):
     model = load_ear(part_of(meta, t), meta["config"], tmp_path / "tiny.pt")
     sound = t["in.audio"]
-    close(latentsync.log_mel(sound)[:, ::8], t["out.mel"], what="mel")
+    close(thinned(latentsync.log_mel(sound), t["out.mel"]), t["out.mel"], what="mel")
     features = torch.cat(list(model.pieces(sound)))
     assert len(features) == t["out.length"].item() == latentsync.count_rows(len(sound), meta["config"]["n_audio_ctx"])
     close(features[meta["rows"]], t["out.features"], what="features")
@@ -1112,7 +1155,34 @@ def mixed(own, common, share):
         return latentsync.mixed_noise(own.shape, share=share)
 
 
-@pytest.mark.parametrize("path", list(cases()))
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_parity(path, tmp_path):
     meta, t = load_case(path)
+    check_case(meta, t, tmp_path)
+
+
+def check_case(meta, t, tmp_path):
+    """Run a case. A kind without a runner fails."""
+    assert meta["kind"] in RUNNERS, f"no runner for the kind {meta['kind']}: write one"
     RUNNERS[meta["kind"]](meta, t, tmp_path)
+
+
+def test_cases_describe_themselves(tmp_path):
+    """Strides, names, sizes and seeds come from the case. A kind without a runner, or an unknown full case, fails."""
+    out = torch.arange(60).view(3, 20)
+    assert torch.equal(thinned(out, torch.zeros(1, 7)), out[:1, ::3])
+    meta = {"kind": "var.other", "note": "x = 3 noise('in.features7', [2, 5]); drop 0.25 after seed(12)"}
+    assert torch.equal(noted(meta, r"in.features\d*"), 3 * noise("in.features7", (2, 5)))
+    assert said(meta, r"drop ([\d.]+) after seed\((\d+)\)") == [0.25, 12]
+    with pytest.raises(AssertionError, match="no runner for the kind var.other"):
+        check_case(meta, {}, tmp_path)
+    with pytest.raises(AssertionError, match="are the entries of no known kind"):
+        check_case(meta | {"kind": "llamagen.full"}, {"out.unknown": 0}, tmp_path)
+
+
+def test_a_full_case_runs_as_the_small_one(tmp_path):
+    meta, t = load_case(Path(__file__).parent / "parity" / "llamagen_c2i_greedy.safetensors")
+    check_case(meta | {"kind": "llamagen.full"}, t, tmp_path)
+    t["out.tokens.0"] = t["out.tokens.0"] + 1
+    with pytest.raises(AssertionError, match="tokens of run 0"):
+        check_case(meta | {"kind": "llamagen.full"}, t, tmp_path)
