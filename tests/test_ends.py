@@ -194,7 +194,8 @@ def test_ctrl_c_during_the_imports_shows_no_traceback():
 
 def test_messages_that_cannot_be_printed_end_nothing(monkeypatch, tmp_path):
     """A full disk is remembered, a reader that has left is not; a closed stream drops everything."""
-    for error, remembered in ((OSError(28, "No space left on device"), True), (BrokenPipeError(32, "Broken pipe"), False)):
+    for error, remembered in ((OSError(28, "No space left on device"), True),
+                              (BrokenPipeError(32, "Broken pipe"), False)):
         stream = open(tmp_path / "out", "w")
         guarded = GuardedStream(stream)
         monkeypatch.setattr(guarded, "stream", stream)

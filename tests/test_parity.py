@@ -573,7 +573,7 @@ def infinity_vae(meta, t, tmp_path):
 @runner("infinity.quantizer")
 def infinity_quantizer(meta, t, tmp_path):
     c, scales = meta["config"], check_schedule(meta["config"])
-    d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.bits"].shape
+    d = c["quantizer"]["codebook_dim"]
     quantizer = vq.MultiScaleBSQ(vq.CONFIGS[f"infinity_vae_d{d}"])
     f = noted(meta, r"in.features\d*").requires_grad_()
     steps = list(quantizer.quantize_scales(f, scales))
@@ -604,7 +604,7 @@ def correct(quantizer, f, scales, c):
 def infinity_bsc(meta, t, tmp_path):
     c = meta["config"]
     scales = check_schedule(c)
-    d, (B, _, _) = c["quantizer"]["codebook_dim"], t["out.labels"].shape
+    d = c["quantizer"]["codebook_dim"]
     quantizer = vq.MultiScaleBSQ(vq._bits(d))
     f = noted(meta, r"in.features\d*")
     inputs, labels, chances = correct(quantizer, f, scales, c)
