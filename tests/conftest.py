@@ -1,7 +1,11 @@
 """Fixtures that several test modules share, and which tests run where."""
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+
+# Threads would wait for each other longer than they compute on networks this small, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -368,6 +368,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_released_names_are_downloaded_once(hub, tmp_path):
     """Into the cache that other programs use, too; without a network they are found there."""
     server, folder, environment = hub
@@ -555,6 +556,7 @@ def test_files_that_do_not_belong_together(prompts, text_files, files, capsys):
     assert "a file that --save-features wrote" in complaint(capsys, sample, *arguments, "--features", text_files[2])
 
 
+@pytest.mark.slow
 def test_model_files_can_be_lifted(tmp_path):
     """Each model with vq.py and triton_ops.py alone, with only torch, numpy, einops and safetensors to import."""
     code = """

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -261,6 +262,7 @@ def test_places_where_a_run_cannot_write(pictures, tmp_path, capsys):
     assert "no.pth: no such file" in said and not (tmp_path / "c" / "samples").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(pictures, tmp_path, capsys):
     """The first one is another process, since a process does not lock out itself."""
     out = tmp_path / "a"
@@ -295,12 +297,20 @@ NOTES = [("null", "NoneType"), ("[]", "list"), ('{"settings": 3}', "settings is 
          ('{"micro_batches": 0}', "micro_batches is 0"), ("[" * 100000, "recursion"), ("\xff", "decode")]
 
 
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory):
+    """Where the folder of a run lies once the first test has made it."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
 @pytest.fixture
-def three_steps(pictures, tmp_path):
-    """The arguments of a run that has saved three times and can go on."""
+def three_steps(pictures, kept_run, tmp_path):
+    """The arguments of a run that has saved three times and can go on. Its folder is a copy."""
     argv = (*VQ, "--data", pictures, "--steps", 5, "--save-every", 1, "--keep", 5, "--val-every", 0, "--out",
             tmp_path / "a")
-    run(train, *argv, "--stop-after", 3)
+    if not kept_run.exists():
+        run(train, *argv[:-1], kept_run, "--stop-after", 3)
+    shutil.copytree(kept_run, tmp_path / "a")
     return *argv, "--resume", "auto"
 
 
