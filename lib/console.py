@@ -16,6 +16,12 @@ import vq
 from triton_ops import BackendError, use_triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_BYTES = 2**26                              # of a text file that is read as a whole
+MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
+INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
+OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
+NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
+           ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
 
 class UserError(Exception):
@@ -28,14 +34,6 @@ class Interrupted(Exception):
 
 class MissingPackage(UserError):
     """An optional package is needed."""
-
-
-MOST_BYTES = 2**26                              # of a text file that is read as a whole
-MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
-INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
-OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
-NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
-           ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
 
 @contextmanager

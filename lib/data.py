@@ -303,10 +303,10 @@ class CaptionedPictures:
         broken = []                                                         # [(name, why)]
         if self.root.is_dir():
             files = files_of(self.root, ".tsv", ".jsonl")
+            if not files:
+                samples, broken = read_shards(self.root, notes)
         elif self.root.is_file() and suffix_of(self.root) in (".tsv", ".jsonl", ".json"):
             files = [self.root]
-        if self.root.is_dir() and not files:
-            samples, broken = read_shards(self.root, notes)
         if not files and not samples and not broken:
             raise UserError(f"--data {root}: expected a folder with .tsv (path, tab, caption), .jsonl or .tar files")
         self.rows = self.read_rows(files, samples, broken)
@@ -345,13 +345,7 @@ class CaptionedPictures:
                 if not line.strip():
                     continue
                 with skipping(broken, f"{file}:{number}"):
-                    if suffix_of(file) == ".tsv":
-                        path, tab, caption = line.partition("\t")
-                        if not tab:
-                            raise UserError("no tab between a path and a caption")
-                        fields = {"image_path": path, "long_caption": caption.split("\t")[0]}
-                    else:
-                        fields = json_object(line)
+                    fields = tsv_fields(line) if suffix_of(file) == ".tsv" else json_object(line)
                     if not isinstance(fields.get("image_path"), str):
                         raise UserError("no image_path")
                     path = str(file.parent / fields["image_path"])
@@ -456,6 +450,14 @@ def lines_of(file):
             yield line.rstrip("\r\n")
 
 
+def tsv_fields(line):
+    """What a line of a .tsv file says, with the names of a .jsonl file. Raises UserError."""
+    path, tab, rest = line.partition("\t")
+    if not tab:
+        raise UserError("no tab between a path and a caption")
+    return {"image_path": path, "long_caption": rest.split("\t")[0]}
+
+
 def json_object(text):
     """A JSON object as a dict. Raises UserError."""
     try:
@@ -512,11 +514,14 @@ def open_pictures(args):
 
 
 class Batches:
-    """Endless lists of items (index, seed of the crop), a function of seed and step alone. That makes runs resumable.
+    """Endless lists of items (index, seed of the crop), each list a micro-batch for one process.
 
-    Every epoch is a new permutation; its last batch is filled up from the epoch's start. A batch is cut into contiguous
-    micro-batches, of which process `rank` of `world` gets rank, rank + world, ... groups: arrays of indices, such as
-    pictures of one aspect ratio. A batch comes from one group. shards: the tar file of each item, see `permuted`.
+    They depend on seed and step alone, so that a run can continue at any step: `first`. Every epoch is a new
+    permutation. Its last batch is filled up from the epoch's start. A batch is cut into contiguous micro-batches.
+    Process `rank` of `world` gets those with the numbers rank, rank + world and so on.
+
+    groups: arrays of indices, such as the pictures of one aspect ratio. A batch comes from one group.
+    shards: the tar file of each item, see `permuted`.
     """
 
     def __init__(self, groups, batch_size, seed, first=0, micro_batches=1, rank=0, world=1, shards=None, window=1):
@@ -534,12 +539,11 @@ class Batches:
         plan = []                                                           # (group, number of its batch) of an epoch
         for i, group in enumerate(self.groups):
             plan += [(i, b) for b in range(math.ceil(len(group) / self.batch_size))]
-        step = self.first
-        current = None
-        while True:
+        permuted_for = None                                                 # the epoch of `orders` and `turns`
+        for step in itertools.count(self.first):
             epoch, n = divmod(step, len(plan))
-            if current != epoch:
-                current = epoch
+            if permuted_for != epoch:
+                permuted_for = epoch
                 rng = np.random.default_rng((self.seed, epoch))
                 orders = [self.permuted(group, rng) for group in self.groups]
                 turns = rng.permutation(len(plan)) if len(orders) > 1 else range(len(plan))
@@ -548,11 +552,12 @@ class Batches:
             batch = orders[group][places]
             for m in self.own:
                 yield [(int(i), (self.seed, epoch, int(i))) for i in batch[m * size:(m + 1) * size]]
-            step += 1
 
     def permuted(self, group, rng):
-        """A group in random order. Tar files come in random order, and their items through a shuffle buffer of `window`
-        items, because items are read faster in the order in which they lie there.
+        """A group in random order.
+
+        Items of tar files are read faster in the order in which they lie there. So only the order of the tar files is
+        entirely random. Their items are permuted within each `window` of them, as by a shuffle buffer.
         """
         if self.shards is None:
             return group[rng.permutation(len(group))]
