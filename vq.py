@@ -1196,9 +1196,13 @@ class Header:
     origin: str = ""                            # which weights were taken if there were several, what was renamed
     flags: dict = field(default_factory=dict)   # flags of the original's training script
 
+    def note(self, text):
+        """Adds to the origin."""
+        self.origin = f"{self.origin}, {text}" if self.origin else text
 
-# Names under which training scripts keep weights, in the order in which they are looked for. Where a file has averaged
-# weights too, these are the ones that the originals evaluate.
+
+# Names under which training scripts keep weights, in the order in which they are looked for. Averaged weights come
+# first, because the originals evaluate those.
 AVERAGED = ("ema", "model_ema", "ema_state_dict", "ema_model", "gpt_ema_fsdp")
 TRAINED = ("state_dict", "model_state_dict", "model", "module", "net")
 WRAPPERS = ("module.", "model.", "net.", "ema_model.")      # what DDP, Lightning and others put before every name
@@ -1244,37 +1248,48 @@ def _read_file(path, nested, weights, header):
 
 
 def _find_weights(content, nested, weights, path, header):
-    """The state dict among what a training script has saved."""
-    averaged = () if weights == "model" else AVERAGED
+    """The state dict among what a training script has saved. Notes in the header which one was taken of several."""
     found = content
-    taken = []
+    taken = []                                                              # the keys that lead to `found`
     for keys in nested:
+        is_averaged = keys[-1] in AVERAGED
+        if (weights == "model" and is_averaged) or (weights == "ema" and not is_averaged):
+            continue
         inner = content
         for key in keys:
             inner = inner.get(key) if isinstance(inner, dict) else None
-        skipped = weights == "model" if keys[-1] in AVERAGED else weights == "ema"
-        if isinstance(inner, dict) and not skipped:
+        if isinstance(inner, dict):
             found = inner
             taken = list(keys)
             break
-    rivals = [name for name in (*AVERAGED, *TRAINED) if isinstance(found, dict) and isinstance(found.get(name), dict)]
+    rivals = _dicts_in(found, (*AVERAGED, *TRAINED))
+    wanted = TRAINED if weights == "model" else (*AVERAGED, *TRAINED)
     while isinstance(found, dict) and not any(isinstance(v, torch.Tensor) for v in found.values()):
-        name = next((name for name in (*averaged, *TRAINED) if isinstance(found.get(name), dict)), None)
-        if name is None:
+        names = _dicts_in(found, wanted)
+        if not names:
             break
-        found = found[name]
-        taken.append(name)
-    if weights == "ema" and not set(taken) & set(AVERAGED):
+        found = found[names[0]]
+        taken.append(names[0])
+    is_averaged = any(key in AVERAGED for key in taken)
+    if weights == "ema" and not is_averaged:
         raise CheckpointError(f"{path}: has no averaged weights (under {', '.join(AVERAGED)}); leave out --weights")
     if len(rivals) > 1 and taken:
-        header.origin = f"'{taken[0]}' of {' and '.join(rivals)}"
-    elif set(taken) & set(AVERAGED):
-        header.origin = f"'{taken[-1]}'"
-    state = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
+        header.note(f"'{taken[0]}' of {' and '.join(rivals)}")
+    elif is_averaged:
+        header.note(f"'{taken[-1]}'")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {type(found).__name__}")
+    state = {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not state:
-        kind = list(found)[:5] if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {kind}")
+        raise CheckpointError(f"{path}: no state dict in it: expected tensors by name, found {list(found)[:5]}")
     return state
+
+
+def _dicts_in(content, names):
+    """Those of the names under which `content` holds a dict, in their order; none if it is no dict itself."""
+    if not isinstance(content, dict):
+        return []
+    return [name for name in names if isinstance(content.get(name), dict)]
 
 
 def _unwrap(state, header):
@@ -1283,18 +1298,23 @@ def _unwrap(state, header):
     if any("_orig_mod." in name for name in state):                         # torch.compile
         state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
         removed.append("_orig_mod.")
-    while prefix := next((p for p in WRAPPERS if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): x for name, x in state.items()}
-        removed.append(prefix)
+    while state:
+        common = [prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in state)]
+        if not common:
+            break
+        state = {name.removeprefix(common[0]): x for name, x in state.items()}
+        removed.append(common[0])
     if removed:
-        header.origin = ", ".join([header.origin] * bool(header.origin) + [f"names without {' '.join(removed)}"])
+        header.note(f"names without {' '.join(removed)}")
     return state
 
 
 def _check_file(path):
     """Raises CheckpointError if a file cannot be read, or if its first bytes are those of something else."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        raise CheckpointError(f"{path}: not a file")
     try:
         with open(path, "rb") as f:
             start = f.read(64)
@@ -1316,35 +1336,45 @@ def _check_file(path):
 def _read_pickle(path):
     """The object in a file of torch.save. Raises CheckpointError, also if loading it could run code."""
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
-            members = zipfile.ZipFile(path).infolist()
-            if not any(member.filename.endswith("data.pkl") for member in members):
-                raise CheckpointError(f"{path}: is a zip archive of other files; unpack it and give the file of "
-                                      "weights in it")
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise CheckpointError(f"{path}: is compressed, as torch.save never does; unpack it and save it again")
-        elif open(path, "rb").read(2) == b"PK":
-            raise EOFError("the end of the zip archive is missing")
+        zipped = _is_archive(path)
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as e:
-        reason = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
-        if not reason:
-            first_line = str(e).splitlines()[0][:100]
-            raise CheckpointError(f"{path}: truncated or not a PyTorch file ({first_line})") from None
-        raise CheckpointError(f"{path}: refused: loading it would run code ({reason[1]}); open it where you trust it "
-                              "and save only its tensors") from None
     except CheckpointError:
         raise
     except Exception as e:                                                  # a damaged pickle can raise anything
+        refused = re.search(r"(?:GLOBAL|Unsupported \w+|class) ([\w.]+)", str(e))
+        if refused and isinstance(e, pickle.UnpicklingError):
+            raise CheckpointError(f"{path}: refused: loading it would run code ({refused[1]}); open it where you trust "
+                                  "it and save only its tensors") from None
         reason = (str(e) or "it is empty").splitlines()[0][:100]
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({reason})") from None
 
 
+def _is_archive(path):
+    """Whether a file is a zip archive, as torch.save has written since version 1.6; only these can be memory-mapped.
+
+    Raises CheckpointError for an archive that torch.save did not write, and EOFError if its end is missing.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as f:
+            if f.read(2) == b"PK":
+                raise EOFError("the end of the zip archive is missing")
+        return False
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if not any(member.filename.endswith("data.pkl") for member in members):
+        raise CheckpointError(f"{path}: is a zip archive of other files; unpack it and give the file of weights in it")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path}: is compressed, as torch.save never does; unpack it and save it again")
+    return True
+
+
 def _harmless():
-    """Classes that training scripts save beside weights and that only hold values: flags, paths, numbers of numpy."""
-    multiarray = np.core.multiarray if hasattr(np, "core") and not hasattr(np, "_core") else np._core.multiarray
+    """Classes that training scripts save beside weights and that only hold values: flags, paths, numbers of numpy.
+
+    A pair is (class, the name that a file gives it).
+    """
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray             # numpy 2, numpy 1
     numbers = [(multiarray.scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
     kinds = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
     paths = [(PurePosixPath, "pathlib.PosixPath"), (PureWindowsPath, "pathlib.WindowsPath")]
@@ -1399,7 +1429,10 @@ MISUNDERSTOOD = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryE
 
 @contextmanager
 def understanding(path, what):
-    """Turns whatever goes wrong while the content of a file is interpreted into one CheckpointError with its name."""
+    """Turns whatever goes wrong while the content of a file is interpreted into one CheckpointError with its name.
+
+    what: what the file should be, such as "an index of shards".
+    """
     try:
         yield
     except CheckpointError:
@@ -1434,12 +1467,12 @@ def read_config(cls, header, path, infer):
             config = infer()
         except CheckpointError:
             raise e from None
-        note = "sizes from its tensors, because the config in its header is not one of this model"
-        header.origin = f"{header.origin}, {note}" if header.origin else note
+        header.note("sizes from its tensors, because the config in its header is not one of this model")
         return config
 
 
-LARGEST = {"depth": 1000, "layers": 1000, "num_res_blocks": 100, "chunks": 1000, "side": 1024}      # others: 2^20
+# The largest value that a config in a file may have, by its name; 2^20 for others.
+LARGEST = {"depth": 1000, "layers": 1000, "num_res_blocks": 100, "chunks": 1000, "side": 1024}
 
 
 def config_from_json(cls, text, path):
@@ -1573,18 +1606,23 @@ def split_rows(state, whole, parts):
 
 
 def check_fit(model, state, path, optional=()):
-    """Raises a CheckpointError that lists missing, unexpected and mis-shaped entries of `state`, and wrong types."""
+    """Raises a CheckpointError that lists missing, unexpected and mis-shaped entries of `state`, and wrong types.
+
+    optional: keys that may be missing.
+    """
     own = model.state_dict()
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own if k in state and state[k].shape != own[k].shape]
-    types = [f"{k} is {str(state[k].dtype).removeprefix('torch.')}" for k in own
-             if k in state and own[k].is_floating_point() and not state[k].is_floating_point()]
+    shared = [k for k in own if k in state]
     wrong = {"missing": [k for k in own if k not in state and k not in optional],
              "unexpected": [k for k in state if k not in own],
-             "of wrong shape": shapes,
-             "not in floating point": types}
-    problems = [f"{len(items)} {name}: " + ", ".join(items[:4]) + (" ..." if len(items) > 4 else "")
-                for name, items in wrong.items() if items]
+             "of wrong shape": [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+                                for k in shared if state[k].shape != own[k].shape],
+             "not in floating point": [f"{k} is {str(state[k].dtype).removeprefix('torch.')}" for k in shared
+                                       if own[k].is_floating_point() and not state[k].is_floating_point()]}
+    problems = []
+    for what, items in wrong.items():
+        if items:
+            more = " ..." if len(items) > 4 else ""
+            problems.append(f"{len(items)} {what}: {', '.join(items[:4])}{more}")
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
 
@@ -1601,7 +1639,7 @@ def load_strict(model, state, path, optional=()):
             if k not in state:
                 continue
             tensor.copy_(state[k])
-            # A sum is fast. It may also be too large for a float, so that the slow way has to decide.
+            # A sum is fast. Where it is not finite, finite values may have added up to more than a float can hold.
             if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32)):
                 if not tensor.isfinite().all():
                     raise CheckpointError(f"{path}: {k} holds values that are no finite numbers; the file is damaged, "
@@ -1643,9 +1681,9 @@ def atomic(path):
         yield temporary
         os.chmod(temporary, mode)                                           # safetensors writes files for oneself only
         os.replace(temporary, path)
-    except OSError as e:                                                    # some writers do not say which file it was,
-        e.filename = str(path)                                              # and numpy not why it wrote less
-        e.errno = e.errno or errno.ENOSPC
+    except OSError as e:
+        e.filename = str(path)                                              # some writers do not say which file it was
+        e.errno = e.errno or errno.ENOSPC                                   # numpy does not say why it wrote less
         e.strerror = e.strerror or os.strerror(e.errno)
         raise
     except Exception as e:

@@ -50,7 +50,7 @@ class Views:
 
 
 def one_by_one(portions):
-    """What Views returned for several portions, as pairs (index, picture or None)."""
+    """What Views returned for several portions -> one pair (index, picture or None) for each item."""
     for entries, views in portions:
         views = iter(views)
         for index, readable in entries:
@@ -75,6 +75,12 @@ def checksum(*tensors):
     for tensor in tensors:
         crc = zlib.crc32(tensor.numpy(), crc)
     return str(crc)
+
+
+def wait_for(paths):
+    """Wait until other processes have written these files."""
+    while not all(path.exists() for path in paths):
+        time.sleep(1)
 
 
 class TokenCache:
@@ -119,8 +125,7 @@ class TokenCache:
             if not path.exists():
                 broken |= self.write(path, shards[path], tokenizer, device)
         report_broken(broken, pictures)
-        while not all(path.exists() for path in shards):                    # the other processes still write
-            time.sleep(1)
+        wait_for(shards)                                                    # the other processes still write
         self.files = [load_file(path) for path in shards]                   # memory-mapped: tokens (n, L), index (n,)
         self.ends = np.cumsum([len(file["index"]) for file in self.files])
         self.index = torch.cat([file["index"] for file in self.files])      # number of the picture of every item
@@ -142,8 +147,8 @@ class TokenCache:
                 tokens = f.get_tensor("tokens")
                 index = f.get_tensor("index")
                 crc32 = f.metadata()["crc32"]
-            known = set(index.tolist())
-            expected = [i for i, _ in items if i in known]                  # in this order
+            readable = set(index.tolist())
+            expected = [i for i, _ in items if i in readable]               # in this order
             return (tokens.dtype == torch.int32 and tokens.shape == (len(expected), self.length)
                     and index.dtype == torch.int64 and index.tolist() == expected and crc32 == checksum(tokens, index))
         except (SafetensorError, OSError, *vq.MISUNDERSTOOD):
@@ -211,14 +216,13 @@ class FeatureCache:
         all_gather_objects("deleted")
         if first and not path.exists():
             rows = []
-            starts = range(0, len(captions), 16)
-            for start in tqdm(starts, desc=f"reading {len(captions)} captions", leave=False):
+            batches = range(0, len(captions), 16)
+            for start in tqdm(batches, desc=f"reading {len(captions)} captions", leave=False):
                 rows += [row.half() for row in encode_texts(t5, captions[start:start + 16], slots, clean)]
-            starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)
+            starts = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)           # and the end of the last one
             with vq.atomic(path) as temporary:
                 save_file({"features": torch.cat(rows), "starts": starts}, temporary)
-        while not path.exists():                                            # rank 0 still writes
-            time.sleep(1)
+        wait_for([path])                                                    # rank 0 still writes
         self.file = safe_open(path, "pt")
         starts = self.file.get_tensor("starts").tolist()
         self.rows = dict(zip(captions, zip(starts, starts[1:])))
@@ -229,8 +233,8 @@ class FeatureCache:
         try:
             with safe_open(path, "pt") as f:
                 starts = f.get_tensor("starts").tolist()
-                return len(starts) == count + 1 and starts == sorted(starts) and starts[0] == 0 and (
-                    starts[-1] == f.get_slice("features").get_shape()[0])
+                rows = f.get_slice("features").get_shape()[0]
+            return len(starts) == count + 1 and starts == sorted(starts) and starts[0] == 0 and starts[-1] == rows
         except (SafetensorError, OSError, *vq.MISUNDERSTOOD):
             return False
 

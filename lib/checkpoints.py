@@ -41,24 +41,10 @@ class Checkpoints:
     def complete(self):
         """All complete folders, the newest last."""
         folders = [path for path in self.folder.glob("[0-9]*") if path.name.isdecimal()]
-        return sorted(path for path in folders if (path / "notes.json").exists())
+        folders = [path for path in folders if (path / "notes.json").exists()]
+        return sorted(folders, key=lambda path: int(path.name))             # names have 7 digits, or more from 10^7 on
 
     # writing
-
-    def attempt(self, file, write, name=None):
-        """Call write(), print what went wrong, and remember it in `failed` -> whether it worked."""
-        self.failed.pop(file, None)
-        try:
-            write()
-        except NOT_WRITTEN as e:
-            reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else last_line(e)
-            if "enforce fail" in reason:                                    # what torch says of a failed write
-                reason = "no space left"
-            steps = [int(path.name) for path in self.complete()]
-            intact = f"step {steps[-1]} is intact" if steps else "nothing is saved yet"
-            self.failed[file] = f"could not save {name or file} ({reason})"
-            say(f"{self.failed[file]}; {intact}")
-        return file not in self.failed
 
     def save(self, step, tensors, notes):
         """Start to write a checkpoint. Collective."""
@@ -68,36 +54,38 @@ class Checkpoints:
     def begin(self, step, tensors, notes):
         """Copy the tensors and start to write them. Raises OSError if there is no room for the first file."""
         temporary = self.folder / f".{step:07d}"
-        known = (self.folder / f"{step:07d}").exists()
+        written = (self.folder / f"{step:07d}").exists()                    # no step was taken since
         error = None
-        if self.rank == 0 and not known:
+        if self.rank == 0 and not written:
             try:
                 for leftover in self.folder.glob(".[0-9]*"):                # left by a run that was killed
                     shutil.rmtree(leftover)
                 temporary.mkdir(parents=True)
                 (temporary / "notes.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
             except OSError as e:
-                error = e.strerror
+                error = e.strerror or str(e)
                 shutil.rmtree(temporary, ignore_errors=True)
-        error, known = all_gather_objects((error, known))[0]                # all processes do what rank 0 decides
+        error, written = all_gather_objects((error, written))[0]            # all processes do what rank 0 decides
         if error:
             raise OSError(error)
-        if known:                                                           # no step was taken since it was written
+        if written:
             return
         world = rank_and_world()[1]
-        copies = {}
-        whole = 0                                                           # tensors so far that all processes have
+        share = {}                                                          # what this process writes
+        count = 0                                                           # of tensors that every process has whole
         for name, x in tensors.items():
             if not isinstance(x, DTensor):
-                whole += 1
-                if whole % world != self.rank:                              # each process writes every world-th of them
+                count += 1
+                if count % world != self.rank:                              # each process writes every world-th of them
                     continue
-            on_cpu = x.device.type == "cpu"
-            copies[name] = x.detach().clone() if on_cpu else x.detach()     # async_save copies tensors of a GPU itself
-        writer = dcp.FileSystemWriter(temporary)
-        self.pending = temporary, dcp.async_save(copies, storage_writer=writer, process_group=self.group)
+            share[name] = x.detach()
+            if x.device.type == "cpu":                                      # async_save copies only tensors of a GPU
+                share[name] = share[name].clone()
+        future = dcp.async_save(share, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+        self.pending = (temporary, future)
 
     def poll(self):
+        """Finish the checkpoint that is being written if that takes no waiting."""
         if self.pending and self.pending[1].done():
             self.finish()
 
@@ -121,11 +109,29 @@ class Checkpoints:
             for old in self.complete()[:-self.keep]:
                 shutil.rmtree(old)
 
+    def attempt(self, file, write, name=None):
+        """Call write(), print what went wrong, and remember it in `failed` -> whether it worked."""
+        self.failed.pop(file, None)
+        try:
+            write()
+            return True
+        except NOT_WRITTEN as e:
+            reason = last_line(e)
+            if isinstance(e, OSError) and e.errno:
+                reason = os.strerror(e.errno)
+            if "enforce fail" in reason:                                    # what torch says of a failed write
+                reason = "no space left"
+            steps = [int(path.name) for path in self.complete()]
+            intact = f"step {steps[-1]} is intact" if steps else "nothing is saved yet"
+            self.failed[file] = f"could not save {name or file} ({reason})"
+            say(f"{self.failed[file]}; {intact}")
+            return False
+
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        """Finish pending writes, except after a second Ctrl-C."""
+        """Finish pending writes after an error, but not after a second Ctrl-C. At the end of a run train() finishes."""
         if kind is not None and kind is not KeyboardInterrupt:
             self.finish()
 
@@ -138,9 +144,10 @@ class Checkpoints:
         """
         found = None
         damaged = []
-        for path in reversed(self.complete() if self.rank == 0 else []):
+        folders = self.complete() if self.rank == 0 else []
+        for path in reversed(folders):
             try:
-                found = path, self.read_notes(path)
+                found = (path, self.read_notes(path))
                 break
             except NOT_READABLE as e:
                 aside = path.with_name(f"{path.name}.damaged-{os.urandom(3).hex()}")
@@ -177,9 +184,11 @@ class Checkpoints:
             tensors = tensors_for(reader.read_metadata().state_dict_metadata)
             dcp.load(tensors, storage_reader=reader, process_group=self.group)
         except NOT_READABLE as e:
-            earlier = [p.name for p in self.complete() if p != path]
-            way_out = f" to go on from step {int(earlier[-1])}" if earlier else " or choose another --out"
-            raise UserError(f"{path}: cannot continue from it ({last_line(e)}); delete it{way_out}") from None
+            way_out = "or choose another --out"
+            others = [p for p in self.complete() if p != path]
+            if others:
+                way_out = f"to go on from step {int(others[-1].name)}"
+            raise UserError(f"{path}: cannot continue from it ({last_line(e)}); delete it {way_out}") from None
 
 
 def last_line(error):
@@ -207,7 +216,6 @@ class MetadataUnpickler(pickle.Unpickler):
     """Unpickles what torch.distributed.checkpoint writes about tensors. Raises UnpicklingError for other classes."""
 
     def find_class(self, module, name):
-        found = None
         if module == metadata.__name__:
             found = vars(metadata).get(name)
             allowed = isinstance(found, type) and found.__module__ == module
@@ -226,9 +234,10 @@ class MetadataUnpickler(pickle.Unpickler):
 def named_tensors(learners, ema=None, saved=None):
     """All tensors of a run by name, to be saved or filled.
 
-    learners: {name: (module, optimizer)}. The optimizer's tensors are named after the weight that they belong to, which
-    is shorter than torch.distributed.checkpoint.state_dict's names and also works for weights without a gradient so
-    far. saved: names in a checkpoint; the optimizer's tensors are created first.
+    learners: {name: (module, optimizer)}. The optimizer's tensors are named after the weight that they belong to. These
+    names are shorter than those of torch.distributed.checkpoint.state_dict, and weights that had no gradient so far
+    need none. saved: names in a checkpoint that fills the tensors. A new optimizer has none yet, so that those that the
+    checkpoint has are created here.
     """
     tensors = {}
     if ema is not None:

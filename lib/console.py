@@ -1,5 +1,6 @@
 """What a user meets at the command line: errors of one line, the choice of device and precision, the summary line."""
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,12 @@ import vq
 from triton_ops import BackendError, use_triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_BYTES = 2**26                              # of a text file that is read as a whole
+MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
+INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
+OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
+NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
+           ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
 
 class UserError(Exception):
@@ -27,14 +34,6 @@ class Interrupted(Exception):
 
 class MissingPackage(UserError):
     """An optional package is needed."""
-
-
-MOST_BYTES = 2**26                              # of a text file that is read as a whole
-MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
-INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
-OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
-NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
-           ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
 
 @contextmanager
@@ -215,14 +214,17 @@ def choose_device(name):
 
     Raises UserError if the device does not exist here, and BackendError if OPS_BACKEND cannot run on it.
     """
+    why = "as asked"
     if name == "auto" and torch.cuda.is_available():
-        device, why = torch.device("cuda"), torch.cuda.get_device_name()
+        name = "cuda"
+        why = torch.cuda.get_device_name()
     elif name == "auto" and torch.backends.mps.is_available():
-        device, why = torch.device("mps"), "Apple GPU"
+        name = "mps"
+        why = "Apple GPU"
     elif name == "auto":
-        device, why = torch.device("cpu"), "no GPU found"
-    else:
-        device, why = torch.device(name), "as asked"
+        name = "cpu"
+        why = "no GPU found"
+    device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if not available[device.type]():
         raise UserError(f"--device {name}: not on this machine; use --device cpu, or leave it out")
@@ -241,7 +243,8 @@ def choose_dtype(name, device):
         return torch.bfloat16, "this GPU computes in it"
     if device.type == "cuda":
         return torch.float16, "this GPU has no bf16"
-    return torch.float32, "half precision is slow on a CPU" if device.type == "cpu" else "safe on mps"
+    why = "half precision is slow on a CPU" if device.type == "cpu" else "safe on mps"
+    return torch.float32, why
 
 
 def synchronize(device):
@@ -341,7 +344,7 @@ def check_writable(path, flag="--out", suffix=None):
     folder = path.parent if suffix else path
     try:
         if suffix and path.is_dir():
-            raise OSError(21, "it is a folder")
+            raise OSError(errno.EISDIR, "it is a folder")
         folder.mkdir(parents=True, exist_ok=True)
         probe = vq.temporary_name(path if suffix else folder / "probe")     # other machines may probe at the same time
         probe.touch()
@@ -383,9 +386,9 @@ def check_paths(args, out=None):
         place = os.path.realpath(output)
         for given in inputs:
             source = os.path.realpath(given)
-            numbered = os.path.isdir(given) or source.endswith((".png", ".jsonl"))
-            inside = os.path.isdir(place) and numbered and source.startswith(place + os.sep)
-            if source == place or inside:
+            inside = os.path.isdir(place) and source.startswith(place + os.sep)
+            may_be_numbered = os.path.isdir(given) or source.endswith((".png", ".jsonl"))
+            if source == place or (inside and may_be_numbered):
                 raise UserError(f"{flag} {output}: would replace {given}, which it is made from; choose another name")
 
 

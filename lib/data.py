@@ -27,59 +27,6 @@ VAL_EVERY = 20                                  # every 20th item is held out fo
 MOST_CLASSES = 10**6                            # a class number beyond is a mistake: every class takes a row of weights
 
 
-def held_out(items, train):
-    """The training part or the validation part of a list. A list of fewer than 20 items is used for both."""
-    return [item for i, item in enumerate(items) if (i % VAL_EVERY == VAL_EVERY - 1) != train] or items
-
-
-def spread(n, most):
-    """Up to `most` of n items, evenly spread, for __getitems__."""
-    count = min(n, most)
-    return [(i * n // count, None) for i in range(count)]
-
-
-def first_readable(read, index, n, name, broken, why_none="not one picture can be read"):
-    """(i, read(i)) of the first readable one of n items, from index on. Appends names of the others to broken."""
-    reasons = []
-    for i in itertools.chain(range(index, n), range(index)):
-        try:
-            return i, read(i)
-        except (UserError, *UNREADABLE) as e:
-            broken.append(name(i))
-            reasons.append(str(e) or type(e).__name__)
-    raise UserError(f"{name(index)} and {n - 1} others: {why_none}; the first: {reasons[0]}")
-
-
-def report_broken(paths, data):
-    """Print which files of a data set could not be read."""
-    if paths:
-        tqdm.write(f"skipped {len(paths)} unreadable of {len(data)} {data.kinds.split(',')[0]}: "
-                   + ", ".join(sorted(paths)[:3]))
-
-
-@contextmanager
-def skipping(broken, name):
-    """Append (name, why) to `broken` where a row of data cannot be used, and go on."""
-    try:
-        yield
-    except UserError as e:
-        broken.append((name, str(e)))
-    except (OSError, *vq.MISUNDERSTOOD) as e:
-        broken.append((name, f"not understood, {type(e).__name__}"))
-
-
-def summary_of(broken):
-    """What [(name, why)] has in common: how often each reason, and the first three names."""
-    reasons = Counter(why for _, why in broken).most_common()
-    counted = ", ".join(f"{why} ({count})" for why, count in reasons)
-    return f"{counted}; such as {', '.join(name for name, _ in broken[:3])}"
-
-
-def fingerprint_of(lines):
-    """A hash of lines of text. Names of files need not be UTF-8."""
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 class EmojiSheet:
     """The demo set: 1,906 emoji, each with a class (its subcategory) and a caption (its name). See demo/README.md."""
 
@@ -145,9 +92,10 @@ class PictureFolder:
             raise UserError(f"--data {root}: no such folder; it should hold one folder of pictures per class")
         rows, remarks = self.in_shards(root, notes) if files_of(root, ".tar") else self.in_folders(root)
         if not rows:
+            also = f"; {remarks}" if remarks else ""
             raise UserError(f"--data {root}: no pictures in it; expected {root}/CLASS/PICTURE.jpg (or png, webp, bmp, "
                             f"gif, tif, ppm), or {root}/SHARD.tar with PICTURE.jpg and PICTURE.cls, the number of its "
-                            f"class{'; ' if remarks else ''}{remarks}")
+                            f"class{also}")
         if remarks and (train or not split) and rank_and_world()[0] == 0:
             tqdm.write(f"--data {root}: {remarks}")
         if split:
@@ -176,16 +124,18 @@ class PictureFolder:
             remarks = f"left out {len(others)} files that are not pictures ({counted}), such as {others[0]}"
         if not any(pictures.values()):
             return [], remarks
-        for val in {"val", "valid", "validation", "test"} & pictures.keys():
-            nested = [file for name in ("train", val) for file in pictures.get(name, ())]
-            if pictures.get("train") and all(Path(file).parent.parent != root for file in nested):
+        also = f"; {remarks}" if remarks else ""
+        for val in ("val", "valid", "validation", "test"):
+            if val not in pictures or not pictures.get("train"):
+                continue
+            if not any(Path(file).parent.parent == root for file in pictures["train"] + pictures[val]):
                 raise UserError(f"--data {root}: its folders train and {val} hold folders of classes; use --data "
                                 f"{root / 'train'} --val-data {root / val}")
         empty = [name for name in pictures if not pictures[name]]
         if empty:
             raise UserError(f"--data {root}: no picture in {len(empty)} of {len(pictures)} class folders ("
                             f"{', '.join(empty[:3])}); remove them, or put pictures there (.heic has to be converted "
-                            f"to .jpg){'; ' if remarks else ''}{remarks}")
+                            f"to .jpg){also}")
         self.classes = list(pictures)
         numbers = {name: number for number, name in enumerate(self.classes)}
         return [(file, numbers[name], 0) for name in pictures for file in pictures[name]], remarks
@@ -214,11 +164,12 @@ class PictureFolder:
     def read_views(self, index, crops):
         """Several crops of a picture, which is opened once: a list of uint8 (3, size, size)."""
         picture = read_picture(open_entry(self.files[index]), self.files[index])
-        squares = {}
+        squares = {}                                                        # what `view` keeps from view to view
         cut = []
         for crop in crops:
             if crop is not None and crop[0] in self.VIEWS:
-                small = view(picture, self.size, *crop, squares)
+                kind, number = crop
+                small = view(picture, self.size, kind, number, squares)
             else:
                 small = self.random_crop(picture, crop)
             cut.append(torch.from_numpy(np.array(small)).permute(2, 0, 1))
@@ -231,7 +182,10 @@ class PictureFolder:
         ratio = round(zoom * self.size) / min(picture.size)
         resized = [max(self.size, round(s * ratio)) for s in picture.size]
         room = [s - self.size for s in resized]
-        x, y = (r // 2 for r in room) if seed is None else rng.integers(0, [r + 1 for r in room]).tolist()
+        if seed is None:
+            x, y = [r // 2 for r in room]
+        else:
+            x, y = rng.integers(0, [r + 1 for r in room]).tolist()
         picture = resize_and_cut(picture, resized, (x, y, x + self.size, y + self.size), Image.LANCZOS)
         if self.flip and seed is not None and rng.random() < 0.5:
             picture = ImageOps.mirror(picture)
@@ -307,7 +261,8 @@ def view(picture, size, kind, number, squares=None):
     if mirrored:
         picture = ImageOps.mirror(picture)
     room = side - size
-    dx, dy = [(0, 0), (room, 0), (0, room), (room, room), (round(room / 2), round(room / 2))][corner]
+    middle = round(room / 2)
+    dx, dy = [(0, 0), (room, 0), (0, room), (room, room), (middle, middle)][corner]
     return picture.crop((dx, dy, dx + size, dy + size))
 
 
@@ -348,10 +303,10 @@ class CaptionedPictures:
         broken = []                                                         # [(name, why)]
         if self.root.is_dir():
             files = files_of(self.root, ".tsv", ".jsonl")
+            if not files:
+                samples, broken = read_shards(self.root, notes)
         elif self.root.is_file() and suffix_of(self.root) in (".tsv", ".jsonl", ".json"):
             files = [self.root]
-        if self.root.is_dir() and not files:
-            samples, broken = read_shards(self.root, notes)
         if not files and not samples and not broken:
             raise UserError(f"--data {root}: expected a folder with .tsv (path, tab, caption), .jsonl or .tar files")
         self.rows = self.read_rows(files, samples, broken)
@@ -390,13 +345,7 @@ class CaptionedPictures:
                 if not line.strip():
                     continue
                 with skipping(broken, f"{file}:{number}"):
-                    if suffix_of(file) == ".tsv":
-                        path, tab, caption = line.partition("\t")
-                        if not tab:
-                            raise UserError("no tab between a path and a caption")
-                        fields = {"image_path": path, "long_caption": caption.split("\t")[0]}
-                    else:
-                        fields = json_object(line)
+                    fields = tsv_fields(line) if suffix_of(file) == ".tsv" else json_object(line)
                     if not isinstance(fields.get("image_path"), str):
                         raise UserError("no image_path")
                     path = str(file.parent / fields["image_path"])
@@ -448,7 +397,7 @@ class CaptionedPictures:
         rng = np.random.default_rng(seed)
         takes_short = rng.random() < self.short_captions
         if self.size:
-            return self.captions(index)[takes_short]
+            return self.captions(index)[1 if takes_short else 0]
         sentences = [s for s in long.split(". ") if s]
         if takes_short and short:
             return short[0]
@@ -465,7 +414,8 @@ class CaptionedPictures:
         if self.size:
             if min(picture.size) < self.size:
                 raise OSError(f"smaller than {self.size} pixels")           # the authors leave such pictures out, too
-            h, w = self.size, self.size
+            h = self.size
+            w = self.size
         else:
             h, w = (self.pixels_per_token * cells for cells in vq.schedule(ratio, self.pixels)[-1])
         picture = cover(picture, h, w)
@@ -500,6 +450,14 @@ def lines_of(file):
             yield line.rstrip("\r\n")
 
 
+def tsv_fields(line):
+    """What a line of a .tsv file says, with the names of a .jsonl file. Raises UserError."""
+    path, tab, rest = line.partition("\t")
+    if not tab:
+        raise UserError("no tab between a path and a caption")
+    return {"image_path": path, "long_caption": rest.split("\t")[0]}
+
+
 def json_object(text):
     """A JSON object as a dict. Raises UserError."""
     try:
@@ -515,10 +473,10 @@ def captions_of(fields):
     """[long caption, short caption or ""] of a line. Raises UserError if they are no text."""
     long = fields.get("long_caption") or ""
     short = fields.get("text") or ""
-    if isinstance(short, list):
+    if isinstance(short, list):                                             # as LlamaGen's authors write it
         long = short[0]
         short = ""
-    if not long:
+    if not long:                                                            # the only text is the long caption
         long = short or fields.get("caption") or ""
         short = ""
     try:
@@ -546,7 +504,8 @@ def open_pictures(args):
     options = dict(zoom=args.zoom, flip=args.flip, split=not args.val_data, notes=notes)
     train = PictureFolder(args.data, args.size, **options)
     val = PictureFolder(args.val_data or args.data, args.size, train=False, **options)
-    if train.classes != val.classes:
+    some_of_the_numbers = val.shards is not None and set(val.classes) <= set(train.classes)     # in tar files
+    if train.classes != val.classes and not some_of_the_numbers:
         missing = sorted(set(train.classes) - set(val.classes))
         unknown = sorted(set(val.classes) - set(train.classes))
         raise UserError(f"--val-data {args.val_data}: its classes differ from those of {args.data}: "
@@ -556,11 +515,14 @@ def open_pictures(args):
 
 
 class Batches:
-    """Endless lists of items (index, seed of the crop), a function of seed and step alone. That makes runs resumable.
+    """Endless lists of items (index, seed of the crop), each list a micro-batch for one process.
 
-    Every epoch is a new permutation; its last batch is filled up from the epoch's start. A batch is cut into contiguous
-    micro-batches, of which process `rank` of `world` gets rank, rank + world, ... groups: arrays of indices, such as
-    pictures of one aspect ratio. A batch comes from one group. shards: the tar file of each item, see `permuted`.
+    They depend on seed and step alone, so that a run can continue at any step: `first`. Every epoch is a new
+    permutation. Its last batch is filled up from the epoch's start. A batch is cut into contiguous micro-batches.
+    Process `rank` of `world` gets those with the numbers rank, rank + world and so on.
+
+    groups: arrays of indices, such as the pictures of one aspect ratio. A batch comes from one group.
+    shards: the tar file of each item, see `permuted`.
     """
 
     def __init__(self, groups, batch_size, seed, first=0, micro_batches=1, rank=0, world=1, shards=None, window=1):
@@ -573,28 +535,16 @@ class Batches:
         self.shards = shards
         self.window = window
 
-    def permuted(self, group, rng):
-        """A group in random order. Tar files come in random order, and their items through a shuffle buffer of `window`
-        items, because items are read faster in the order in which they lie there.
-        """
-        if self.shards is None:
-            return group[rng.permutation(len(group))]
-        turn = rng.permutation(self.shards.max() + 1)
-        group = group[np.argsort(turn[self.shards[group]], kind="stable")]
-        starts = range(0, len(group), self.window)
-        return np.concatenate([rng.permutation(group[start:start + self.window]) for start in starts])
-
     def __iter__(self):
-        size = self.batch_size // self.micro_batches
+        size = self.batch_size // self.micro_batches                        # of a micro-batch
         plan = []                                                           # (group, number of its batch) of an epoch
         for i, group in enumerate(self.groups):
-            plan += [(i, b) for b in range(-(-len(group) // self.batch_size))]
-        step = self.first
-        current = None
-        while True:
+            plan += [(i, b) for b in range(math.ceil(len(group) / self.batch_size))]
+        permuted_for = None                                                 # the epoch of `orders` and `turns`
+        for step in itertools.count(self.first):
             epoch, n = divmod(step, len(plan))
-            if current != epoch:
-                current = epoch
+            if permuted_for != epoch:
+                permuted_for = epoch
                 rng = np.random.default_rng((self.seed, epoch))
                 orders = [self.permuted(group, rng) for group in self.groups]
                 turns = rng.permutation(len(plan)) if len(orders) > 1 else range(len(plan))
@@ -603,7 +553,19 @@ class Batches:
             batch = orders[group][places]
             for m in self.own:
                 yield [(int(i), (self.seed, epoch, int(i))) for i in batch[m * size:(m + 1) * size]]
-            step += 1
+
+    def permuted(self, group, rng):
+        """A group in random order.
+
+        Items of tar files are read faster in the order in which they lie there. So only the order of the tar files is
+        entirely random. Their items are permuted within each `window` of them, as by a shuffle buffer.
+        """
+        if self.shards is None:
+            return group[rng.permutation(len(group))]
+        turn = rng.permutation(self.shards.max() + 1)
+        group = group[np.argsort(turn[self.shards[group]], kind="stable")]
+        starts = range(0, len(group), self.window)
+        return np.concatenate([rng.permutation(group[start:start + self.window]) for start in starts])
 
 
 def order_of_batches(data, args, first, micro_batches, rank, world):
@@ -611,3 +573,64 @@ def order_of_batches(data, args, first, micro_batches, rank, world):
     groups = getattr(data, "groups", [np.arange(len(data))])
     shards = getattr(data, "shards", None)
     return Batches(groups, args.batch_size, args.seed, first, micro_batches, rank, world, shards, args.shuffle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared by the data sets
+
+
+def held_out(items, train):
+    """The training part or the validation part of a list. A list of fewer than 20 items is used for both."""
+    if len(items) < VAL_EVERY:
+        return items
+    if train:
+        return [item for i, item in enumerate(items, 1) if i % VAL_EVERY]
+    return items[VAL_EVERY - 1::VAL_EVERY]
+
+
+def spread(n, most):
+    """Up to `most` of n items, evenly spread, each with a centre crop: (index, None)."""
+    count = min(n, most)
+    return [(i * n // count, None) for i in range(count)]
+
+
+def first_readable(read, index, n, name, broken, why_none="not one picture can be read"):
+    """(i, read(i)) of the first readable one of n items, from index on. Appends names of the others to broken."""
+    reasons = []
+    for i in itertools.chain(range(index, n), range(index)):
+        try:
+            return i, read(i)
+        except (UserError, *UNREADABLE) as e:
+            broken.append(name(i))
+            reasons.append(str(e) or type(e).__name__)
+    raise UserError(f"{name(index)} and {n - 1} others: {why_none}; the first: {reasons[0]}")
+
+
+def report_broken(paths, data):
+    """Print which files of a data set could not be read."""
+    if paths:
+        tqdm.write(f"skipped {len(paths)} unreadable of {len(data)} {data.kinds.split(',')[0]}: "
+                   + ", ".join(sorted(paths)[:3]))
+
+
+@contextmanager
+def skipping(broken, name):
+    """Append (name, why) to `broken` where a row of data cannot be used, and go on."""
+    try:
+        yield
+    except UserError as e:
+        broken.append((name, str(e)))
+    except (OSError, *vq.MISUNDERSTOOD) as e:
+        broken.append((name, f"not understood, {type(e).__name__}"))
+
+
+def summary_of(broken):
+    """What [(name, why)] has in common: how often each reason, and the first three names."""
+    reasons = Counter(why for _, why in broken).most_common()
+    counted = ", ".join(f"{why} ({count})" for why, count in reasons)
+    return f"{counted}; such as {', '.join(name for name, _ in broken[:3])}"
+
+
+def fingerprint_of(lines):
+    """A hash of lines of text. Names of files need not be UTF-8."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

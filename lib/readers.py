@@ -23,39 +23,40 @@ def read_batches(data, order, workers, pin_memory=False):
     `workers` processes read ahead; 0: this process reads. They end with the `with`, however it ends. Raises UserError
     if one of them has died, and the UserError that one of them raised.
     """
-    lifeline = multiprocessing.Pipe(duplex=False)
-    start = partial(start_reader, lifeline=lifeline)
+    reading_end, writing_end = multiprocessing.Pipe(duplex=False)
+    start = partial(start_reader, reading_end=reading_end, writing_end=writing_end)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")    # more workers than cores: the user's choice
         loader = DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=tuple, worker_init_fn=start,
                             pin_memory=pin_memory)
-        batches = one_by_one(iter(loader), workers)
+        batches = batches_of(iter(loader), workers)
     try:
         yield batches
-    except RuntimeError as e:                                               # DataLoader may raise it at any line
+    except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise
-        raise dead_reader(e) from None
+        raise dead_reader(e) from None                                      # a signal handler of PyTorch raised it
     finally:
-        lifeline[1].close()
+        writing_end.close()
         batches.close()
 
 
-def one_by_one(iterator, workers):
+def batches_of(iterator, workers):
     """Yield the batches of a DataLoader's iterator. Closing this generator ends the DataLoader's processes.
 
-    A DataLoader ends them when nobody holds its iterator any more. If it were a variable of the training loop, the
-    traceback of an error would hold it until the interpreter exits, which then waits for the processes for ever.
+    A DataLoader ends its processes when its iterator is deleted. Only this generator holds the iterator, and lets go of
+    it when it is closed. A variable of the training loop would not let go after an error, because the traceback holds
+    it. The interpreter would then wait for the processes for ever when it exits.
     """
     try:
         yield from iterator
     except UserError as e:
-        told = str(e).strip().splitlines()[-1]                              # "lib.console.UserError: message"
-        raise UserError(told.rpartition("UserError: ")[2]) from None
+        last_line = str(e).strip().splitlines()[-1]                         # "lib.console.UserError: message"
+        raise UserError(last_line.rpartition("UserError: ")[2]) from None
     except (OSError, EOFError) as e:
-        if not workers or "in DataLoader worker process" in str(e):         # an error of reading
+        if not workers or "in DataLoader worker process" in str(e):         # reading the data raised it
             raise
-        raise dead_reader(e) from None                                      # it died while it handed a batch over
+        raise dead_reader(e) from None                                      # the process died as it handed a batch over
 
 
 def dead_reader(error):
@@ -64,26 +65,27 @@ def dead_reader(error):
                      "fewer --workers; go on with --resume auto")
 
 
-def start_reader(_, lifeline):
+def start_reader(_, reading_end, writing_end):
     """Initialise a process that reads: it ends with the `with` of read_batches, or when the training process dies.
 
-    lifeline: both ends of a pipe. Nothing is ever written to it. The reading end becomes ready when all copies of the
-    other end are closed. A DataLoader ends its processes between two batches, which may take minutes for videos; so
-    after a few seconds the process ends itself.
+    A DataLoader ends its processes between two batches, but a batch of videos may take minutes. So the process also
+    ends itself, a few seconds after the end of the `with`. It learns of that through a pipe to which nothing is ever
+    written: the reading end becomes ready when all copies of the writing end are closed.
     """
     ignore_signals()
-    reading_end, writing_end = lifeline
-    writing_end.close()
+    writing_end.close()                                                     # the copy of this process
 
     def exit_at_the_end():
         connection.wait([reading_end])
         time.sleep(GRACE)
-        os._exit(0)                                                         # 0, or DataLoader takes it for a crash
+        os._exit(0)     # it ends all threads, where sys.exit ends this one. DataLoader takes other codes for a crash.
     threading.Thread(target=exit_at_the_end, daemon=True).start()
 
 
 def ignore_signals():
-    """Ctrl-C and SIGTERM, which a shell or a scheduler sends to all processes, are for the process that started this
-    one. That process finishes its step first."""
+    """Ignore Ctrl-C and SIGTERM, which a shell or a scheduler sends to all processes of a run.
+
+    The process that started this one reacts to them: it finishes its step first.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -34,7 +34,7 @@ def open_folder(args):
     for name in ("state", "samples"):
         if (out / name).exists() and not (out / name).is_dir():
             raise UserError(f"{out / name}: is a file, but a run writes a folder of that name; choose another --out")
-    if rank_and_world()[0]:
+    if rank_and_world()[0] != 0:
         return out, None
     lock = lock_folder(out)
     results = [name for name in (*RESULTS, "state", "state.pt") if (out / name).exists()]
@@ -84,7 +84,10 @@ class Best:
         self.score = -math.inf
         if resumed and path.exists():
             try:
-                self.score = float(json.loads(path.read_text(encoding="utf-8"))["score"])
+                score = float(json.loads(path.read_text(encoding="utf-8"))["score"])
+                if not math.isfinite(score):
+                    raise ValueError(f"score is {score}")
+                self.score = score
             except (OSError, ValueError, LookupError, TypeError) as e:
                 say(f"{path}: is damaged ({e}); the next validation counts as the best so far")
 
@@ -199,13 +202,14 @@ class Meter:
 
 
 class StopOnSignal:
-    """Within a `with`, Ctrl-C, SIGTERM and the end of the terminal (SIGHUP, unless nohup ignores it) are noted instead
-    of ending the process. A second signal, a second later or more, ends it at once.
+    """Within a `with`, Ctrl-C, SIGTERM and SIGHUP (the end of the terminal) are noted and do not end the process.
+
+    Another signal, more than a second later, ends it at once. Where nohup ignores SIGHUP, it stays ignored.
     """
 
     def __enter__(self):
-        self.number = 0                                                     # number of the signal that arrived
-        self.when = 0.0
+        self.number = 0                                                     # of the first signal that arrived; 0: none
+        self.when = 0.0                                                     # the time of the last one
         self.old = [(s, signal.signal(s, self.note)) for s in (signal.SIGINT, signal.SIGTERM)]
         hangup = getattr(signal, "SIGHUP", None)                            # Windows has none
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -215,8 +219,9 @@ class StopOnSignal:
     def note(self, number, frame):
         if self.number and time.monotonic() - self.when > 1:                # torchrun may send the same signal twice
             raise KeyboardInterrupt
-        self.number = self.number or number
-        self.when = time.monotonic()
+        if not self.number:
+            self.number = number
+            self.when = time.monotonic()
 
     def arrived(self):
         """The number of the signal that any process received, or 0. Collective."""

@@ -63,7 +63,7 @@ def byte_size(file):
 def files_of(folder, *suffixes):
     """Paths of the visible files of a folder whose names end in one of the suffixes, in capitals or not, sorted."""
     with understanding(folder, "a folder"):
-        return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and p.name[0] != ".")
+        return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not is_hidden(p.name))
 
 
 def is_hidden(name):
@@ -71,49 +71,11 @@ def is_hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
-def index_tar(path):
-    """What lies where in a tar file: {"whole": whether it is undamaged, "members": [(name, start, size, what)]}.
-
-    `what` is (w, h) for a picture, the text for a text file, and {"unusable": why} for a link and its like.
-    """
-    members = []
-    whole = True
-    place = -1
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.offset_data <= place or info.size < 0:              # a lying header could lead back for ever
-                    raise tarfile.InvalidHeaderError
-                place = info.offset_data
-                suffix = Path(info.name).suffix.lower()
-                parts = [part for part in info.name.split("/") if part != "."]
-                if (suffix in PICTURES or suffix in TEXTS) and not any(map(is_hidden, parts)):
-                    members.append((info.name, info.offset_data, info.size, content_of(tar, info, suffix)))
-    except (tarfile.TarError, *vq.MISUNDERSTOOD):
-        whole = False
-    end = members[-1][1] + members[-1][2] + 1024 if members else 0          # a tar file ends with two empty blocks
-    return {"whole": whole and end <= os.path.getsize(path), "members": members}
-
-
-def content_of(tar, info, suffix):
-    """What index_tar keeps of a member of a tar file."""
-    if not info.isreg() or info.issparse():
-        return {"unusable": "not a plain file"}                             # a link may point anywhere
-    if suffix in PICTURES:
-        try:
-            return picture_size(tar.extractfile(info), info.name)
-        except UserError:
-            return 1, 1                                                     # it is skipped when it is read
-    if info.size > LONGEST_TEXT:
-        return {"unusable": f"a text of more than {LONGEST_TEXT >> 20} MB"}
-    return tar.extractfile(info).read().decode("utf-8-sig", "replace")
-
-
 def read_shards(root, notes):
     """(the Samples in all ROOT/*.tar, [(name, why)] of what cannot be used).
 
     A damaged tar file counts as far as it can be read. Files that share a name up to its first dot belong together. The
-    index of every tar file is kept in `notes`.
+    index of every tar file is kept in the folder `notes`, because making it reads the whole tar file.
     """
     tars = files_of(root, ".tar")
     samples = []
@@ -123,7 +85,7 @@ def read_shards(root, notes):
         index = read_index(tar, Path(notes))
         if not index["whole"]:
             damaged.append(str(tar))
-        groups = {}
+        groups = {}                                                         # {(folder, key): {suffix: (entry, what)}}
         for name, start, size, what in index["members"]:
             folder, _, file = name.rpartition("/")
             key, _, suffix = file.partition(".")
@@ -182,3 +144,39 @@ def saved_index(path, size):
     return index
 
 
+def index_tar(path):
+    """What lies where in a tar file: {"whole": whether it is undamaged, "members": [(name, start, size, what)]}.
+
+    `what` is (w, h) for a picture, the text for a text file, and {"unusable": why} for a link and its like.
+    """
+    members = []
+    whole = True
+    place = -1
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if info.offset_data <= place or info.size < 0:              # a lying header could lead back for ever
+                    raise tarfile.InvalidHeaderError
+                place = info.offset_data
+                suffix = Path(info.name).suffix.lower()
+                parts = [part for part in info.name.split("/") if part != "."]
+                if (suffix in PICTURES or suffix in TEXTS) and not any(map(is_hidden, parts)):
+                    members.append((info.name, info.offset_data, info.size, content_of(tar, info, suffix)))
+    except (tarfile.TarError, *vq.MISUNDERSTOOD):
+        whole = False
+    end = members[-1][1] + members[-1][2] + 1024 if members else 0          # a tar file ends with two empty blocks
+    return {"whole": whole and end <= os.path.getsize(path), "members": members}
+
+
+def content_of(tar, info, suffix):
+    """What index_tar keeps of a member of a tar file."""
+    if not info.isreg() or info.issparse():
+        return {"unusable": "not a plain file"}                             # a link may point anywhere
+    if suffix in PICTURES:
+        try:
+            return picture_size(tar.extractfile(info), info.name)
+        except UserError:
+            return 1, 1                                                     # it is skipped when it is read
+    if info.size > LONGEST_TEXT:
+        return {"unusable": f"a text of more than {LONGEST_TEXT >> 20} MB"}
+    return tar.extractfile(info).read().decode("utf-8-sig", "replace")

@@ -64,6 +64,7 @@ def fetch_from_hub(name, download):
     if name in RELEASED:
         page += f"/blob/main/{inside}"
     not_here = f"{name}: not here and not in huggingface_hub's cache, and --no-download is set"
+    bad_address = f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address"
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -71,16 +72,18 @@ def fetch_from_hub(name, download):
         way_out = f"to download it, pip install huggingface_hub; or get it from {page} and give its path"
         raise UserError(f"{name}: {way_out}" if download else not_here) from None
     except ValueError as e:                                                 # it reads HF_ENDPOINT when it is imported
-        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
+        raise UserError(f"{bad_address} ({e})") from None
     try:
         return cached_in_hub(huggingface_hub, name, offline=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
         if not download:
             raise UserError(not_here) from None
+    except vq.CheckpointError:                                              # a damaged index of shards
+        raise
     except ValueError as e:
-        raise UserError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')}: no usable address ({e})") from None
+        raise UserError(f"{bad_address} ({e})") from None
     try:
-        while rank_and_world()[0]:
+        while rank_and_world()[0] != 0:                                     # until rank 0 has downloaded it
             time.sleep(1)
             try:
                 return cached_in_hub(huggingface_hub, name, offline=True)
@@ -99,19 +102,20 @@ def cached_in_hub(huggingface_hub, name, offline):
         return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=offline))
     repository, inside, patterns = FOLDERS[name]
     prefix = f"{inside}/" if inside else ""
-    snapshot = Path(huggingface_hub.snapshot_download(
-        repository, allow_patterns=[prefix + pattern for pattern in patterns], local_files_only=offline)) / inside
-    if offline and missing_shards(snapshot) != []:                      # a snapshot may hold other files only
+    patterns = [prefix + pattern for pattern in patterns]
+    snapshot = huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=offline)
+    folder = Path(snapshot) / inside
+    if offline and not has_all_weights(folder):                             # other programs may need other files only
         raise huggingface_hub.errors.LocalEntryNotFoundError(name)
-    return snapshot
+    return folder
 
 
-def missing_shards(folder):
-    """Names of weight files that a folder lacks, as its index lists them; None if there are no weights at all."""
+def has_all_weights(folder):
+    """Whether a folder holds a file of weights, or all shards that its index lists. Raises CheckpointError."""
     indices = sorted(folder.glob("*.index.json"))
     if not indices:
-        return [] if any(folder.glob("*.safetensors")) else None
-    return [shard for shard in vq.shards_of(indices[0]) if not (folder / shard).exists()]
+        return any(folder.glob("*.safetensors"))
+    return all((folder / shard).exists() for shard in vq.shards_of(indices[0]))
 
 
 def fetch_from_website(address, download):
@@ -186,7 +190,9 @@ def read_metadata(path):
                 found[key] = json.loads(header[key])
             except ValueError:
                 found[key] = header[key]
-    found = {key: value for key, value in found.items() if key != "config" or METADATA[key][0](value)}
+    usable, _ = METADATA["config"]
+    if "config" in found and not usable(found["config"]):
+        del found["config"]                                                 # as vq.read_config, which asks the tensors
     for key, value in found.items():
         usable, expected = METADATA[key]
         if not usable(value):
@@ -210,7 +216,7 @@ def check_fingerprint(tokenizer, vae, metadata, ckpt):
 
 
 def content_hash(path, limit=None):
-    """A hash of a file's content. With a limit, large files count by size and by `limit` bytes at both ends."""
+    """A hash of a file's content. With a limit, only the size of a large file and `limit` bytes at both ends count."""
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as f:

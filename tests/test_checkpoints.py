@@ -23,7 +23,7 @@ import var
 import vq
 from helpers import (SYNCNET_CONFIG, VAR_CONFIG, complaint, run, same, shards, tiny_bits, tiny_infinity,
                      tiny_llamagen, tiny_single, tiny_syncnet, tiny_tokenizer, tiny_var)
-from lib.weights import missing_shards
+from lib.weights import fetch_from_hub, has_all_weights
 
 # Of each kind of file: the loader, and the official state dict of a tiny model with what no shape tells.
 KINDS = {
@@ -284,9 +284,17 @@ def test_an_index_names_only_files_beside_it(names, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     entries = {f"weight{i}": name for i, name in enumerate(names)} if names else names
     index.write_text(json.dumps({"weight_map": entries}))
-    for read in (lambda: var.load(tmp_path), lambda: missing_shards(tmp_path)):
+    for read in (lambda: var.load(tmp_path), lambda: has_all_weights(tmp_path)):
         with pytest.raises(vq.CheckpointError, match="index.json: not an index of shards"):
             read()
+
+
+def test_a_damaged_index_in_the_cache_of_the_hub_is_named(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: tmp_path)
+    with pytest.raises(vq.CheckpointError, match="index.json: not an index of shards"):
+        fetch_from_hub("flan-t5-xl", download=True)
 
 
 def test_shards_are_unwrapped_as_one(official, tmp_path):

@@ -19,9 +19,9 @@ import train
 import vq
 from helpers import ROOT, captioned, complaint, info, log_rows, run, smooth_pictures, speech, write_video
 from lib import recipes, tasks
-from lib.checkpoints import MetadataUnpickler
+from lib.checkpoints import Checkpoints, MetadataUnpickler
 from lib.console import GuardedStream, UserError, guarded_output
-from lib.readers import one_by_one, read_batches
+from lib.readers import batches_of, read_batches
 from lib.run import StopOnSignal
 from test_distributed import TORCHRUN, finished, started, steps_saved, until
 from test_train import VQ
@@ -139,9 +139,9 @@ def test_what_readers_say_arrives_as_one_line():
         yield 1
         raise ConnectionResetError(104, "Connection reset by peer")         # it died while it handed over a batch
     with pytest.raises(UserError, match="a process that reads --data has died .*try fewer --workers"):
-        list(one_by_one(dying(), workers=1))
+        list(batches_of(dying(), workers=1))
     with pytest.raises(ConnectionResetError):                               # this process reads itself
-        list(one_by_one(dying(), workers=0))
+        list(batches_of(dying(), workers=0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -339,6 +339,13 @@ def test_damaged_checkpoints_are_set_aside(three_steps, tmp_path, capsys):
     for folder, reason in ((state / "9999999", "step is 3"), (state / "0000003", "is cut")):
         assert f"{folder}: is damaged (" in out and reason in out
         assert len(list(state.glob(f"{folder.name}.damaged-*"))) == 1
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("10000000", "9999999", "0000003", "0000004.damaged-00"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.json").touch()
+    assert [path.name for path in Checkpoints(tmp_path, 3).complete()] == ["0000003", "9999999", "10000000"]
 
 
 def test_a_foreign_state_runs_no_code(three_steps, tmp_path, capsys):
