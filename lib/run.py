@@ -209,7 +209,7 @@ class StopOnSignal:
 
     def __enter__(self):
         self.number = 0                                                     # of the first signal that arrived; 0: none
-        self.when = 0.0                                                     # the time of the last one
+        self.when = 0.0                                                     # the time of the first one
         self.old = [(s, signal.signal(s, self.note)) for s in (signal.SIGINT, signal.SIGTERM)]
         hangup = getattr(signal, "SIGHUP", None)                            # Windows has none
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
