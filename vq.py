@@ -62,6 +62,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
@@ -1337,7 +1338,8 @@ def _read_pickle(path):
     """The object in a file of torch.save. Raises CheckpointError, also if loading it could run code."""
     try:
         zipped = _is_archive(path)
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                 # about protocols of pickle
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise

@@ -293,6 +293,7 @@ def test_a_variant_that_draws_something_else_gets_no_time():
     assert not found["flaky"]["equal"] and "seconds" not in found["flaky"]
 
 
+@pytest.mark.slow
 def test_ops_table_and_bench(tmp_path, capsys, monkeypatch):
     """The table in lib/README.md is the registry's. A benchmark's row holds what it promises."""
     table = script("triton_ops.py").stdout
@@ -384,6 +385,7 @@ def test_released_names_are_downloaded_once(hub, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_failed_downloads_say_so(hub, tmp_path):
     _, _, environment = hub
     argv = (ROOT / "sample.py", "var", "--ckpt", "var_d16.pth", "--out", tmp_path / "a.png")

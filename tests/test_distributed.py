@@ -402,6 +402,7 @@ def test_what_a_run_leaves_behind(pictures, tmp_path, capsys, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_scaling_laws(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(studies, "LADDER", (1, 2, 3))
     run(train, "var", "--scaling-laws", "--size", 16, "--steps", 2, "--vae", files[1], "--device", "cpu", "--out",

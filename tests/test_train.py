@@ -93,6 +93,7 @@ def test_loss_goes_down(files, tmp_path, capsys):
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_run(tmp_path):
     argv = ["train.py", "vq", "--out", str(tmp_path / "a"), "--batch-size", "2", "--device", "cpu", "--log-every", "1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

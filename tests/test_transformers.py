@@ -318,7 +318,8 @@ def test_captured_steps_draw_the_plain_pictures(kind, device, call):
     assert not {"forward_scale", "decode_one", "new_kv_cache"} & set(vars(model))   # the model itself is as it was
 
 
-@pytest.mark.parametrize("name", ["var", *(pytest.param(name, marks=pytest.mark.slow) for name in list(EVERY)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
 def test_compiled_blocks_draw_the_plain_pictures(name, monkeypatch):
     """With a backend that traces as torch.compile always does, but generates no code."""
     kind = EVERY[name]
