@@ -1684,10 +1684,8 @@ def atomic(path):
         os.chmod(temporary, mode)                                           # safetensors writes files for oneself only
         os.replace(temporary, path)
     except OSError as e:
-        e.filename = str(path)                                              # some writers do not say which file it was
-        e.errno = e.errno or errno.ENOSPC                                   # numpy does not say why it wrote less
-        e.strerror = e.strerror or os.strerror(e.errno)
-        raise
+        number = e.errno or errno.ENOSPC                                    # numpy does not say why it wrote less
+        raise OSError(number, e.strerror or os.strerror(number), str(path)) from e      # some do not name the file
     except Exception as e:
         number = re.search(r"os error (\d+)", str(e))                       # safetensors hides it in a text
         if not number:
