@@ -47,6 +47,7 @@ def prompts(text_files, tmp_path):
 # What works
 
 
+@pytest.mark.slow
 def test_first_command_of_the_readme(tmp_path):
     """No arguments: a grid from the checkpoint in the repository."""
     result = script(ROOT / "sample.py", "var", cwd=tmp_path)
@@ -319,6 +320,7 @@ def test_an_op_that_differs_gets_no_time(monkeypatch):
     assert difference > 0.5 and "differs from torch" in seconds["fallback"] and seconds["eager"] > 0
 
 
+@pytest.mark.slow
 def test_ops_mistakes(capsys, tmp_path):
     assert "--bench softmax: expected some of adaln_modulate," in complaint(capsys, sample, "ops", "--bench", "softmax")
     assert "cannot be written" in complaint(capsys, sample, "ops", "--bench", "--json", "/proc/nowhere/ops.json")

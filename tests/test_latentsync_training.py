@@ -212,7 +212,7 @@ def tiny_flags(folder, dub_files, monkeypatch):
             "--log-every", 1), ("--init", folder / "stage1.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["1", "2", "2-efficient"])
+@pytest.mark.parametrize("stage", [pytest.param("1", marks=pytest.mark.slow), "2", "2-efficient"])
 def test_resumed_run_equals_an_uninterrupted_one(tiny_networks, tmp_path, stage, capsys):
     flags, init = tiny_networks
     argv = (*flags, "--stage", stage, *init, "--steps", 4, "--val-every", 2, "--sample-every", 0)
@@ -417,6 +417,7 @@ def test_videos_become_clips_of_aligned_faces(raw, tmp_path, capsys):
     assert rows_of(tmp_path / "out") == rows
 
 
+@pytest.mark.slow
 def test_sound_is_moved_into_step_and_what_is_not_in_step_left_out(raw, tmp_path, capsys, monkeypatch):
     judge = ("--syncnet", ROOT / "demo" / "talking_head_syncnet.safetensors")
     argv = (*PREPARE, "--prepare", raw, "--piece", 4, *judge, "--min-confidence", 0.15)

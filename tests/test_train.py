@@ -133,6 +133,7 @@ BITS = ("vq", "--recipe", "infinity_emoji", "--size", 16, "--batch-size", 4, "--
 INFINITY = ("infinity", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1)
 
 
+@pytest.mark.slow
 def test_bitwise_runs_resume_and_their_files_draw(text_files, tmp_path, capsys):
     """Tokenizer, then a transformer with its text encoder: uninterrupted equals resumed, and sample.py takes both."""
     run(train, *BITS, "--steps", 3, "--out", tmp_path / "vq")
@@ -219,6 +220,7 @@ def test_single_scale_tokenizer_runs_resume(pictures, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "tuned"))
 
 
+@pytest.mark.slow
 def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
     argv = (*TOKENS, "--data", pictures, "--vq", token_files[1], "--steps", 4, "--cache-crops", "ten", "--ema", 0.5)
     run(train, *argv, "--out", tmp_path / "whole")
