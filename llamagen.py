@@ -137,20 +137,6 @@ def rope_table(config, device=None):
     return F.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, config.slots, 0))
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias. For a few rows, reading the weights is most of the work, and CPU libraries read a
-    matrix up to twice as fast if it is the left factor: W x^T instead of x W^T, the same sums in another order."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, bias=False)
-
-    def forward(self, x):                                                   # (B, l, c_in) -> (B, l, c_out)
-        rows = x.shape[0] * x.shape[1]
-        if x.is_cpu and 1 < rows <= 16 and not torch.is_grad_enabled():
-            return (self.weight @ x.flatten(0, 1).T).T.contiguous().unflatten(0, x.shape[:2])
-        return F.linear(x, self.weight)
-
-
 class Attention(nn.Module):
     """Multi-head attention to all earlier positions."""
 
@@ -159,8 +145,9 @@ class Attention(nn.Module):
         C = config.width
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.qkv = Linear(C, (self.heads + 2 * self.kv_heads) * (C // self.heads))      # rows: q, k, v, each head-major
-        self.proj = Linear(C, C)
+        rows = (self.heads + 2 * self.kv_heads) * (C // self.heads)         # q, k, v, each head-major
+        self.qkv = nn.Linear(C, rows, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, rope, mask=None, kv_cache=None, pos=None):
         """x (B, l, C) -> (B, l, C). rope: cos and sin (2, l, D / 2).
@@ -188,8 +175,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc1 = Linear(config.width, 2 * config.hidden)                  # rows: w1, w3
-        self.fc2 = Linear(config.hidden, config.width)
+        self.fc1 = nn.Linear(config.width, 2 * config.hidden, bias=False)   # rows: w1, w3
+        self.fc2 = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x):
         gate, value = self.fc1(x).chunk(2, -1)
@@ -278,7 +265,7 @@ class LlamaGen(nn.Module):
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.RMSNorm(C, config.norm_eps)
-        self.head = Linear(C, config.vocab_size)
+        self.head = nn.Linear(C, config.vocab_size, bias=False)
 
     # pieces that training and sampling share
 

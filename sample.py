@@ -57,8 +57,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import bench_ops, dubbing
-from lib.bench import race, textbook_loop
+from lib import baselines, bench_ops, dubbing
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
@@ -145,7 +144,13 @@ def sample_var(args):
         sampling = [(var, "sample_logits"), (var, "filter_logits"), (var, "exponential_noise")]
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(p * p for p in patch_nums)
-        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, n)
+
+        def baseline(model, tokenizer, generator):
+            return baselines.var_images(model, tokenizer, torch.tensor(labels[:n]), cfg=options["cfg"],
+                                        top_k=options["top_k"], top_p=options["top_p"], generator=generator)
+        if args.edit or args.smooth:
+            baseline = None
+        return bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, n)
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
@@ -271,18 +276,29 @@ def sample_infinity(args):
             raise UserError(f"--keep {keep}: there are {len(sizes)} scales")
         options |= {"given_bits": tokenizer.tokenize(image, sizes), "keep_scales": keep}
 
-    def draw(numbers, model=model, tokenizer=tokenizer, all_scales=False):
-        """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that, one entry per scale."""
+    def condition(numbers):
+        """The text features of these pictures (B, T, Ct), and their mask, or None without padding."""
         rows = [features[items[i]] for i in numbers]
         text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         text_mask = torch.arange(text.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return model.sample(tokenizer, text, None if text_mask.all() else text_mask, all_scales=all_scales,
+        return text, None if text_mask.all() else text_mask
+
+    def draw(numbers, model=model, tokenizer=tokenizer, all_scales=False):
+        """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that, one entry per scale."""
+        return model.sample(tokenizer, *condition(numbers), all_scales=all_scales,
                             generator=generators(args, numbers, device), **options)
     if args.bench:
         sampling = [(infinity, "draw_bits"), (infinity, "exponential_noise")]
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(h * w for h, w in scales)
-        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, len(items))
+
+        def baseline(model, tokenizer, generator):
+            filters = {key: options[key] for key in ("cfg", "tau", "top_k", "top_p")}
+            return baselines.infinity_images(model, tokenizer, *condition(range(len(items))), scales,
+                                             generator=generator, **filters)
+        if args.negative is not None or args.guide_features or args.tile or keep:
+            baseline = None
+        return bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, len(items))
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
@@ -418,21 +434,13 @@ def sample_llamagen(args):
                             cfg=torch.tensor([cfgs[i % len(cfgs)] for i in numbers]), size=args.eval_size,
                             progress_frames=progress_frames, **options)
     if args.bench:
-        def rivals():
-            """Time the loop as it is usually written, without the decoder. A speed-up below 1 means ours is faster."""
-            if reads_text or len(cfgs) > 1 or options["cfg_interval"] != -1:
-                return {}
-            numbers = range(len(items))
-            labels = condition(numbers)[0].to(device)
-            filters = {key: options[key] for key in ("temperature", "top_k", "top_p")}
-            ours = lambda: model.generate(labels, cfg=cfgs[0], generator=generators(args, numbers, device), **options)
-            textbook = lambda: textbook_loop(model, labels, cfgs[0], generator=generators(args, numbers, device),
-                                             **filters)
-            results = race(ours, {"textbook loop": textbook}, len(items), device)
-            return {key: value | {"what": "tokens"} for key, value in results.items()}
+        def baseline(model, tokenizer, generator):
+            return baselines.llamagen_images(model, tokenizer, *condition(range(len(items))), cfg=cfgs[0],
+                                             generator=generator, **options)
+        if len(cfgs) > 1 or args.eval_size:
+            baseline = None
         sampling = [(llamagen, "sample_logits"), (llamagen, "exponential_noise")]
-        return bench_generator(args, name, draw, model, tokenizer, machine, sampling, [], config.side**2, len(items),
-                               rivals)
+        return bench_generator(args, loaded, draw, baseline, machine, sampling, [], config.side**2, len(items))
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest

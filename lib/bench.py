@@ -5,9 +5,14 @@ their shapes and layouts, and compared with the run.
 """
 import functools
 import math
+import platform
+import statistics
+import subprocess
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -19,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from tqdm import tqdm
 
-import llamagen
 from lib.console import save_json, synchronize, timed
 from triton_ops import backend
 
@@ -29,6 +33,11 @@ CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_
 if CPU_ATTENTION not in flop_registry:
     register_flop_formula(CPU_ATTENTION, get_raw=True)(flop_counter.sdpa_flop)
     register_flop_formula(CPU_ATTENTION_BACKWARD, get_raw=True)(flop_counter.sdpa_backward_flop)
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):                          # products with packed weights
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def packed_product_flop(x_shape, weight_shape, *_, **__):
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class FlopCounter(TorchDispatchMode):
@@ -75,13 +84,15 @@ class Layout:
     """The layout of a tensor, and whether it is a weight."""
 
     shape: tuple
-    stride: tuple
+    stride: tuple                               # None: a weight that is packed, see lib/products.py
     dtype: torch.dtype
     device: torch.device
     is_weight: bool
 
     def random(self):
         """A random tensor of this layout."""
+        if self.stride is None:
+            return torch.ops.mkldnn._reorder_linear_weight(torch.randn(self.shape, dtype=self.dtype))
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride))      # expanded dimensions have step 0
         t = torch.empty(last + 1, dtype=self.dtype, device=self.device)
         t = t.normal_() if t.is_floating_point() else t.zero_()
@@ -127,6 +138,8 @@ class Recorder(TorchDispatchMode):
     def layout(self, x):
         if not isinstance(x, torch.Tensor):
             return x
+        if x.is_mkldnn:
+            return Layout(tuple(x.shape), None, x.dtype, x.device, True)
         is_weight = x.untyped_storage().data_ptr() in self.weights
         return Layout(tuple(x.shape), x.stride(), x.dtype, x.device, is_weight)
 
@@ -242,7 +255,7 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak_mem
         total["bare"] += seconds / pictures
     whole = {key: sum(total[key] for total in totals.values()) for key in ("seconds", "flops", "bytes", "bare")}
     for total in (whole, *totals.values()):
-        total["share"] = total.pop("bare") / total["seconds"]
+        total["share"] = total.pop("bare") / total["seconds"] if total["seconds"] else 0.0
     return {
         "model": name, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "pictures": pictures,
@@ -254,10 +267,19 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak_mem
 
 
 def device_name(device):
-    """The GPU's name, or the device and its number of threads."""
+    """The name of a GPU, or of the CPU and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{device}, {torch.get_num_threads()} threads"
+    if device.type != "cpu":
+        return str(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):                                        # not Linux, or not x86
+        pass
+    wide = torch.backends.cpu.get_cpu_capability()                          # such as AVX512
+    return f"{name} ({wide}), {torch.get_num_threads()} threads"
 
 
 def op_seconds(run, device, graph=True):
@@ -302,11 +324,12 @@ def product_speed(device, dtype):
     return 2 * n**3 / seconds(n, 10)
 
 
-def race(run, variants, pictures, device, rounds=3):
-    """Time other ways to compute run() -> images, {name: function}, in turn with run() itself.
+def race(run, variants, pictures, device, rounds=3, what="pictures"):
+    """Time other ways to compute run() -> a tensor, {name: function}, in turn with run() itself.
 
-    Returns {name: {seconds, first_seconds, speedup, equal, max_difference}}. A variant whose images differ by more than
-    1e-4, on a scale from 0 to 1, gets no seconds.
+    Returns {name: {seconds, plain_seconds, ratio, first_seconds, equal, max_difference, what}}. Seconds are medians for
+    each of the `pictures`; ratio is the median of the rounds' ratios, seconds of run() / seconds of the variant. A
+    variant whose result differs by more than 1e-4, on a scale from 0 to 1, gets no seconds. what: the name of results.
     """
     expected = run()
     results = {}
@@ -314,12 +337,45 @@ def race(run, variants, pictures, device, rounds=3):
         first, images = timed(variant, device)
         again = variant()                                                   # a graph may be wrong only when replayed
         difference = max((x - expected).abs().max().item() for x in (images, again))
-        result = {"first_seconds": first, "equal": difference <= 1e-4, "max_difference": difference}
+        result = {"first_seconds": first, "equal": difference <= 1e-4, "max_difference": difference, "what": what}
         if result["equal"]:
-            pairs = [(timed(run, device)[0], timed(variant, device)[0]) for _ in range(rounds)]
-            plain, seconds = (min(times) / pictures for times in zip(*pairs))
-            result |= {"seconds": seconds, "speedup": plain / seconds}
+            pairs = []
+            for _ in tqdm(range(rounds), desc=f"in turn with {name}", leave=False):
+                pairs.append((timed(run, device)[0], timed(variant, device)[0]))
+            ratios = [plain / seconds for plain, seconds in pairs]
+            result["plain_seconds"] = statistics.median(plain for plain, _ in pairs) / pictures
+            result["seconds"] = statistics.median(seconds for _, seconds in pairs) / pictures
+            result["ratio"] = statistics.median(ratios)
+            result["ratios"] = sorted(ratios)
         results[name] = result
+    return results
+
+
+@contextmanager
+def busy_process():
+    """Within it, another process computes all the time, as on most machines somebody does."""
+    busy = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"
+    process = subprocess.Popen([sys.executable, "-c", busy])
+    try:
+        time.sleep(0.5)                                                     # until it has started
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+BASELINE = "original's arithmetic"
+
+
+def race_baseline(run, baseline, pictures, device, neighbour=False, what="pictures"):
+    """Time baseline(), which computes what run() does as the original code does, in turn with run() -> see `race`.
+
+    neighbour: do it again beside a busy process.
+    """
+    results = race(run, {BASELINE: baseline}, pictures, device, what=what)
+    if neighbour:
+        with busy_process():
+            results |= race(run, {f"{BASELINE}, beside a busy process": baseline}, pictures, device, what=what)
     return results
 
 
@@ -336,13 +392,22 @@ def print_bench(b, tokens=0):
           "matrix products, convolutions and attention calls / the time of the run; a large copy\nreads and writes "
           f"{b['copy_bytes_per_second'] / 1e9:.1f} GB/s")
     print(f"peak memory {b['peak_memory_bytes'] / 1e9:.2f} GB, weights alone {b['weight_bytes'] / 1e9:.2f} GB")
+    if b.get("products"):
+        print(f"products: {b['products']}")
     for name, v in b["variants"].items():
         if name == "plain":
             continue
-        what = v.get("what", "pictures")
-        found = f"{what} {v['max_difference']:.0e} apart at most" if v["max_difference"] else f"{what} bit-identical"
-        speed = f"{v['seconds']:.3f} s/picture, {v['speedup']:.2f}x" if v["equal"] else "NOT EQUAL, so not timed"
-        print(f"{name:<14}{speed}; {found}; first run {v['first_seconds']:.1f} s")
+        found = f"{v['what']} bit-identical"
+        if v["max_difference"]:
+            found = f"{v['what']} {v['max_difference']:.0e} apart at most"
+        if not v["equal"]:
+            print(f"{name}: NOT EQUAL, so not timed; {found}")
+        elif name.startswith(BASELINE):
+            print(f"{name}: ours / original's {v['ratio']:.2f} ({v['ratios'][0]:.2f} .. {v['ratios'][-1]:.2f}), "
+                  f"{v['plain_seconds']:.2f} / {v['seconds']:.2f} s per picture; {found}")
+        else:
+            print(f"{name}: {v['seconds']:.3f} s/picture, {v['ratio']:.2f}x; {found}; first run "
+                  f"{v['first_seconds']:.1f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,68 +464,3 @@ def bench_training_step(one_step, args, tokens, device, dtype, memory):
                    dtype, args.batch_size, memory)
     print_bench(result, tokens)
     save_json(args.json, result)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LlamaGen's decode loop as it is usually written, to compare with
-
-
-@torch.no_grad()
-def textbook_loop(model, labels, cfg, temperature, top_k, top_p, generator):
-    """Draw tokens (B, N) of classes (B,) with the same random numbers as `LlamaGen.generate`.
-
-    It attends to whole caches under a mask, repeats keys and values for each head, multiplies w1 and w3 apart, computes
-    norm and rotation step by step, and sorts twice for the filters.
-    """
-    c = model.config
-    device = labels.device
-    N = c.side ** 2
-    V = c.vocab_size
-    D = c.width // c.heads
-    R = 2 * len(labels)
-    cos, sin = llamagen.rope_table(c, device)
-    mask = torch.tril(torch.ones(N + 8, N + 8, dtype=torch.bool, device=device))
-    dtype = model.head.weight.dtype
-    caches = [torch.zeros(2, R, c.heads, N + 8, D, device=device, dtype=dtype) for _ in model.blocks]
-    noises = llamagen.token_noise((len(labels), V), N, generator, device)
-
-    def norm(x, layer):
-        wide = x.float()
-        return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + layer.eps)).type_as(x) * layer.weight
-
-    def rotate(x, pos):
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([a * cos[pos] - b * sin[pos], b * cos[pos] + a * sin[pos]], -1)
-        return turned.flatten(-2).type_as(x)
-
-    def filtered(logits):
-        if top_k:
-            logits = logits.masked_fill(logits < logits.topk(min(top_k, V)).values[:, -1:], -math.inf)
-        if 0 < top_p < 1:
-            ordered, index = logits.sort(descending=True)
-            p = ordered.softmax(-1)
-            ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)
-            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
-        return logits
-    tokens = []
-    for pos in range(N):
-        if pos == 0:
-            h = model.class_embed(torch.cat([labels, torch.full_like(labels, c.num_classes)]))[:, None]
-        else:
-            h = model.token_embed(tokens[-1].repeat(2))[:, None]
-        for block, (keys, values) in zip(model.blocks, caches):
-            qkv = F.linear(norm(h, block.norm1), block.attn.qkv.weight)
-            q, k, v = qkv.view(R, 1, 3, c.heads, D).unbind(2)
-            keys[:, :, pos] = rotate(k, pos)[:, 0]
-            values[:, :, pos] = v[:, 0]
-            q = rotate(q, pos).transpose(1, 2)
-            repeated = keys.repeat_interleave(1, 1), values.repeat_interleave(1, 1)
-            out = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask[pos:pos + 1])
-            h = h + F.linear(out.transpose(1, 2).reshape(R, 1, -1), block.attn.proj.weight)
-            y = norm(h, block.norm2)
-            w1, w3 = block.ffn.fc1.weight.chunk(2)
-            h = h + F.linear(F.silu(F.linear(y, w1)) * F.linear(y, w3), block.ffn.fc2.weight)
-        cond, uncond = F.linear(norm(h, model.norm), model.head.weight)[:, 0].float().chunk(2)
-        logits = (uncond + (cond - uncond) * cfg) / max(temperature, 1e-5)
-        tokens.append((filtered(logits).softmax(-1) / next(noises)).argmax(-1))
-    return torch.stack(tokens, 1)

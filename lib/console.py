@@ -399,9 +399,11 @@ def check_pixels(pixels):
 
 
 def check_json(args, bench):
-    """Raise UserError if --json was given without --bench, or cannot be written."""
+    """Raise UserError if a flag of --bench was given without it, or if --json cannot be written."""
     if args.json and not bench:
         raise UserError("--json goes with --bench")
+    if getattr(args, "neighbour", False) and not bench:
+        raise UserError("--neighbour goes with --bench")
     if args.json:
         check_writable(args.json, "--json", suffix=".json")
 

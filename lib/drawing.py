@@ -1,4 +1,5 @@
 """What the three generators of sample.py share: classes, prompts, seeds, sheets, sets for evaluation, benchmarks."""
+import functools
 import io
 import json
 import shutil
@@ -14,11 +15,13 @@ import torch
 from tqdm import tqdm
 
 import vq
-from lib.bench import bench, print_bench, race
+from lib.baselines import contiguous
+from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import (MOST_SEED, UserError, check_json, check_out, check_ranges, check_writable, rank_and_world,
                          save_json)
 from lib.graphs import captured, with_compiled_blocks
 from lib.pictures import grid, opened, save_png, to_pixels
+from lib.products import unpacked
 from lib.text import encode_texts, load_t5, read_features, read_prompts
 from lib.weights import find_companion
 from triton_ops import INTERPRET
@@ -44,6 +47,8 @@ def check_generator_args(args):
     if args.compile and INTERPRET:
         raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
     check_json(args, args.bench)
+    if args.bench:
+        args.one_generator = True                                           # the original code, to compare with, has one
 
 
 def check_npz(args, *excluded):
@@ -377,26 +382,35 @@ def faster(model, tokenizer, device):
             "compile": (captured(with_compiled_blocks(model)), captured(tokenizer))}
 
 
-def bench_generator(args, name, draw, model, tokenizer, machine, sampling, quantizer, tokens, n, rivals=None):
+def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, n):
     """--bench: n pictures in one batch.
 
-    draw(numbers, model, tokenizer) -> images; sampling, quantizer: the functions of these stages, for bench.watch;
-    tokens: per picture; rivals: {name: result of `race`} of other ways to do the same.
+    draw(numbers, model, tokenizer) -> images; baseline(model, tokenizer, generator) -> the same images, as the original
+    code computes them, or None if it has no such setting; sampling, quantizer: the functions of these stages, for
+    bench.watch; tokens: per picture.
     """
-    numbers = range(n)
-    stages = {"sampling": sampling, "quantizer": quantizer, "decoder": [(tokenizer, "decode")]}
+    model = loaded.model
+    tokenizer = loaded.tokenizer
+    device = machine.device
+    decoders = [(tokenizer, name) for name in ("decode", "decode_resized", "decode_tiled")]
+    stages = {"sampling": sampling, "quantizer": quantizer, "decoder": decoders}
     stages = {name: functions for name, functions in stages.items() if functions}
     parameters = [*tokenizer.parameters(), *model.parameters()]
 
-    def run():
-        return draw(numbers, model, tokenizer)
-    result = bench(name, run, stages, "transformer", parameters, machine.device, machine.dtype, n, machine.peak_memory)
+    def run(pair=(model, tokenizer)):
+        return draw(range(n), *pair)
+    result = bench(loaded.name, run, stages, "transformer", parameters, device, machine.dtype, n, machine.peak_memory)
+    result["products"] = str(loaded.products or "")
     if args.compile:
         variants = {}
-        for variant, pair in faster(model, tokenizer, machine.device).items():
-            variants[variant] = lambda pair=pair: draw(numbers, *pair)
-        result["variants"] |= race(run, variants, n, machine.device)
-    if rivals:
-        result["variants"] |= rivals()
+        for variant, pair in faster(model, tokenizer, device).items():
+            variants[variant] = functools.partial(run, pair)
+        result["variants"] |= race(run, variants, n, device)
+    if baseline:
+        pair = unpacked(model), contiguous(tokenizer)
+        original = lambda: baseline(*pair, torch.Generator(device).manual_seed(args.seed))
+        result["variants"] |= race_baseline(run, original, n, device, args.neighbour)
+    else:
+        print("note: the original code has no such setting, so it is not compared with", file=sys.stderr)
     print_bench(result, tokens)
     save_json(args.json, result)

@@ -25,6 +25,7 @@ def bench_flags(add, example):
     add("--compile", action="store_true", help="warm up longer, then run faster: CUDA graphs; without CUDA "
         "torch.compile, which gains little")
     add("--bench", action="store_true", help="time it, and compare it with what this machine can do")
+    add("--neighbour", action="store_true", help="with --bench: also beside a process that keeps one core busy")
     add("--json", metavar="FILE", help="with --bench: write the numbers as JSON")
     add("--random-weights", metavar="NAME", help=f"a model of this size without its file, such as {example}")
 

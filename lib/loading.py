@@ -10,6 +10,7 @@ import var
 import vq
 from lib.console import UserError
 from lib.pictures import DEMO
+from lib.products import Products, prepare
 from lib.text import load_infinity, load_llamagen
 from lib.weights import check_fingerprint, check_kind, find_checkpoint, find_companion, read_metadata
 
@@ -27,10 +28,13 @@ class Loaded:
     tokenizer: torch.nn.Module
     metadata: dict = field(default_factory=dict)    # what train.py wrote into the header, see read_metadata
     files: tuple = ()                           # paths of the weights
+    products: Products = None                   # how a CPU multiplies, None on other devices
 
     def to(self, device):
+        """Move both to a device, and prepare the model's products there."""
         self.model = self.model.to(device)
         self.tokenizer = self.tokenizer.to(device)
+        self.products = prepare(self.model)
         return self
 
 
