@@ -1,21 +1,23 @@
-"""LatentSync's UNet and autoencoder, computed step by step as the original code does, to compare speeds with.
+"""LatentSync's UNet and autoencoder with the arithmetic of the original code, to compare speeds with.
 
-`sample.py latentsync --bench` times latentsync.py and vq.py against this file. Its functions take our modules for their
-weights and sizes, call nothing of them but torch's own layers, and find the same numbers except for rounding. Where our
-code takes another way, a comment says which. Three differences are everywhere:
+`sample.py latentsync --bench` times latentsync.py and vq.py against this file. The functions take our modules, and use
+of them only the weights, the sizes and the layers that are torch's own. They find the same numbers as our code, except
+for rounding. Where our code takes another way, a comment says which. Three differences are everywhere:
 
-- Memory. The original's maps are contiguous, one channel after the other. Ours are channels_last: all channels of a
-  pixel stand together, which most convolutions want, and a map is a list of tokens for attention without a copy.
-- Frames. The original's clips are (B, C, F, h, w). It copies each to (B F, C, h, w) for a convolution, and each result
-  back when a norm wants it whole. Ours stay (B F, C, h, w) in channels_last, which is at the same time a clip.
-- Norms. The original writes the result of a norm, and then that of SiLU. Ours is one op: one kernel on CUDA, and on a
-  CPU SiLU overwrites the result of the norm.
+- Layout. The original's maps are contiguous: each channel is a picture of its own. Ours are channels_last: a pixel's
+  channels stand together. GPUs convolve in that layout in half precision, and need not transpose ours. For attention,
+  a map in that layout is a list of tokens already.
+- Frames. The original's clips are (B, C, F, h, w). Each convolution wants (B F, C, h, w), and each norm wants the clip
+  back, so F and C change places all the time, which copies. Ours stay (B F, C, h, w). In channels_last that memory is
+  also a clip.
+- Norm and SiLU. In the original each writes a tensor. Ours are one kernel on CUDA, and on a CPU SiLU overwrites what
+  the norm has written.
 
-This was written from a description of bytedance/LatentSync (arXiv 2412.09262), not from its code. Where the description
-leaves the choice, the faster way was taken, as for attention, which is PyTorch's fused one.
+This is written from a description of bytedance/LatentSync (arXiv 2412.09262), not from its code. Where the description
+says too little, the faster way was taken. Attention, for instance, is PyTorch's fused one.
 
-    unet = baseline_dubbing.contiguous(unet)                                # once, before timing
-    noise = baseline_dubbing.unet_step(unet, z, condition, t, audio, cfg)
+    twin = baseline_dubbing.contiguous(unet)
+    noise = baseline_dubbing.unet_step(twin, z, condition, t, audio, cfg)
 
 Letters as in latentsync.py: B clips, F frames, A audio features of a frame, C width, h w size of a map.
 """
@@ -28,9 +30,10 @@ from einops import rearrange
 
 
 def contiguous(model):
-    """A copy of a UNet or an autoencoder whose kernels are contiguous. It shares all other weights.
+    """A copy of a UNet or an autoencoder with contiguous kernels of convolutions. It shares all other weights.
 
-    A convolution follows its kernel: with a kernel in channels_last it would also compute in channels_last.
+    The functions below take any model. But with ours, whose kernels are channels_last, torch would convolve in that
+    layout, and so would all that follows.
     """
     shared = {id(p): p for p in model.parameters() if p.dim() != 4}
     return copy.deepcopy(model, shared).to(memory_format=torch.contiguous_format)
@@ -42,7 +45,7 @@ def contiguous(model):
 
 @torch.no_grad()
 def unet_step(unet, z, condition, t, audio, cfg):
-    """The guided prediction of a step of `latentsync.denoise`, (1, 4, F, h, w), float32.
+    """What a step of `latentsync.denoise` with guidance predicts, (1, 4, F, h, w), float32.
 
     z: noisy latents (1, 4, F, h, w); condition: (1, 9, F, h, w), see `latentsync.encode_condition`; t: 0 .. 999;
     audio: (1, F, A, audio_width); cfg: guidance scale.
@@ -57,7 +60,8 @@ def unet_step(unet, z, condition, t, audio, cfg):
 
 @torch.no_grad()
 def unet_forward(unet, x, t, audio):
-    """x (B, 13, F, h, w), one time step t, audio (B, F, A, audio_width) -> (B, 4, F, h, w)."""
+    """What `latentsync.UNet.forward` computes: (B, 4, F, h, w), from x (B, 13, F, h, w), one time step t for all of x,
+    and audio (B, F, A, audio_width)."""
     time = time_embedding(unet.time_embedding, t, x).expand(len(x), -1)
     x = each_frame(unet.conv_in, x)
     skips = [x]
@@ -101,39 +105,35 @@ def layer(level, j, x, time, audio):
 
 def each_frame(conv, x):
     """A convolution of each frame: x (B, C, F, h, w) -> (B, c_out, F, ...)."""
-    frames = rearrange(x, "b c f h w -> (b f) c h w")                       # a copy, as F moves past C. Ours needs none
+    frames = rearrange(x, "b c f h w -> (b f) c h w")                       # copies what a norm has written
     return rearrange(conv(frames), "(b f) c h w -> b c f h w", b=len(x))    # a view, which the next norm copies
 
 
 def residual_block(block, x, time):
-    """x (B, c_in, F, h, w), time (B, c_time) -> (B, c_out, F, h, w). The statistics of norms are over whole clips."""
+    """x (B, c_in, F, h, w), time (B, c_time) -> (B, c_out, F, h, w). Norms take their statistics over whole clips."""
     h = each_frame(block.conv1, F.silu(block.norm1(x)))
-    h = h + block.time_emb_proj(F.silu(time))[:, :, None, None, None]       # a new tensor. Ours adds in place
+    h = h + block.time_emb_proj(F.silu(time))[:, :, None, None, None]       # ours adds in place
     h = each_frame(block.conv2, F.silu(block.norm2(h)))
     if block.conv_shortcut is not None:
         x = each_frame(block.conv_shortcut, x)
-    return x + h                                                            # again
+    return x + h                                                            # ours adds in place
 
 
 def spatial_transformer(block, x, audio):
-    """x (B, C, F, h, w), audio (B, F, A, c_audio) -> the size of x. The statistics of the norm are over single frames.
-
-    The convolutions want channels apart, attention wants them together, so maps are copied to tokens and back. Ours
-    are both at once.
-    """
+    """x (B, C, F, h, w), audio (B, F, A, c_audio) -> (B, C, F, h, w). GroupNorm takes its statistics per frame."""
     audio = rearrange(audio, "b f n c -> (b f) n c")
     frames = rearrange(x, "b c f h w -> (b f) c h w")
     h = block.proj_in(block.norm(frames))
-    tokens = rearrange(h, "n c h w -> n (h w) c")                           # a view, which the next norm copies
+    tokens = rearrange(h, "n c h w -> n (h w) c")           # a view, which norm1 copies. Ours is a list of tokens as is
     tokens = tokens + self_attention(block.attn1, block.norm1(tokens))
     tokens = tokens + audio_attention(block.attn2, block.norm2(tokens), audio)
     tokens = tokens + feed_forward(block.ff, block.norm3(tokens))
-    h = rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[3]).contiguous()
+    h = rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[3]).contiguous()        # a copy. Ours needs none
     return rearrange(frames + block.proj_out(h), "(b f) c h w -> b c f h w", b=len(x))
 
 
 def motion_module(module, x):
-    """x (B, C, F, h, w) -> the same size. The statistics of the norm are over single frames."""
+    """x (B, C, F, h, w) -> the same size. GroupNorm takes its statistics per frame."""
     frames = rearrange(x, "b c f h w -> (b f) c h w")
     h = module.norm(frames)
     tokens = module.proj_in(rearrange(h, "(b f) c h w -> (b h w) f c", b=len(x)))       # a copy, in ours as well
@@ -146,18 +146,17 @@ def motion_module(module, x):
 
 
 def self_attention(attention, x):
-    """Tokens x (N, L, C) -> (N, L, C), with three products for queries, keys and values. Ours is one."""
-    q, k, v = (F.linear(x, weight) for weight in attention.qkv.weight.chunk(3))
+    """Attention of tokens x (N, L, C) to each other."""
+    q, k, v = (F.linear(x, weight) for weight in attention.qkv.weight.chunk(3))     # three products. Ours is one
     return attention.proj(attend(q, k, v, attention.heads))
 
 
 def audio_attention(attention, x, audio):
-    """Tokens x (N, L, C) attend to audio (N, A, c_audio), which is the same in all steps.
+    """Attention of tokens x (N, L, C) to audio (N, A, c_audio).
 
-    Keys and values are computed again in each step, with a product for each. Ours computes them again as well, but
-    with one product for both.
+    The audio is the same in all steps, but its keys and values are computed again in each. Ours does so too.
     """
-    k, v = (F.linear(audio, weight) for weight in attention.key_value.weight.chunk(2))
+    k, v = (F.linear(audio, weight) for weight in attention.key_value.weight.chunk(2))      # two products. Ours is one
     return attention.proj(attend(attention.query(x), k, v, attention.heads))
 
 
@@ -168,7 +167,7 @@ def attend(q, k, v, heads):
 
 
 def feed_forward(ff, x):
-    """GEGLU of tokens (N, L, C): a product, GELU, a multiplication, a product. Ours takes the same steps."""
+    """GEGLU of tokens (N, L, C), in separate steps. Ours takes the same."""
     value, gate = ff.value_gate(x).chunk(2, -1)
     return ff.out(value * F.gelu(gate))
 
@@ -179,15 +178,15 @@ def upsample(module, x, size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The autoencoder. The statistics of its norms are over single pictures
+# The autoencoder. It has no clips: frames are N pictures
 
 
 @torch.no_grad()
 def vae_encode(autoencoder, pictures):
     """Pictures (N, 3, H, W) in [-1, 1] -> mean and standard deviation of their latents, both (N, 4, h, w), unscaled.
 
-    Where maps are constant in part, our norms take extra steps on a CPU against rounding errors that only channels_last
-    has. They cost us time.
+    Ours takes more time for norms here, on a CPU: torch's own would be inexact for channels_last maps that are constant
+    in part (`exact` in triton_ops.py). Contiguous maps have no such problem.
     """
     encoder = autoencoder.encoder
     x = encoder.conv_in(pictures.to(encoder.conv_in.weight.dtype))
@@ -227,13 +226,14 @@ def picture_block(block, x):
     h = block.conv2(F.silu(block.norm2(h)))
     if block.nin_shortcut is not None:
         x = block.nin_shortcut(x)
-    return x + h                                                            # a new tensor. Ours adds in place
+    return x + h                                                            # ours adds in place
 
 
 def picture_attention(attention, x):
     """Self-attention with one head over the pixels of a map: x (N, C, h, w) -> the same size."""
     tokens = rearrange(attention.norm(x), "n c h w -> n (h w) c")
-    layers = zip(attention.qkv.weight.flatten(1).chunk(3), attention.qkv.bias.chunk(3))
-    q, k, v = (F.linear(tokens, weight, bias) for weight, bias in layers)   # three products. Ours is one
+    weights = attention.qkv.weight.flatten(1).chunk(3)
+    biases = attention.qkv.bias.chunk(3)
+    q, k, v = (F.linear(tokens, w, b) for w, b in zip(weights, biases))     # three products. Ours is one
     out = F.linear(attend(q, k, v, 1), attention.proj_out.weight.flatten(1), attention.proj_out.bias)
     return x + rearrange(out, "n (h w) c -> n c h w", h=x.shape[2])
