@@ -370,9 +370,9 @@ def race_autoencoder(autoencoder, pictures, decode_batch, rounds):
 def race_up_to_rounding(name, what, ours, baseline, weight, count, rounds):
     """`race` of two ways to compute the same numbers of order one, which may differ as much as rounding explains.
 
-    That is 1e-4 in float32. Tiny networks, as deep as the released ones, differ by 4e-5, and by 0.07 or more if keys and
-    values are exchanged in one attention. In half precision it is 100 times the dtype's eps, where these networks differ
-    by 40 times. cuDNN's convolutions may round float32 to TF32, whose eps is that of float16.
+    That is 1e-4 in float32. Tiny networks, as deep as the released ones, differ by 4e-5, and by 0.07 or more if keys
+    and values are exchanged in one attention. In half precision it is 100 times the dtype's eps, where these networks
+    differ by 40 times. cuDNN's convolutions may round float32 to TF32, whose eps is that of float16.
     """
     dtype = weight.dtype
     if dtype == torch.float32 and weight.is_cuda and torch.backends.cudnn.allow_tf32:
