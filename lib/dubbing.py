@@ -13,6 +13,7 @@ from PIL import Image
 import latentsync
 import syncnet
 import vq
+from lib import baseline_dubbing
 from lib.bench import bench, print_bench, race
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
@@ -107,6 +108,8 @@ def random_models(args):
     g = torch.Generator().manual_seed(args.seed)
     for model in (unet, autoencoder, whisper):
         model.eval().init_weights(g)
+    with torch.no_grad():
+        vq.init_default(unet, g)                # the zeros that it is trained from would make all predictions equal
     cfg = 1.5 if args.cfg is None else args.cfg
     return name, f"faces of {unet.config.resolution} pixels", cfg, unet, autoencoder, whisper
 
@@ -276,24 +279,106 @@ def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine):
     points = np.array([(0.4, 0.35), (0.6, 0.35), (0.5, 0.45)]) * (width, height)
     sound = 0.1 * rng.standard_normal(SAMPLE_RATE * count // FPS).astype(np.float32)
 
+    def audio():
+        """Yield the audio of each frame."""
+        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)), window=config.audio_window)
+        return itertools.islice(windows, count)
+
     def run(unet=unet):
         align = latentsync.Aligner(config.resolution)
         frames = ((pictures[i % 2], align(points)) for i in range(count))
-        windows = latentsync.windows(whisper, np.pad(sound, (0, SAMPLE_RATE)), window=config.audio_window)
-        faces = [frame.generated for frame in dub(frames, itertools.islice(windows, count), unet)]
+        faces = [frame.generated for frame in dub(frames, audio(), unet)]
         return torch.stack(faces).float().cpu()
     stages = {"whisper": [(whisper, "forward")], "encoder": [(autoencoder, "encode")],
               "unet": [(unet, "forward_with_deep")], "decoder": [(autoencoder, "decode")]}
     parameters = [p for model in (unet, autoencoder, whisper) for p in model.parameters()]
     device = machine.device
-    result = bench(name, run, stages, "rest", parameters, device, machine.dtype, count, machine.peak_memory,
-                   rounds=1 if device.type == "cpu" else 3)
+    rounds = 1 if device.type == "cpu" else 3
+    result = bench(name, run, stages, "rest", parameters, device, machine.dtype, count, machine.peak_memory, rounds)
     result |= {"steps": args.steps, "cfg": cfg, "deep_cache": args.deep_cache, "resolution": config.resolution}
     if args.compile:
         variants = {}
         for variant, twin in faster_unets(unet, device).items():
             variants[variant] = lambda twin=twin: run(twin)
         result["variants"] |= race(run, variants, count, device)
+    result["variants"] |= race_baseline(unet, autoencoder, list(audio()), cfg, args.decode, rounds)
     print(f"{config.resolution} pixels, {count} frames in a clip, {args.steps} steps, guidance {cfg}")
     print_bench(result)
     save_json(args.json, result)
+
+
+@torch.no_grad()
+def race_baseline(unet, autoencoder, audio, cfg, decode_batch, rounds):
+    """Time our code in turn with the original's steps, lib/baseline_dubbing.py -> {name: result of `race`}.
+
+    Two things are timed: a step of the UNet with guidance, whatever --cfg says, and the autoencoder, there and back.
+    Both get a clip of random numbers. audio: list of (A, audio_width), one per frame; decode_batch: frames that our
+    autoencoder gets at a time.
+    """
+    config = unet.config
+    device = unet.conv_in.weight.device
+    count = len(audio)
+    side = config.resolution // autoencoder.config.stride
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+    z = randn(1, config.out_channels, count, side, side)
+    condition = randn(1, config.in_channels - config.out_channels, count, side, side)
+    audio = torch.stack(audio)[None].to(device)
+    pictures = randn(count, 3, config.resolution, config.resolution).clamp(-1, 1)
+    return (race_step(unet, z, condition, audio, cfg, rounds)
+            | race_autoencoder(autoencoder, pictures, decode_batch, rounds))
+
+
+def race_step(unet, z, condition, audio, cfg, rounds):
+    """The UNet's part of `race_baseline`: the guided prediction for z (1, 4, F, h, w) at the first of 20 steps."""
+    t = latentsync.time_steps(20)[0]
+    twin = baseline_dubbing.contiguous(unet)
+
+    def ours():                                                             # what latentsync.denoise does in a step
+        x = torch.cat([z, condition], 1).expand(2, -1, -1, -1, -1)
+        silent, noise = unet(x, t, torch.cat([torch.zeros_like(audio), audio])).float().chunk(2)
+        return silent + cfg * (noise - silent)
+
+    def baseline():
+        return baseline_dubbing.unet_step(twin, z, condition, t, audio, cfg)
+    return race_up_to_rounding("baseline UNet", "guided noise", ours, baseline, unet.conv_in.weight, z.shape[2], rounds)
+
+
+def race_autoencoder(autoencoder, pictures, decode_batch, rounds):
+    """The autoencoder's part of `race_baseline`, for pictures (F, 3, H, W). The baseline gets all of them at once."""
+    scaling = autoencoder.config.scaling
+    twin = baseline_dubbing.contiguous(autoencoder)
+
+    def ours():                                                             # what latentsync.paint does for a clip
+        posteriors = [autoencoder.encode(part) for part in pictures.split(decode_batch)]
+        mean = torch.cat([posterior.mean for posterior in posteriors]) * scaling
+        std = torch.cat([posterior.std for posterior in posteriors]) * scaling
+        return joined(mean, std, torch.cat([autoencoder.decode(part) for part in mean.split(decode_batch)]))
+
+    def baseline():
+        mean, std = (x * scaling for x in baseline_dubbing.vae_encode(twin, pictures))
+        return joined(mean, std, baseline_dubbing.vae_decode(twin, mean))
+
+    def joined(*results):
+        return torch.cat([result.float().flatten() for result in results])
+    return race_up_to_rounding("baseline VAE", "latents and pictures", ours, baseline, autoencoder.quant_conv.weight,
+                               len(pictures), rounds)
+
+
+def race_up_to_rounding(name, what, ours, baseline, weight, count, rounds):
+    """`race` of two ways to compute the same numbers of order one, which may differ as much as rounding explains.
+
+    That is 1e-4 in float32. Tiny networks, as deep as the released ones, differ by 4e-5, and by 0.07 or more if keys
+    and values are exchanged in one attention. In half precision it is 100 times the dtype's eps, where these networks
+    differ by 40 times. cuDNN's convolutions may round float32 to TF32, whose eps is that of float16.
+    """
+    dtype = weight.dtype
+    if dtype == torch.float32 and weight.is_cuda and torch.backends.cudnn.allow_tf32:
+        dtype = torch.float16
+    allowed = 1e-4 if dtype == torch.float32 else 100 * torch.finfo(dtype).eps
+    scale = 1e-4 / allowed                                                  # `race` allows 1e-4
+    result = race(lambda: ours() * scale, {name: lambda: baseline() * scale}, count, weight.device, rounds)[name]
+    result["max_difference"] /= scale
+    return {name: result | {"what": what}}
