@@ -69,6 +69,7 @@ from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
+from lib.products import prepare
 from lib.reconstruction import Usage, fit, picture_files, save_rows
 from lib.text import save_features
 from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
@@ -689,6 +690,7 @@ def sample_latentsync(args):
     autoencoder = autoencoder.to(device, machine.dtype)
     whisper = whisper.to(device)                                            # it is small, so it stays in float32
     dubbing.set_frames(unet, args)
+    products = prepare(unet)
 
     def dub(frames, windows, unet=unet):
         """Yield the dubbed frames of an iterable of (picture, map to the aligned face)."""
@@ -697,7 +699,7 @@ def sample_latentsync(args):
                                   cache_every=3 if args.deep_cache else 1, decode_batch=args.decode,
                                   overlap=args.overlap)
     if args.bench:
-        return dubbing.bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine)
+        return dubbing.bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine, products)
     if args.compile:
         unet = next(iter(dubbing.faster_unets(unet, device).values()))
 

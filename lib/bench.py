@@ -324,12 +324,13 @@ def product_speed(device, dtype):
     return 2 * n**3 / seconds(n, 10)
 
 
-def race(run, variants, pictures, device, rounds=3, what="pictures"):
+def race(run, variants, pictures, device, rounds=3, what="pictures", allowed=1e-4):
     """Time other ways to compute run() -> a tensor, {name: function}, in turn with run() itself.
 
     Returns {name: {seconds, plain_seconds, ratio, first_seconds, equal, max_difference, what}}. Seconds are medians for
     each of the `pictures`; ratio is the median of the rounds' ratios, seconds of run() / seconds of the variant. A
-    variant whose result differs by more than 1e-4, on a scale from 0 to 1, gets no seconds. what: the name of results.
+    variant whose result differs by more than `allowed` gets no seconds; results are numbers of order one, such as
+    pictures from 0 to 1. what: the name of results.
     """
     expected = run()
     results = {}
@@ -337,7 +338,7 @@ def race(run, variants, pictures, device, rounds=3, what="pictures"):
         first, images = timed(variant, device)
         again = variant()                                                   # a graph may be wrong only when replayed
         difference = max((x - expected).abs().max().item() for x in (images, again))
-        result = {"first_seconds": first, "equal": difference <= 1e-4, "max_difference": difference, "what": what}
+        result = {"first_seconds": first, "equal": difference <= allowed, "max_difference": difference, "what": what}
         if result["equal"]:
             pairs = []
             for _ in tqdm(range(rounds), desc=f"in turn with {name}", leave=False):
@@ -367,15 +368,18 @@ def busy_process():
 BASELINE = "original's arithmetic"
 
 
-def race_baseline(run, baseline, pictures, device, neighbour=False, what="pictures"):
+def race_baseline(run, baseline, pictures, device, neighbour=False, **options):
     """Time baseline(), which computes what run() does as the original code does, in turn with run() -> see `race`.
 
-    neighbour: do it again beside a busy process.
+    neighbour: do it again beside a busy process. options: what, allowed and rounds of `race`.
     """
-    results = race(run, {BASELINE: baseline}, pictures, device, what=what)
+    name = BASELINE
+    if "what" in options:
+        name += f", {options['what']}"
+    results = race(run, {name: baseline}, pictures, device, **options)
     if neighbour:
         with busy_process():
-            results |= race(run, {f"{BASELINE}, beside a busy process": baseline}, pictures, device, what=what)
+            results |= race(run, {f"{name}, beside a busy process": baseline}, pictures, device, **options)
     return results
 
 

@@ -14,11 +14,12 @@ import latentsync
 import syncnet
 import vq
 from lib import baseline_dubbing
-from lib.bench import bench, print_bench, race
+from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
 from lib.graphs import captured_unet
 from lib.pictures import DEMO, to_pixels
+from lib.products import unpacked
 from lib.video import Video
 from lib.weights import check_fingerprint, find_checkpoint, find_companion, read_metadata
 from syncnet import FPS, SAMPLE_RATE
@@ -127,7 +128,7 @@ def set_frames(unet, args):
 
 def faster_unets(unet, device):
     """{name: UNet}: copies that share the weights and run faster; the best first."""
-    compiled = captured_unet(unet, call=torch.compile)
+    compiled = captured_unet(unpacked(unet), call=torch.compile)            # Inductor takes no packed weights
     return {"graph": captured_unet(unet), "compile": compiled} if device.type == "cuda" else {"compile": compiled}
 
 
@@ -268,8 +269,11 @@ def print_scores(judge, video, out, shown, face_maps, sound):
 # Speed
 
 
-def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine):
-    """--bench: one clip of random pictures, with the face at a fixed place; from sound and pictures to faces."""
+def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine, products):
+    """--bench: one clip of random pictures, with the face at a fixed place; from sound and pictures to faces.
+
+    products: those of the UNet, or None.
+    """
     config = unet.config
     count = config.frames
     height = 160 if config.resolution < 128 else 960
@@ -293,32 +297,34 @@ def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine):
               "unet": [(unet, "forward_with_deep")], "decoder": [(autoencoder, "decode")]}
     parameters = [p for model in (unet, autoencoder, whisper) for p in model.parameters()]
     device = machine.device
-    rounds = 1 if device.type == "cpu" else 3
-    result = bench(name, run, stages, "rest", parameters, device, machine.dtype, count, machine.peak_memory, rounds)
+    result = bench(name, run, stages, "rest", parameters, device, machine.dtype, count, machine.peak_memory,
+                   rounds=1 if device.type == "cpu" else 3)
     result |= {"steps": args.steps, "cfg": cfg, "deep_cache": args.deep_cache, "resolution": config.resolution}
     if args.compile:
         variants = {}
         for variant, twin in faster_unets(unet, device).items():
             variants[variant] = lambda twin=twin: run(twin)
         result["variants"] |= race(run, variants, count, device)
-    result["variants"] |= race_baseline(unet, autoencoder, list(audio()), cfg, args.decode, rounds)
+    result["products"] = str(products or "")
+    result["variants"] |= race_originals(unet, autoencoder, list(audio()), cfg, args.decode, args.neighbour)
     print(f"{config.resolution} pixels, {count} frames in a clip, {args.steps} steps, guidance {cfg}")
     print_bench(result)
     save_json(args.json, result)
 
 
 @torch.no_grad()
-def race_baseline(unet, autoencoder, audio, cfg, decode_batch, rounds):
+def race_originals(unet, autoencoder, audio, cfg, decode_batch, neighbour):
     """Time our code in turn with the original's steps, lib/baseline_dubbing.py -> {name: result of `race`}.
 
     Two things are timed: a step of the UNet with guidance, whatever --cfg says, and the autoencoder, there and back.
     Both get a clip of random numbers. audio: list of (A, audio_width), one per frame; decode_batch: frames that our
-    autoencoder gets at a time.
+    autoencoder gets at a time; neighbour: see `race_baseline`.
     """
     config = unet.config
     device = unet.conv_in.weight.device
     count = len(audio)
     side = config.resolution // autoencoder.config.stride
+    scaling = autoencoder.config.scaling
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape):
@@ -327,48 +333,38 @@ def race_baseline(unet, autoencoder, audio, cfg, decode_batch, rounds):
     condition = randn(1, config.in_channels - config.out_channels, count, side, side)
     audio = torch.stack(audio)[None].to(device)
     pictures = randn(count, 3, config.resolution, config.resolution).clamp(-1, 1)
-    return (race_step(unet, z, condition, audio, cfg, rounds)
-            | race_autoencoder(autoencoder, pictures, decode_batch, rounds))
-
-
-def race_step(unet, z, condition, audio, cfg, rounds):
-    """The UNet's part of `race_baseline`: the guided prediction for z (1, 4, F, h, w) at the first of 20 steps."""
     t = latentsync.time_steps(20)[0]
-    twin = baseline_dubbing.contiguous(unet)
 
-    def ours():                                                             # what latentsync.denoise does in a step
+    def step():                                                             # what latentsync.denoise does in a step
         x = torch.cat([z, condition], 1).expand(2, -1, -1, -1, -1)
         silent, noise = unet(x, t, torch.cat([torch.zeros_like(audio), audio])).float().chunk(2)
         return silent + cfg * (noise - silent)
 
-    def baseline():
-        return baseline_dubbing.unet_step(twin, z, condition, t, audio, cfg)
-    return race_up_to_rounding("baseline UNet", "guided noise", ours, baseline, unet.conv_in.weight, z.shape[2], rounds)
+    def joined(mean, std, decoded):
+        return torch.cat([part.float().flatten() for part in (mean, std, decoded)])
 
-
-def race_autoencoder(autoencoder, pictures, decode_batch, rounds):
-    """The autoencoder's part of `race_baseline`, for pictures (F, 3, H, W). The baseline gets all of them at once."""
-    scaling = autoencoder.config.scaling
-    twin = baseline_dubbing.contiguous(autoencoder)
-
-    def ours():                                                             # what latentsync.paint does for a clip
+    def there_and_back():                                                   # what latentsync.paint does for a clip
         posteriors = [autoencoder.encode(part) for part in pictures.split(decode_batch)]
         mean = torch.cat([posterior.mean for posterior in posteriors]) * scaling
         std = torch.cat([posterior.std for posterior in posteriors]) * scaling
         return joined(mean, std, torch.cat([autoencoder.decode(part) for part in mean.split(decode_batch)]))
 
-    def baseline():
+    options = dict(rounds=1 if device.type == "cpu" else 3, neighbour=neighbour,
+                   allowed=rounding_of(unet.conv_in.weight))
+    twin = baseline_dubbing.contiguous(unpacked(unet))
+    results = race_baseline(step, lambda: baseline_dubbing.unet_step(twin, z, condition, t, audio, cfg), count, device,
+                            what="a step of the UNet", **options)
+    twin = baseline_dubbing.contiguous(autoencoder)
+
+    def original_there_and_back():
         mean, std = (x * scaling for x in baseline_dubbing.vae_encode(twin, pictures))
         return joined(mean, std, baseline_dubbing.vae_decode(twin, mean))
-
-    def joined(*results):
-        return torch.cat([result.float().flatten() for result in results])
-    return race_up_to_rounding("baseline VAE", "latents and pictures", ours, baseline, autoencoder.quant_conv.weight,
-                               len(pictures), rounds)
+    return results | race_baseline(there_and_back, original_there_and_back, count, device, what="the autoencoder",
+                                   **options)
 
 
-def race_up_to_rounding(name, what, ours, baseline, weight, count, rounds):
-    """`race` of two ways to compute the same numbers of order one, which may differ as much as rounding explains.
+def rounding_of(weight):
+    """How far two ways to compute the same numbers of order one may differ, if a network has weights like this one.
 
     That is 1e-4 in float32. Tiny networks, as deep as the released ones, differ by 4e-5, and by 0.07 or more if keys
     and values are exchanged in one attention. In half precision it is 100 times the dtype's eps, where these networks
@@ -377,8 +373,4 @@ def race_up_to_rounding(name, what, ours, baseline, weight, count, rounds):
     dtype = weight.dtype
     if dtype == torch.float32 and weight.is_cuda and torch.backends.cudnn.allow_tf32:
         dtype = torch.float16
-    allowed = 1e-4 if dtype == torch.float32 else 100 * torch.finfo(dtype).eps
-    scale = 1e-4 / allowed                                                  # `race` allows 1e-4
-    result = race(lambda: ours() * scale, {name: lambda: baseline() * scale}, count, weight.device, rounds)[name]
-    result["max_difference"] /= scale
-    return {name: result | {"what": what}}
+    return 1e-4 if dtype == torch.float32 else 100 * torch.finfo(dtype).eps
