@@ -149,9 +149,8 @@ def sample_var(args):
         def baseline(model, tokenizer, generator):
             return baselines.var_images(model, tokenizer, torch.tensor(labels[:n]), cfg=options["cfg"],
                                         top_k=options["top_k"], top_p=options["top_p"], generator=generator)
-        if args.edit or args.smooth:
-            baseline = None
-        return bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, n)
+        original = None if args.edit or args.smooth else baseline
+        return bench_generator(args, loaded, draw, original, machine, sampling, quantizer, tokens, n)
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
@@ -297,9 +296,9 @@ def sample_infinity(args):
             filters = {key: options[key] for key in ("cfg", "tau", "top_k", "top_p")}
             return baselines.infinity_images(model, tokenizer, *condition(range(len(items))), scales,
                                              generator=generator, **filters)
-        if args.negative is not None or args.guide_features or args.tile or keep:
-            baseline = None
-        return bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, len(items))
+        ours_only = args.negative is not None or args.guide_features or args.tile or keep
+        original = None if ours_only else baseline
+        return bench_generator(args, loaded, draw, original, machine, sampling, quantizer, tokens, len(items))
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest
@@ -438,10 +437,9 @@ def sample_llamagen(args):
         def baseline(model, tokenizer, generator):
             return baselines.llamagen_images(model, tokenizer, *condition(range(len(items))), cfg=cfgs[0],
                                              generator=generator, **options)
-        if len(cfgs) > 1 or args.eval_size:
-            baseline = None
+        original = None if len(cfgs) > 1 or args.eval_size else baseline
         sampling = [(llamagen, "sample_logits"), (llamagen, "exponential_noise")]
-        return bench_generator(args, loaded, draw, baseline, machine, sampling, [], config.side**2, len(items))
+        return bench_generator(args, loaded, draw, original, machine, sampling, [], config.side**2, len(items))
     pair = model, tokenizer
     if args.compile:
         pair = next(iter(faster(model, tokenizer, device).values()))        # the first is the fastest

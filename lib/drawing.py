@@ -386,7 +386,7 @@ def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, 
     """--bench: n pictures in one batch.
 
     draw(numbers, model, tokenizer) -> images; baseline(model, tokenizer, generator) -> the same images, as the original
-    code computes them, or None if it has no such setting; sampling, quantizer: the functions of these stages, for
+    code computes them, or None if lib/baselines.py has no such setting; sampling, quantizer: the functions of these stages, for
     bench.watch; tokens: per picture.
     """
     model = loaded.model
@@ -408,9 +408,11 @@ def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, 
         result["variants"] |= race(run, variants, n, device)
     if baseline:
         pair = unpacked(model), contiguous(tokenizer)
-        original = lambda: baseline(*pair, torch.Generator(device).manual_seed(args.seed))
+
+        def original():
+            return baseline(*pair, torch.Generator(device).manual_seed(args.seed))
         result["variants"] |= race_baseline(run, original, n, device, args.neighbour)
     else:
-        print("note: the original code has no such setting, so it is not compared with", file=sys.stderr)
+        print("note: lib/baselines.py has no such setting, so the original is not compared with", file=sys.stderr)
     print_bench(result, tokens)
     save_json(args.json, result)

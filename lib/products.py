@@ -117,7 +117,7 @@ def measure(weight):
         ways["packed"] = PackedWeight(weight)
     seconds = dict.fromkeys(ways, 0.0)
     for rows in ROWS:
-        x = torch.zeros(rows, weight.shape[1])
+        x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype)
         best = dict.fromkeys(ways, math.inf)
         for _ in range(4):                                                  # in turn; the first ones are slow
             for name, way in ways.items():
@@ -131,7 +131,7 @@ def measure(weight):
 
 def products_per_second(weight):
     """How many products of two rows with a weight a second takes."""
-    x = torch.zeros(2, weight.shape[1])
+    x = torch.zeros(2, weight.shape[1], dtype=weight.dtype)
     start = time.perf_counter()
     count = 0
     seconds = 0.0

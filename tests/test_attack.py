@@ -127,7 +127,7 @@ def test_the_largest_seed(models, tmp_path):
 
 def test_every_class_that_is_named_is_timed(models, monkeypatch):
     counts = []
-    monkeypatch.setattr(sample, "bench_generator", lambda *inputs: counts.append(inputs[9]))
+    monkeypatch.setattr(sample, "bench_generator", lambda *inputs: counts.append(inputs[-1]))
     run(sample, *models["var"], "--bench", "--classes", 0, 1, 2)
     run(sample, *models["classes"], "--bench", "--classes", 0, 1)
     run(sample, *models["text"], "--bench", "--prompt", "a", "b", "-n", 2)

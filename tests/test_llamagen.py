@@ -46,13 +46,6 @@ def test_long_texts_are_cut():
     assert mask.all() and torch.equal(long[0], randn(9, 128)[:6])           # the first six of nine remain
 
 
-def test_a_layer_multiplies_few_rows_from_the_left():
-    layer = llamagen.Linear(24, 40)
-    for shape in ((1, 1, 24), (2, 1, 24), (3, 5, 24), (2, 17, 24)):
-        with torch.no_grad():
-            torch.testing.assert_close(layer(randn(*shape)), F.linear(randn(*shape), layer.weight))
-
-
 def test_bits_per_token_are_the_cross_entropy():
     model = tiny_llamagen()
     bits = model.bits_per_token(LABELS, TOKENS)
