@@ -146,7 +146,7 @@ def sample_var(args):
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(p * p for p in patch_nums)
 
-        def baseline(model, tokenizer, generator):
+        def baseline(model, generator):
             return baselines.var_images(model, tokenizer, torch.tensor(labels[:n]), cfg=options["cfg"],
                                         top_k=options["top_k"], top_p=options["top_p"], generator=generator)
         original = None if args.edit or args.smooth else baseline
@@ -292,7 +292,7 @@ def sample_infinity(args):
         quantizer = [(tokenizer.quantize, "contribution"), (tokenizer.quantize, "next_input")]
         tokens = sum(h * w for h, w in scales)
 
-        def baseline(model, tokenizer, generator):
+        def baseline(model, generator):
             filters = {key: options[key] for key in ("cfg", "tau", "top_k", "top_p")}
             return baselines.infinity_images(model, tokenizer, *condition(range(len(items))), scales,
                                              generator=generator, **filters)
@@ -434,7 +434,7 @@ def sample_llamagen(args):
                             cfg=torch.tensor([cfgs[i % len(cfgs)] for i in numbers]), size=args.eval_size,
                             progress_frames=progress_frames, **options)
     if args.bench:
-        def baseline(model, tokenizer, generator):
+        def baseline(model, generator):
             return baselines.llamagen_images(model, tokenizer, *condition(range(len(items))), cfg=cfgs[0],
                                              generator=generator, **options)
         original = None if len(cfgs) > 1 or args.eval_size else baseline

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 import vq
-from lib.baselines import contiguous
 from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import (MOST_SEED, UserError, check_json, check_out, check_ranges, check_writable, rank_and_world,
                          save_json)
@@ -48,7 +47,7 @@ def check_generator_args(args):
         raise UserError("--compile cannot compile what TRITON_INTERPRET=1 interprets: leave one of them out")
     check_json(args, args.bench)
     if args.bench:
-        args.one_generator = True                                           # the original code, to compare with, has one
+        args.one_generator = True                                           # as the original code, to compare with
 
 
 def check_npz(args, *excluded):
@@ -385,9 +384,9 @@ def faster(model, tokenizer, device):
 def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, tokens, n):
     """--bench: n pictures in one batch.
 
-    draw(numbers, model, tokenizer) -> images; baseline(model, tokenizer, generator) -> the same images, as the original
-    code computes them, or None if lib/baselines.py has no such setting; sampling, quantizer: the functions of these stages, for
-    bench.watch; tokens: per picture.
+    draw(numbers, model, tokenizer) -> images; baseline(model, generator) -> the same images, as the original code
+    computes them, or None if lib/baselines.py has no such setting; sampling, quantizer: the functions of these stages,
+    for bench.watch; tokens: per picture.
     """
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -407,10 +406,10 @@ def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, 
             variants[variant] = functools.partial(run, pair)
         result["variants"] |= race(run, variants, n, device)
     if baseline:
-        pair = unpacked(model), contiguous(tokenizer)
+        dense = unpacked(model)
 
         def original():
-            return baseline(*pair, torch.Generator(device).manual_seed(args.seed))
+            return baseline(dense, torch.Generator(device).manual_seed(args.seed))
         result["variants"] |= race_baseline(run, original, n, device, args.neighbour)
     else:
         print("note: lib/baselines.py has no such setting, so the original is not compared with", file=sys.stderr)
