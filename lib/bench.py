@@ -222,7 +222,6 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak_mem
     turns, and the best run is compared with the best replay.
     """
     storages = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in parameters}
-    bandwidth = copy_bandwidth(device)
     warmup, images = timed(run, device)
     recorder = Recorder(parameters)
 
@@ -259,7 +258,7 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak_mem
         "model": name, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "pictures": pictures,
         "seconds_per_image": whole["seconds"], "warmup_seconds": warmup, "share": whole["share"],
-        "flops": whole["flops"], "bytes": whole["bytes"], "copy_bytes_per_second": bandwidth, "stages": totals,
+        "flops": whole["flops"], "bytes": whole["bytes"], "copy_bytes_per_second": copy_bandwidth(device), "stages": totals,
         "variants": {"plain": {"seconds": whole["seconds"], "equal": True}},
         "peak_memory_bytes": peak, "weight_bytes": sum(storages.values()),
     }
