@@ -258,7 +258,8 @@ def bench(name, run, stages, rest, parameters, device, dtype, pictures, peak_mem
         "model": name, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "pictures": pictures,
         "seconds_per_image": whole["seconds"], "warmup_seconds": warmup, "share": whole["share"],
-        "flops": whole["flops"], "bytes": whole["bytes"], "copy_bytes_per_second": copy_bandwidth(device), "stages": totals,
+        "flops": whole["flops"], "bytes": whole["bytes"], "stages": totals,
+        "copy_bytes_per_second": copy_bandwidth(device),
         "variants": {"plain": {"seconds": whole["seconds"], "equal": True}},
         "peak_memory_bytes": peak, "weight_bytes": sum(storages.values()),
     }
