@@ -360,6 +360,13 @@ def test_a_foreign_state_runs_no_code(three_steps, tmp_path, capsys):
                               ("pathlib", "Path.unlink"), ("torch.serialization", "load")):
         with pytest.raises(pickle.UnpicklingError, match="refused"):
             MetadataUnpickler(io.BytesIO()).find_class(module, attribute)
+    # Early versions of Python 3.11 pickle members of enums as a call of getattr.
+    member = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    get = MetadataUnpickler(io.BytesIO()).find_class("builtins", "getattr")
+    assert get(type(member), member.name) is member
+    for thing, attribute in ((torch, "load"), (torch.Size, "__init__"), (type(member), "__class__")):
+        with pytest.raises(pickle.UnpicklingError, match="refused"):
+            get(thing, attribute)
     run(train, *three_steps)
     out = capsys.readouterr().out
     assert "refused: loading it would run code (io.open)" in out

