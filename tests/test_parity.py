@@ -1021,7 +1021,7 @@ def noted_pictures(name, n, h, w):
 
 
 def close_pictures(found, expected, what, share=0.002):
-    """uint8: within 1, on at most 0.2 % of the pixels."""
+    """uint8: within 1, on at most this share of the pixels."""
     off = (torch.as_tensor(found).int() - expected.int()).abs()
     assert off.max() <= 1 and (off > 0).any(-1).float().mean() <= share, (
         what, off.max().item(), (off > 0).any(-1).float().mean().item())
