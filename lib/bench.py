@@ -326,8 +326,9 @@ def product_speed(device, dtype):
 def race(run, variants, pictures, device, rounds=3, what="pictures", allowed=1e-4):
     """Time other ways to compute run() -> a tensor, {name: function}, in turn with run() itself.
 
-    Returns {name: {seconds, plain_seconds, ratio, first_seconds, equal, max_difference, what}}. Seconds are medians for
-    each of the `pictures`; ratio is the median of the rounds' ratios, seconds of run() / seconds of the variant. A
+    Returns {name: {seconds, plain_seconds, ratio, ratios, first_seconds, equal, max_difference, what}}. Seconds are
+    medians for each of the `pictures`; ratio is the median of the rounds' ratios, seconds of run() / seconds of the
+    variant. A machine's speed drifts, but both runs of a round meet the same speed, so their ratio does not. A
     variant whose result differs by more than `allowed` gets no seconds; results are numbers of order one, such as
     pictures from 0 to 1. what: the name of results.
     """
@@ -336,7 +337,7 @@ def race(run, variants, pictures, device, rounds=3, what="pictures", allowed=1e-
     for name, variant in tqdm(variants.items(), desc="variants", leave=False):
         first, images = timed(variant, device)
         again = variant()                                                   # a graph may be wrong only when replayed
-        difference = max((x - expected).abs().max().item() for x in (images, again))
+        difference = torch.stack([(x - expected).abs().max() for x in (images, again)]).max().item()    # NaN stays NaN
         result = {"first_seconds": first, "equal": difference <= allowed, "max_difference": difference, "what": what}
         if result["equal"]:
             pairs = []

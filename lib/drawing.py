@@ -374,9 +374,13 @@ class NpzFile:
 
 
 def faster(model, tokenizer, device):
-    """{name: (model, tokenizer)}: copies that share the weights and draw the same pictures faster; the best first."""
+    """{name: (model, tokenizer)}: copies that draw the same pictures; the best first.
+
+    On CUDA they share the weights and are faster. On a CPU packed weights are copied as dense ones, because
+    torch.compile cannot take a PackedWeight, and little is gained.
+    """
     if device.type != "cuda":
-        return {"compile": (with_compiled_blocks(unpacked(model)), tokenizer)}      # Inductor takes no packed weights
+        return {"compile": (with_compiled_blocks(unpacked(model)), tokenizer)}
     return {"graph": (captured(model), captured(tokenizer)),
             "compile": (captured(with_compiled_blocks(model)), captured(tokenizer))}
 

@@ -128,7 +128,7 @@ def set_frames(unet, args):
 
 def faster_unets(unet, device):
     """{name: UNet}: copies that share the weights and run faster; the best first."""
-    compiled = captured_unet(unpacked(unet), call=torch.compile)            # Inductor takes no packed weights
+    compiled = captured_unet(unpacked(unet), call=torch.compile)            # torch.compile takes no PackedWeight
     return {"graph": captured_unet(unet), "compile": compiled} if device.type == "cuda" else {"compile": compiled}
 
 
@@ -272,7 +272,7 @@ def print_scores(judge, video, out, shown, face_maps, sound):
 def bench_dubbing(args, name, cfg, dub, unet, autoencoder, whisper, machine, products):
     """--bench: one clip of random pictures, with the face at a fixed place; from sound and pictures to faces.
 
-    products: those of the UNet, or None.
+    products: the Products that `prepare` returned for the UNet, or None.
     """
     config = unet.config
     count = config.frames

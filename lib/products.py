@@ -1,10 +1,13 @@
-"""Products with weights on a CPU: in which layout the weights lie, and how many threads multiply.
+"""Linear layers on a CPU: weights packed for oneDNN, and the number of threads that multiply.
 
 Drawing multiplies a few rows with every weight of a model, again and again, and what is fast differs between CPUs.
-F.linear goes to MKL, which is slow on CPUs of other makers. oneDNN is fast on all of them once a weight is packed,
-stored in the order in which the product reads it. `prepare` measures both and takes the faster way. Packed products do
-not depend on the number of threads, so that may be chosen anew while a picture is drawn: threads of a small product
-wait for each other, and while another process keeps a core busy, one thread alone is faster than two.
+F.linear goes to MKL, Intel's library, which is slow on other x86 CPUs. oneDNN is fast on them, too, once a weight is
+packed, which means stored in the order in which the product reads it. `prepare` measures both ways and takes the faster
+one.
+
+The results of packed products do not depend on the number of threads. It may therefore be chosen anew while a picture
+is drawn. Threads of a small product wait for each other, and while another process keeps a core busy, one thread alone
+is faster than two.
 """
 import copy
 import math
@@ -13,13 +16,15 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 STEPS = ("forward_scale", "decode_one")         # the methods of models that are called for every scale or token
-SMALLEST = 2**18                                # numbers in a weight that is worth packing
+SMALLEST = 2**18                                # elements of the smallest weight that is packed
 ROWS = (2, 64)                                  # numbers of rows for which the ways to multiply are compared
-TOLERATED = 1.2                                 # weights are packed unless that takes so many times as long: two ways
-                                                # that are alike must not change places from run to run
-PROBE_SECONDS = 0.008                           # longer than the time for which a scheduler gives a core away
+TOLERATED = 1.2                                 # pack if that takes less than so many times as long, so that of two
+                                                # ways that are alike always the same is taken
+PROBE_SECONDS = 0.008                           # longer than a time slice of Linux's scheduler, about 3 ms: a probe has
+                                                # to notice that a core is shared
 SECONDS_BETWEEN_PROBES = 2.0
 
 
@@ -27,7 +32,7 @@ class PackedWeight(torch.Tensor):
     """A weight (c_out, c_in) in oneDNN's layout, which F.linear takes like any other. It has no gradient.
 
     Shape, dtype and device are those of the weight, but its elements can be read with `dense` only. Anything else that
-    reads them finds NaN.
+    reads them finds NaN, so its results are visibly wrong.
     """
 
     @staticmethod
@@ -51,9 +56,9 @@ class PackedWeight(torch.Tensor):
             return function(*args, **kwargs)
 
 
-def packed_product(x, weight, bias=None):
-    """x (..., c_in) times a PackedWeight (c_out, c_in), plus bias (c_out,) -> (..., c_out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
+def packed_product(input, weight, bias=None):
+    """Input (..., c_in) times a PackedWeight (c_out, c_in), plus bias (c_out,) -> (..., c_out)."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight.packed, bias, "none", [], "")
 
 
 class Products:
@@ -70,19 +75,23 @@ class Products:
         if not self.packed:
             return
         for layer in layers:                                                # one by one: each dense weight is freed
-            layer._parameters["weight"] = PackedWeight(layer.weight)
+            layer._parameters["weight"] = PackedWeight(layer.weight)        # `layer.weight =` takes a Parameter only
         self.weight = middle.weight                                         # with which threads are compared
         for name in STEPS:
             if hasattr(model, name):
-                setattr(model, name, self.with_threads(getattr(model, name)))
+                setattr(model, name, self.with_threads(getattr(model, name)))   # shadows the class's method
 
     def with_threads(self, step):
-        """A method of a model that runs with the number of threads that is best at the moment."""
+        """A method of a model that runs with the number of threads that is best at the moment.
+
+        All threads are there again after it, because the decoder's sums do depend on their number.
+        """
         def run(*args, **kwargs):
-            if self.most_threads > 1 and time.perf_counter() - self.probed > SECONDS_BETWEEN_PROBES:
-                self.probe()
-            torch.set_num_threads(self.threads)
             try:
+                if self.most_threads > 1 and time.perf_counter() - self.probed > SECONDS_BETWEEN_PROBES:
+                    with _disable_current_modes():                          # --bench must not record these products
+                        self.probe()
+                torch.set_num_threads(self.threads)
                 return step(*args, **kwargs)
             finally:
                 torch.set_num_threads(self.most_threads)
@@ -96,14 +105,13 @@ class Products:
             torch.set_num_threads(threads)
             speeds[threads] = products_per_second(self.weight)
             threads //= 2
-        torch.set_num_threads(self.most_threads)
         self.threads = max(speeds, key=speeds.get)
         self.probed = time.perf_counter()
 
     def __str__(self):
         plain = f"{1e6 * self.seconds['plain']:.0f} us"
         if "packed" not in self.seconds:
-            return f"F.linear ({plain}), because this PyTorch packs no weights of this type"
+            return f"F.linear ({plain}), because this PyTorch has no oneDNN"
         packed = f"{1e6 * self.seconds['packed']:.0f} us"
         if not self.packed:
             return f"F.linear ({plain}), which is faster here than packed weights ({packed})"
@@ -113,7 +121,7 @@ class Products:
 def measure(weight):
     """Seconds of products of a few rows with a dense weight: {"plain": F.linear, "packed": oneDNN, if there is one}."""
     ways = {"plain": weight}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise") and weight.dtype == torch.float32:
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         ways["packed"] = PackedWeight(weight)
     seconds = dict.fromkeys(ways, 0.0)
     for rows in ROWS:
@@ -132,6 +140,7 @@ def measure(weight):
 def products_per_second(weight):
     """How many products of two rows with a weight a second takes."""
     x = torch.zeros(2, weight.shape[1], dtype=weight.dtype)
+    F.linear(x, weight)                                                     # a new number of threads has to be set up
     start = time.perf_counter()
     count = 0
     seconds = 0.0
@@ -143,8 +152,16 @@ def products_per_second(weight):
 
 
 def large_layers(model):
-    """The linear layers whose products take longer than the call of a product."""
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.numel() >= SMALLEST]
+    """The linear layers that are worth packing, and not packed yet.
+
+    Only float32 is, because not every CPU computes in half precision.
+    """
+    layers = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not isinstance(layer.weight, PackedWeight):
+            if layer.weight.numel() >= SMALLEST and layer.weight.dtype == torch.float32:
+                layers.append(layer)
+    return layers
 
 
 @torch.no_grad()
@@ -160,12 +177,14 @@ def prepare(model):
 
 
 def unpacked(module):
-    """A copy of a prepared model with dense weights. It shares all weights that are not packed."""
+    """A copy of a prepared model with dense weights, which take memory a second time. It shares the others."""
     twin = copy.copy(module)
     for name in STEPS:
         twin.__dict__.pop(name, None)                                       # the class's own method again
     twin._parameters = {}
     for name, weight in module._parameters.items():
         twin._parameters[name] = weight.dense() if isinstance(weight, PackedWeight) else weight
-    twin._modules = {name: child and unpacked(child) for name, child in module._modules.items()}
+    twin._modules = {}
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else unpacked(child)
     return twin

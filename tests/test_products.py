@@ -1,4 +1,6 @@
 """Packed weights and the number of threads on a CPU, and the race against the originals' arithmetic."""
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -43,15 +45,16 @@ def test_a_packed_weight_looks_like_a_weight_and_hides_its_elements():
 @packs
 def test_products_of_rows_do_not_depend_on_the_number_of_threads():
     """Therefore that number may change while a picture is drawn."""
-    weight = products.PackedWeight(randn(700, 600))
+    weights = [products.PackedWeight(randn(*shape)) for shape in ((700, 600), (768, 3072))]     # few and many summands
     before = torch.get_num_threads()
     try:
-        for rows in (1, 2, 32, 300):
+        for weight, rows in itertools.product(weights, (1, 2, 32, 300)):
+            x = randn(rows, weight.shape[1])
             results = []
-            for threads in (1, 2, 3):
+            for threads in (1, 2, 3, 4, 8):
                 torch.set_num_threads(threads)
-                results.append(F.linear(randn(rows, 600), weight))
-            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+                results.append(F.linear(x, weight))
+            assert all(torch.equal(results[0], result) for result in results)
     finally:
         torch.set_num_threads(before)
 
@@ -72,6 +75,7 @@ def test_prepared_models_draw_the_same_pictures(packing, i):
     names = {name for name, _ in model.named_parameters()}
     found = products.prepare(model)
     assert found.packed and "packed weights" in str(found)
+    assert products.prepare(model) is None                                  # the second time nothing is left to pack
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     assert all(isinstance(layer.weight, products.PackedWeight) for layer in linear)
     torch.testing.assert_close(draw(model), expected, rtol=0, atol=1e-4)    # sums in another order
@@ -100,12 +104,13 @@ def test_slower_ways_are_not_taken(monkeypatch):
     assert not found.packed and "faster here than packed weights" in str(found)
     assert not any(isinstance(p, products.PackedWeight) for p in model.parameters())
     monkeypatch.setattr(products, "measure", lambda weight: {"plain": 1.0})
-    assert "packs no weights of this type" in str(products.prepare(model))
+    assert "this PyTorch has no oneDNN" in str(products.prepare(model))
 
 
-def test_small_layers_and_other_types_stay_as_they_are():
+def test_small_layers_and_other_types_stay_as_they_are(monkeypatch):
     assert products.prepare(tiny_var()) is None
-    assert "packed" not in products.measure(torch.zeros(8, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    assert products.prepare(tiny_var().to(torch.bfloat16)) is None
 
 
 def test_the_number_of_threads_is_chosen_while_drawing(packing, monkeypatch):
@@ -119,7 +124,7 @@ def test_the_number_of_threads_is_chosen_while_drawing(packing, monkeypatch):
     found = products.prepare(model)
     step = found.with_threads(lambda: counts.append("step"))
     step()
-    assert counts == [4, 2, 1, 4, 2, "step", 4]
+    assert counts == [4, 2, 1, 2, "step", 4]
     counts.clear()
     speeds[4] = 9.0
     step()                                                                  # too early for another probe
@@ -127,7 +132,7 @@ def test_the_number_of_threads_is_chosen_while_drawing(packing, monkeypatch):
     found.probed -= products.SECONDS_BETWEEN_PROBES
     counts.clear()
     step()
-    assert counts == [4, 2, 1, 4, 4, "step", 4]
+    assert counts == [4, 2, 1, 4, "step", 4]
     with pytest.raises(KeyError):
         found.with_threads(lambda: {}["x"])()
     assert counts[-1] == 4
@@ -150,6 +155,28 @@ def test_races_report_medians(monkeypatch):
     assert found["ratios"] == [0.25, 0.89, 2.25]
     assert (found["plain_seconds"], found["seconds"], found["ratio"], found["first_seconds"]) == (4.45, 2.0, 0.89, 5.0)
     assert found["equal"] and found["max_difference"] == 0
+
+
+@packs
+def test_probes_are_not_recorded(packing, monkeypatch):
+    monkeypatch.setattr(products, "SECONDS_BETWEEN_PROBES", -1)             # before every step
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    model = tiny_llamagen()
+    found = products.prepare(model)
+    counts = []
+    for most in (1, 2):
+        found.most_threads = most                                           # with one thread nothing is probed
+        with bench.Recorder(model.parameters()) as recorder:
+            model.generate(torch.tensor([1]), generator=generators(3))
+        counts.append(sum(call.count for call in recorder.calls.values()))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_variant_of_nan_is_not_equal():
+    results = iter([torch.zeros(1), torch.full((1,), float("nan"))])
+    found = bench.race(lambda: torch.zeros(1), {"a": lambda: next(results)}, 1, torch.device("cpu"))["a"]
+    assert not found["equal"] and "seconds" not in found
 
 
 @pytest.mark.parametrize("model", ["var", "llamagen", "infinity", "latentsync"])
