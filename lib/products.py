@@ -64,8 +64,7 @@ def packed_product(input, weight, bias=None):
 class Products:
     """How a model on a CPU multiplies: whether its weights are packed, and the number of threads of a step."""
 
-    def __init__(self, model):
-        layers = large_layers(model)
+    def __init__(self, model, layers):
         middle = sorted(layers, key=lambda layer: layer.weight.numel())[len(layers) // 2]
         self.seconds = measure(middle.weight.detach())
         self.packed = self.seconds.get("packed", math.inf) < TOLERATED * self.seconds["plain"]
@@ -173,7 +172,7 @@ def prepare(model):
     layers = large_layers(model)
     if not layers or layers[0].weight.device.type != "cpu":
         return None
-    return Products(model)
+    return Products(model, layers)
 
 
 def unpacked(module):
