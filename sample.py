@@ -57,7 +57,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import baselines, bench_ops, dubbing
+from lib import baselines, bench_ops, dubbing, emoji
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
@@ -67,7 +67,7 @@ from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench
 from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
-from lib.pictures import (DEMO, chart, cover, demo_tiles, grid, psnr, read_picture, save_png, ssim, to_pixels,
+from lib.pictures import (DEMO, chart, cover, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
 from lib.products import prepare
 from lib.reconstruction import Usage, fit, picture_files, save_rows
@@ -515,8 +515,8 @@ def sample_vq(args):
     def pictures():
         """Yield (name, picture, schedule) of all pictures that can be read."""
         if not sources:                                                     # eight of the demo's, of different kinds
-            for picture in demo_tiles()[0][19::240]:
-                yield "demo", *fit(picture, config, args.keep_size)
+            for index in emoji.split()[1][::110]:
+                yield "demo", *fit(emoji.tile(emoji.rows()[index]), config, args.keep_size)
         for path, was_named in sources:
             try:
                 yield path, *fit(read_picture(path), config, args.keep_size)

@@ -81,7 +81,7 @@ CONFIGS = {
     "var_d24": _released(24),
     "var_d30": _released(30),
     "var_d36": _released(36, side=512),
-    "emoji_var": Config(depth=6, width=192, heads=3, patch_nums=(1, 2, 3, 4, 6, 8), num_classes=98, vocab_size=1024,
+    "emoji_var": Config(depth=6, width=192, heads=3, patch_nums=(1, 2, 3, 4, 6, 8), num_classes=575, vocab_size=4096,
                         z_channels=16, shared_adaln=True, drop_path=0.025),     # 32 x 32 pixels, trained in demo/
 }
 

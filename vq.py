@@ -191,10 +191,10 @@ CONFIGS = {
                                              patch_nums=tuple((2 * h, 2 * w) for h, w in schedule(pixels="0.06M"))),
     "sd-vae-ft-mse": KLConfig(),
     # trained in demo/, the emoji on 32 x 32 pixels and the heads on 64 x 64
-    "emoji_vq": Config(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_lowest=False, z_channels=16, vocab_size=1024,
+    "emoji_vq": Config(ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, attn_lowest=False, z_channels=16, vocab_size=4096,
                        patch_nums=(1, 2, 3, 4, 6, 8)),
     "emoji_vq_single": _single(8, (1, 2, 4), ch=32, num_res_blocks=1, attn_lowest=False, hidden_channels=64,
-                               vocab_size=2048),
+                               vocab_size=4096),
     "talking_head_kl": KLConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, scaling=1.0),
     "emoji_bsq": _bits(16, ch=32, ch_mult=(1, 2, 4), num_res_blocks=1, patch_nums=(1, 2, 4, 6, 8)),
 }

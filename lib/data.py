@@ -20,58 +20,12 @@ from tqdm import tqdm
 
 import vq
 from lib.console import UserError, rank_and_world, understanding
-from lib.pictures import UNREADABLE, cover, demo_tiles, picture_size, read_picture, resize_and_cut
+from lib.emoji import Emoji
+from lib.pictures import UNREADABLE, cover, picture_size, read_picture, resize_and_cut
 from lib.shards import PICTURES, TarEntry, byte_size, files_of, is_hidden, open_entry, read_shards
 
 VAL_EVERY = 20                                  # every 20th item is held out for validation
 MOST_CLASSES = 10**6                            # a class number beyond is a mistake: every class takes a row of weights
-
-
-class EmojiSheet:
-    """The demo set: 1,906 emoji, each with a class (its subcategory) and a caption (its name). See demo/README.md."""
-
-    def __init__(self, size, train=True):
-        tiles, rows = demo_tiles()
-        self.classes = sorted({row["subcategory"] for row in rows})
-        keep = held_out(range(len(rows)), train)
-        self.labels = torch.tensor([self.classes.index(rows[i]["subcategory"]) for i in keep])
-        self.names = [rows[i]["name"] for i in keep]
-        small = [np.asarray(tiles[i].resize((size, size), Image.LANCZOS)) for i in keep]
-        self.pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).contiguous()
-        self.fingerprint = f"emoji {size} {train}"
-        self.kinds = f"pictures, {len(self.classes)} classes"
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index):
-        return self.names[index]
-
-    def conditions(self, items):                                            # classes (B,)
-        return self.labels[[i for i, _ in items]]
-
-    def read_views(self, index, crops):
-        """The picture, uint8 (3, h, w), once for each crop: it is always cut alike."""
-        return [self.pixels[index]] * len(crops)
-
-    def __getitems__(self, items):
-        return self.pixels[[i for i, _ in items]], self.conditions(items), []
-
-
-class EmojiCaptions(EmojiSheet):
-    """The demo set with captions instead of classes."""
-
-    def __init__(self, size, train=True):
-        super().__init__(size, train)
-        self.kinds = "pictures, captions"
-        # In Unicode's name "black" means filled, but the picture of this heart is red.
-        self.names = ["red heart" if name == "heavy black heart" else name for name in self.names]
-
-    def captions(self, index):                                              # all that a picture may get
-        return [self.names[index]]
-
-    def conditions(self, items):                                            # captions
-        return [self.names[i] for i, _ in items]
 
 
 class PictureFolder:
@@ -490,8 +444,7 @@ def open_pictures(args):
     if args.data == "demo":
         if args.captions and (args.pixels or args.size > 64):
             raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
-        sheet = EmojiCaptions if args.captions else EmojiSheet
-        return sheet(args.size), sheet(args.size, train=False)
+        return Emoji(args.size, captions=args.captions), Emoji(args.size, train=False, captions=args.captions)
     notes = Path(args.out) / "index"
     if args.captions:
         squares = args.model_name == "llamagen"

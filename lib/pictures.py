@@ -1,4 +1,4 @@
-"""Pictures: reading files of any kind, tensors and back, PSNR and SSIM, grids, charts, the demo's emoji sheet."""
+"""Pictures: reading files of any kind, tensors and back, PSNR and SSIM, grids and charts."""
 import csv
 import itertools
 import logging
@@ -141,20 +141,6 @@ def cover(picture, h, w):
     x = (width - w) // 2
     y = (height - h) // 2
     return resize_and_cut(picture, (width, height), (x, y, x + w, y + h), Image.LANCZOS)
-
-
-def demo_tiles():
-    """The emoji of the demo as PIL pictures, and the rows of their table (index, category, subcategory, name)."""
-    with open(DEMO / "emoji64.tsv", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
-    sheet = read_picture(DEMO / "emoji64.webp")
-    per_row = sheet.width // 64
-    tiles = []
-    for i in range(len(rows)):
-        x = i % per_row * 64
-        y = i // per_row * 64
-        tiles.append(sheet.crop((x, y, x + 64, y + 64)))
-    return tiles, rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------

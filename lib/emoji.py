@@ -1,0 +1,138 @@
+"""The demo's pictures: 9,020 emoji in six drawing styles, and which of them no model sees in training."""
+import csv
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib.pictures import read_picture
+
+FOLDER = Path(__file__).resolve().parent.parent / "demo" / "emoji"
+TILE = 64                                       # side of a picture in a sheet, in pixels
+PER_ROW = 50                                    # pictures in a row of a sheet
+UNSEEN_THINGS = 0.03                            # share of things that are held out in all styles
+UNSEEN_PAIRS = 0.1                              # share of (thing, style) pairs that are held out
+OTHER_CAPTIONS = 0.5                            # share of training captions that are paraphrases
+
+
+@functools.cache
+def rows():
+    """The lines of emoji.tsv: dicts with style, index in the style's sheet, group, subgroup, name and tags."""
+    with open(FOLDER / "emoji.tsv", encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+@functools.cache
+def sheet(style):
+    """All pictures of a style, 50 in a row, as one PIL picture."""
+    return read_picture(FOLDER / f"{style}.webp")
+
+
+def tile(row, size=TILE):
+    """The picture of a row as a PIL picture of size x size pixels."""
+    index = int(row["index"])
+    x = index % PER_ROW * TILE
+    y = index // PER_ROW * TILE
+    return sheet(row["style"]).resize((size, size), Image.LANCZOS, (x, y, x + TILE, y + TILE))
+
+
+def class_of(row):
+    """The class of a row: its style and its subgroup, such as fluent/cat-faces."""
+    subgroup = re.sub("[^a-z]+", "-", row["subgroup"])
+    return f"{row['style']}/{subgroup}"
+
+
+def captions_of(row):
+    """All captions of a row: the usual one, then its paraphrases."""
+    style = f"{row['style']} style"
+    name = row["name"]
+    tags = row["tags"].split("|")
+    captions = [f"{style}, {name}", f"{name}, {style}", name]
+    for start in range(0, len(tags) - 1, 3):
+        captions.append(", ".join([*tags[start:start + 3], style]))
+    return captions
+
+
+def share(text):
+    """A number in [0, 1) that depends on a text alone. It is uniform over many texts."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+
+
+@functools.cache
+def split():
+    """Indices of rows: (training, unseen pairs, unseen things).
+
+    3 % of the things are held out in all styles. Of all other (thing, style) pairs 10 % are held out, but never all of
+    a thing. So a model has seen both the thing and the style of an unseen pair, but never together.
+    """
+    pairs_of = {}
+    for i, row in enumerate(rows()):
+        pairs_of.setdefault(row["name"], []).append(i)
+    training = []
+    pairs = []
+    things = []
+    for name, indices in pairs_of.items():
+        if share(f"{name}, all styles") < UNSEEN_THINGS:
+            things += indices
+            continue
+        unseen = [i for i in indices if share(f"{name}, {rows()[i]['style']}") < UNSEEN_PAIRS]
+        if len(unseen) == len(indices):
+            unseen = unseen[1:]
+        pairs += unseen
+        training += sorted(set(indices) - set(unseen))
+    return sorted(training), sorted(pairs), sorted(things)
+
+
+class Emoji:
+    """The training part of the demo's pictures or, with train=False, all that are held out: pairs, then things.
+
+    Conditions are classes, a style and a subgroup each, or with captions=True texts.
+    """
+
+    def __init__(self, size, train=True, captions=False):
+        training, pairs, things = split()
+        self.rows = [rows()[i] for i in (training if train else pairs + things)]
+        self.pairs = 0 if train else len(pairs)                             # the first ones are unseen pairs
+        self.with_captions = captions
+        self.classes = sorted({class_of(row) for row in rows()})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = torch.tensor([numbers[class_of(row)] for row in self.rows])
+        small = np.stack([np.asarray(tile(row, size)) for row in self.rows])
+        self.pixels = torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()          # (n, 3, size, size) uint8
+        self.fingerprint = f"emoji in six styles {size} {train}"
+        self.kinds = "pictures, captions" if captions else f"pictures, {len(self.classes)} classes"
+
+    def __len__(self):
+        return len(self.rows)
+
+    def name(self, index):
+        return self.captions(index)[0]
+
+    def captions(self, index):
+        """All captions that a picture may get."""
+        return captions_of(self.rows[index])
+
+    def caption(self, index, seed):
+        """One of the captions of a picture; without a seed the usual one."""
+        usual, *others = self.captions(index)
+        rng = np.random.default_rng(seed)
+        if seed is None or rng.random() >= OTHER_CAPTIONS:
+            return usual
+        return others[rng.integers(len(others))]
+
+    def conditions(self, items):
+        """Captions, or classes (B,)."""
+        if self.with_captions:
+            return [self.caption(i, seed) for i, seed in items]
+        return self.labels[[i for i, _ in items]]
+
+    def read_views(self, index, crops):
+        """The picture, uint8 (3, h, w), once for each crop: it is always cut alike."""
+        return [self.pixels[index]] * len(crops)
+
+    def __getitems__(self, items):
+        return self.pixels[[i for i, _ in items]], self.conditions(items), []
