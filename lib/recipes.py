@@ -140,7 +140,7 @@ VQ = derive(
 )
 EMOJI = dict(size=32, epochs=0, lr=1e-3, schedule="lin00", final_lr=0.01, betas=(0.9, 0.99), clip=2.0, ema=0.0,
              dtype="fp32", batch_size=16, l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0)
-VQ_EMOJI = derive(VQ, **EMOJI, model="emoji_vq", steps=7500, warm_steps=300, restart_after=300)
+VQ_EMOJI = derive(VQ, **EMOJI, model="emoji_vq", steps=9000, warm_steps=300, restart_after=300)
 VQ_BITS = derive(VQ, restart_after=0)                                       # bits have no codebook that could collapse
 # LlamaGen's optimizer is Adam, whose weight decay is ignored. Its codes have length 1 and need no restarts.
 VQ_SINGLE = derive(VQ, adaptive=False, restart_after=0, ema=0.0, warmup=0.0, zoom=(1.0, 1.25), flip=True)
