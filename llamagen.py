@@ -98,9 +98,9 @@ CONFIGS = {
     "c2i_3B_384": Config(depth=24, width=3200, heads=32, hidden=8704, side=24),     # D = 100, the others have 64
     "t2i_XL_stage1_256": replace(_XL, num_classes=0, text_width=2048),
     "t2i_XL_stage2_512": replace(_XL, num_classes=0, text_width=2048, side=32),
-    "emoji_llamagen": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=98),
-    "emoji_llamagen_t2i": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=2048, num_classes=0,
-                                 text_width=128, text_slots=48),            # 32 x 32 pixels, both trained in demo/
+    "emoji_llamagen": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=4096, num_classes=575),
+    "emoji_llamagen_t2i": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=4096, num_classes=0,
+                                 text_width=128, text_slots=64),            # 32 x 32 pixels, both trained in demo/
 }
 # Sizes by their own names, for random weights
 CONFIGS["llamagen_B"] = CONFIGS["c2i_B_256"]

@@ -69,7 +69,7 @@ from lib.checkpoints import Checkpoints, named_tensors
 from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json, check_ranges, choose_device,
                          rank_and_world, run_command, say)
 from lib.data import order_of_batches, report_broken
-from lib.evaluate import evaluate_syncnet
+from lib.evaluate import evaluate
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
@@ -475,7 +475,7 @@ def check_args(args):
     check_ranges(*recipes.out_of_range(args))
     learning_rate(1, 2, args.schedule, 0, 0, 1)                             # raises if --schedule is unknown
     task_of(args).check_args(args)
-    check_json(args, args.bench)
+    check_json(args, args.bench or getattr(args, "evaluate", None))
     folder = Path(args.data).resolve()
     if args.data != "demo" and folder in (Path(args.out).resolve(), *Path(args.out).resolve().parents):
         raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")
@@ -497,7 +497,7 @@ def main(args):
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # from torch.distributed.checkpoint
     check_args(args)
     study = studies.study_latentsync if args.model_name == "latentsync" else studies.study_syncnet
-    commands = {"evaluate": evaluate_syncnet, "prepare": prepare, "study": functools.partial(study, train=train),
+    commands = {"evaluate": functools.partial(evaluate, task_class=task_of(args)), "prepare": prepare, "study": functools.partial(study, train=train),
                 "scaling_laws": functools.partial(studies.scaling_laws, train=train), "bench": bench}
     for flag, command in commands.items():
         if getattr(args, flag, None):

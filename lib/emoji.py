@@ -12,6 +12,7 @@ from PIL import Image
 from lib.pictures import read_picture
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo" / "emoji"
+STYLES = ("noto", "noto-v1", "fluent", "fluent-flat", "twemoji", "emojione")
 TILE = 64                                       # side of a picture in a sheet, in pixels
 PER_ROW = 50                                    # pictures in a row of a sheet
 UNSEEN_THINGS = 0.03                            # share of things that are held out in all styles
@@ -26,7 +27,7 @@ def rows():
         return list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-@functools.cache
+@functools.lru_cache(1)
 def sheet(style):
     """All pictures of a style, 50 in a row, as one PIL picture."""
     return read_picture(FOLDER / f"{style}.webp")
@@ -38,6 +39,13 @@ def tile(row, size=TILE):
     x = index % PER_ROW * TILE
     y = index // PER_ROW * TILE
     return sheet(row["style"]).resize((size, size), Image.LANCZOS, (x, y, x + TILE, y + TILE))
+
+
+@functools.lru_cache(2)
+def pictures(size):
+    """The pictures of all rows, uint8 (9020, 3, size, size)."""
+    small = np.stack([np.asarray(tile(row, size)) for row in rows()])
+    return torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()
 
 
 def class_of(row):
@@ -88,22 +96,21 @@ def split():
 
 
 class Emoji:
-    """The training part of the demo's pictures or, with train=False, all that are held out: pairs, then things.
+    """One part of the demo's pictures: "training", "pairs", "things", or both of these as "unseen".
 
-    Conditions are classes, a style and a subgroup each, or with captions=True texts.
+    Conditions are classes, each a style and a subgroup, or with captions=True texts.
     """
 
-    def __init__(self, size, train=True, captions=False):
+    def __init__(self, size, part="training", captions=False):
         training, pairs, things = split()
-        self.rows = [rows()[i] for i in (training if train else pairs + things)]
-        self.pairs = 0 if train else len(pairs)                             # the first ones are unseen pairs
+        self.indices = dict(training=training, pairs=pairs, things=things, unseen=pairs + things)[part]
+        self.rows = [rows()[i] for i in self.indices]
         self.with_captions = captions
         self.classes = sorted({class_of(row) for row in rows()})
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[class_of(row)] for row in self.rows])
-        small = np.stack([np.asarray(tile(row, size)) for row in self.rows])
-        self.pixels = torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()          # (n, 3, size, size) uint8
-        self.fingerprint = f"emoji in six styles {size} {train}"
+        self.pixels = pictures(size)[self.indices]                          # (n, 3, size, size) uint8
+        self.fingerprint = f"emoji in six styles {size} {part}"
         self.kinds = "pictures, captions" if captions else f"pictures, {len(self.classes)} classes"
 
     def __len__(self):

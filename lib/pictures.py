@@ -196,28 +196,30 @@ def ssim(a, b):
 # Writing
 
 
-def grid(pictures, columns, gap=2, enlarge=None, titles=()):
+def grid(pictures, columns, gap=2, enlarge=None, titles=(), labels=()):
     """uint8 (N, h, w, 3) -> one picture on white, filled row by row. Small pictures are enlarged.
 
-    titles: texts above the columns.
+    titles: texts above the columns. labels: texts at the left of the rows.
     """
     n, h, w, _ = pictures.shape
     scale = enlarge or max(1, 128 // h)
     h = h * scale
     w = w * scale
+    font = ImageFont.load_default(12)
     top = 20 if titles else 0
+    left = 8 + math.ceil(max(font.getlength(label) for label in labels)) if labels else 0
     rows = -(-n // columns)
-    sheet = np.full((top + rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    sheet = np.full((top + rows * (h + gap) - gap, left + columns * (w + gap) - gap, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
         y = top + i // columns * (h + gap)
-        x = i % columns * (w + gap)
+        x = left + i % columns * (w + gap)
         sheet[y:y + h, x:x + w] = picture.repeat(scale, 0).repeat(scale, 1)
-    if not titles:
-        return sheet
     sheet = Image.fromarray(sheet)
+    pen = ImageDraw.Draw(sheet)
     for i, title in enumerate(titles):
-        centre = (i * (w + gap) + w // 2, top // 2)
-        ImageDraw.Draw(sheet).text(centre, title, "black", ImageFont.load_default(12), anchor="mm")
+        pen.text((left + i * (w + gap) + w // 2, top // 2), title, "black", font, anchor="mm")
+    for i, label in enumerate(labels):
+        pen.text((left - 4, top + i * (h + gap) + h // 2), label, "black", font, anchor="rm")
     return np.asarray(sheet)
 
 

@@ -105,12 +105,13 @@ COMMON = {
     "max_skipped": Setting(10, "stop after N steps in a row whose gradient was not finite", 1, metavar="N"),
     "stop_after": Setting(0, "save and stop after this number of steps; --resume auto continues", 0, metavar="STEPS"),
     "bench": switch("do not train: time a step, and its matrix products alone"),
-    "json": file("with --bench: write its numbers"),
+    "json": file("with --bench, or --evaluate of an image model: write the numbers"),
     "traceback": switch("show where in the code an error arose"),
 }
 
 # Tokenizers and autoencoders. VAR's authors released no tokenizer recipe. "imagenet" is ours, near LlamaGen's.
 
+EVALUATE = file("do not train: how well does this model do on held-out pictures?")
 PATCH_NUMS = Setting(None, "sides of the token maps of all scales, coarse to fine, instead of the recipe's", type=int,
                      metavar="N", options={"nargs": "+"})
 VQ = derive(
@@ -132,6 +133,7 @@ VQ = derive(
     adaptive=Setting(True),                     # scale the adversarial gradient to the reconstruction's
     lpips=file("torchvision's vgg16 weights, and the linear heads of LPIPS", ("VGG16", "HEADS"), nargs=2),
     init=file("start from this tokenizer"),
+    evaluate=EVALUATE,
     decoder_only=switch("with --init: train the decoder alone; tokens stay as they are"),
     patch_nums=PATCH_NUMS,
     warm_steps=Setting(0, "steps without quantization before the codebook is initialised (with --init none)", 0),
@@ -167,8 +169,9 @@ VQ_RECIPES = {
 GENERATOR = derive(                             # what the three transformers have in common
     COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
-    vae=file("the trained tokenizer", flags=("--vae", "--vq"), required=True),
+    vae=file("the trained tokenizer; recipes of the demo have one", flags=("--vae", "--vq")),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
+    evaluate=EVALUATE,
     sampling=Setting({}),                       # settings that sample.py uses with the model by default
     show=Setting(()),                           # classes or prompts that sample.py draws; none: spread over all classes
 )
@@ -186,11 +189,12 @@ VAR = derive(
                         "powers of their sizes; writes a table and a picture"),
 )
 VAR_LARGE = derive(VAR, epochs=350, lr=2.4e-4, final_lr=0.01)
-SHOWN_CLASSES = ("face-smiling", "cat-face", "heart", "face-hat", "animal-reptile", "food-fruit", "person", "place-map",
-                 "face-tongue", "mail", "award-medal", "time", "country-flag", "animal-amphibian", "face-glasses",
-                 "money")
+SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-flat/costumed-creatures", "noto/fruit",
+                 "emojione/country-flags", "twemoji/mail", "fluent/globes-maps", "noto-v1/concerned",
+                 "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
+                 "noto-v1/hearts", "emojione/smiling")
 VAR_EMOJI = derive(
-    VAR, model="emoji_var", size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998,
+    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998,
     dtype="fp32", cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5), show=SHOWN_CLASSES,
 )
 VAR_RECIPES = {
@@ -218,11 +222,13 @@ INFINITY = derive(
     scales=Setting(0, "train only this number of scales, coarse ones first; 0: all", 0),
     short_captions=SHORT_CAPTIONS, t5=T5,
 )
+SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat", "fluent-flat style, rocket",
+                 "noto-v1 style, green apple", "emojione style, sunflower", "twemoji style, mushroom",
+                 "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
-    INFINITY, model="emoji_infinity", size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02,
+    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02,
     final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
-    show=("grinning cat face", "red apple", "green heart", "french fries", "smiling face with sunglasses",
-          "pouting cat face", "blue heart", "broken heart"),
+    show=SHOWN_PROMPTS,
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
@@ -252,12 +258,10 @@ LLAMAGEN = derive(
 LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captions=True,    # no length is published
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
-    size=32, epochs=0, steps=2600, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
+    vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=2600, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
     ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
-SHOWN_PROMPTS = ("red heart", "crying cat face", "green apple", "rocket", "sunflower", "french fries",
-                 "smiling face with sunglasses", "robot face")
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
     "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=SHOWN_CLASSES),

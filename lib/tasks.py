@@ -341,6 +341,12 @@ class AutoencoderTask(TokenizerTask):
         model.config = config
 
 
+def check_tokenizer(args):
+    """Raise UserError without a tokenizer."""
+    if args.vae is None:
+        raise UserError("--vae: give the trained tokenizer, a file of train.py vq or a released one")
+
+
 class TransformerTask(Task):
     """What the three transformers have in common. Their tokenizers are frozen.
 
@@ -349,6 +355,7 @@ class TransformerTask(Task):
 
     @staticmethod
     def check_args(args):
+        check_tokenizer(args)
         views = []
         if args.model_name == "llamagen" and not args.captions and args.data != "demo":
             views = list(PictureFolder.VIEWS)
@@ -473,6 +480,7 @@ class InfinityTask(TransformerTask):
 
     @staticmethod
     def check_args(args):
+        check_tokenizer(args)
         check_pixels(args.pixels)
 
     def setup(self, generator):

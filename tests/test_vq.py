@@ -10,7 +10,7 @@ from einops import rearrange
 import vq
 from helpers import ROOT, randn, tiny_bits, tiny_single, tiny_tokenizer
 from lib import losses
-from lib.data import EmojiSheet
+from lib.emoji import Emoji
 from lib.pictures import psnr, to_input
 
 
@@ -136,7 +136,7 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     """With the trained demo tokenizer, on held-out pictures. Encoding a decoded picture again does not give every token
     back (many codes are near-ties), but loses much less than the first encoding did, and no more each time."""
     tokenizer = vq.load(ROOT / "demo" / "emoji_vq.safetensors")
-    image = to_input(EmojiSheet(32, train=False).pixels[::4], "cpu")
+    image = to_input(Emoji(32, "unseen").pixels[::40], "cpu")
     first = tokenizer.detokenize(tokenizer.tokenize(image))
     second = tokenizer.detokenize(tokenizer.tokenize(first))
     third = tokenizer.detokenize(tokenizer.tokenize(second))
