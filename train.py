@@ -497,8 +497,9 @@ def main(args):
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # from torch.distributed.checkpoint
     check_args(args)
     study = studies.study_latentsync if args.model_name == "latentsync" else studies.study_syncnet
-    commands = {"evaluate": functools.partial(evaluate, task_class=task_of(args)), "prepare": prepare, "study": functools.partial(study, train=train),
-                "scaling_laws": functools.partial(studies.scaling_laws, train=train), "bench": bench}
+    commands = {"evaluate": functools.partial(evaluate, task_class=task_of(args)), "prepare": prepare, "bench": bench,
+                "study": functools.partial(study, train=train),
+                "scaling_laws": functools.partial(studies.scaling_laws, train=train)}
     for flag, command in commands.items():
         if getattr(args, flag, None):
             if rank_and_world()[1] > 1:

@@ -1,4 +1,5 @@
 """`train.py MODEL --evaluate FILE`: how well does a model do on data that no training has seen?"""
+import argparse
 import math
 from pathlib import Path
 
@@ -29,9 +30,8 @@ def evaluate(args, task_class):
     if args.model_name == "syncnet":
         return evaluate_syncnet(args)
     device, why = choose_device(args.device)
-    args.cache_crops = "0"                                                  # tokens are needed once
-    args.strength = 0.0                                                     # Infinity's: no bit is flipped
-    args.init = None
+    # Tokens are needed once, Infinity flips no bits, and the task's own model has random weights.
+    args = argparse.Namespace(**vars(args) | dict(cache_crops="0", strength=0.0, init=None))
     train_set, unseen = open_data(args)
     task = task_class(args, train_set, unseen, device, torch.Generator(device).manual_seed(args.seed), micro_batches=1)
     if args.model_name == "vq":

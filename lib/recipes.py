@@ -194,7 +194,8 @@ SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-f
                  "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
                  "noto-v1/hearts", "emojione/smiling")
 VAR_EMOJI = derive(
-    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=4800, batch_size=16, lr=1e-3, init_gamma=0.1, ema=0.998,
+    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=4800, batch_size=16,
+    lr=1e-3, init_gamma=0.1, ema=0.998,
     dtype="fp32", cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5), show=SHOWN_CLASSES,
 )
 VAR_RECIPES = {
@@ -222,11 +223,12 @@ INFINITY = derive(
     scales=Setting(0, "train only this number of scales, coarse ones first; 0: all", 0),
     short_captions=SHORT_CAPTIONS, t5=T5,
 )
-SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat", "fluent-flat style, rocket",
-                 "noto-v1 style, green apple", "emojione style, sunflower", "twemoji style, mushroom",
-                 "fluent style, smiling face with sunglasses")
+SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat",
+                 "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
+                 "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
-    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=5000, batch_size=16, lr=1e-3, warmup=0.02,
+    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=5000,
+    batch_size=16, lr=1e-3, warmup=0.02,
     final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
     show=SHOWN_PROMPTS,
 )
@@ -258,7 +260,8 @@ LLAMAGEN = derive(
 LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captions=True,    # no length is published
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
-    vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=2600, batch_size=32, lr=1e-3, schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
+    vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=2600, batch_size=32, lr=1e-3,
+    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
     ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 import latentsync
 import var
@@ -36,7 +35,7 @@ STAGE2_STUDY = {
     "with SyncNet and TREPA": {},
 }
 STAGE2_VIDEOS = 16                              # unseen videos that score each run
-LADDER = (1, 2, 3, 4, 6, 8)                     # depths of VAR; the demo's models are 32 wide per block
+LADDER = (1, 2, 3, 4, 5, 6)                     # depths of VAR; the demo's models are 32 wide per block
 
 
 def changed(args, folder, **changes):
@@ -123,28 +122,36 @@ def scaling_laws(args, train):
     """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small.
 
     Models of all depths in LADDER see the same batches. Their losses on unseen pictures are fitted as loss = a N^alpha,
-    where N is the number of parameters. --lr is for the recipe's own depth; wider models need lower rates (muP, arXiv
-    2203.03466). Writes scaling.csv and scaling.png.
+    where N is the number of parameters in the blocks, as in the paper. The lowest loss for a given compute C is fitted
+    in the same way. --lr is for the recipe's own depth; wider models need lower rates (muP, arXiv 2203.03466).
+    Writes scaling.csv and scaling.png.
     """
     out = check_writable(args.out)
     usual_depth = var.CONFIGS[args.model].depth
     rows = []
+    curves = {}                                                             # depth -> (compute, loss) of validations
     for depth in LADDER:
         folder = out / f"d{depth}"
         print(f"depth {depth}:")
         train(changed(args, folder, depth=depth, lr=args.lr * usual_depth / depth))
-        last = validations(folder)[-1]
-        parameters = sum(p.numel() for p in load_file(folder / "model.safetensors").values())
-        row = {"depth": depth, "parameters": parameters, "steps": int(last["step"])}
-        row |= {name: float(last[f"val_{name}"]) for name in ("loss", "tail_loss", "accuracy", "tail_accuracy")}
-        rows.append(row)
+        log = validations(folder)
+        model = var.load(folder / "model.safetensors")
+        in_blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("blocks", "shared")))
+        tokens = sum(p * p for p in model.config.patch_nums)
+        flop = 6 * (in_blocks + model.head.weight.numel()) * tokens * args.batch_size       # of a step
+        steps, losses = curve(log, "val_loss")
+        curves[depth] = [step * flop for step in steps], losses
+        row = {"depth": depth, "parameters": in_blocks, "steps": steps[-1], "FLOP": steps[-1] * flop}
+        row |= {name: float(log[-1][f"val_{name}"]) for name in ("loss", "tail_loss", "accuracy", "tail_accuracy")}
+        rows.append(row | {"lowest_loss": min(losses)})
     write_table(out / "scaling.csv", rows)
-    save_png(out / "scaling.png", scaling_charts(rows), {"model": "var", "steps": args.steps})
+    charts = [*laws_of_size(rows), law_of_compute(curves)]
+    save_png(out / "scaling.png", sheet_of_charts(charts, 3), {"model": "var", "steps": args.steps})
     print(f"table in {out}/scaling.csv, picture in {out}/scaling.png")
 
 
-def scaling_charts(rows):
-    """Fit the four laws, print them, and draw them as one picture."""
+def laws_of_size(rows):
+    """Fit the four laws of N, print them, and draw a chart of each."""
     sizes = np.array([row["parameters"] for row in rows])
     charts = []
     for name, title in (("loss", "loss, all scales"), ("tail_loss", "loss, last scale"),
@@ -152,17 +159,29 @@ def scaling_charts(rows):
         values = np.array([row[name] for row in rows])
         if "accuracy" in name:
             values = 1 - values
-        alpha, offset, r = power_law(sizes, values)
-        law = f"{math.exp(offset):.3g} N^{alpha:.4f}, r = {r:.3f}"
+        law, line = power_law(sizes, values, "N")
         print(f"{title}: {law}")
         points = [(x, y, f"d{row['depth']}") for x, y, row in zip(np.log10(sizes), np.log10(values), rows)]
-        ends = [points[0][0] - 0.1, points[-1][0] + 0.1]
-        line = ends, [alpha * x + offset / math.log(10) for x in ends]
         charts.append(chart({law: line}, title, "log10 N", "log10", (), points, size=(400, 300)))
-    return sheet_of_charts(charts, 2)
+    return charts
 
 
-def power_law(sizes, values):
-    """(alpha, log a, r) of values = a * sizes^alpha, by least squares between logarithms, whose correlation is r."""
-    alpha, offset = np.polyfit(np.log(sizes), np.log(values), 1)
-    return alpha, offset, np.corrcoef(np.log(sizes), np.log(values))[0, 1]
+def law_of_compute(curves):
+    """Fit the lowest loss that any model reached with a given compute, print the law, and draw all curves."""
+    points = sorted((flop, loss) for xs, ys in curves.values() for flop, loss in zip(xs, ys))
+    frontier = [point for i, point in enumerate(points) if all(point[1] < loss for _, loss in points[:i])]
+    law, line = power_law(*np.array(frontier).T, "C")
+    print(f"lowest loss for a compute of C FLOP: {law}")
+    lines = {f"d{depth}": (np.log10(xs), np.log10(ys)) for depth, (xs, ys) in curves.items()}
+    return chart(lines | {law: line}, "loss, all scales", "log10 FLOP", "log10", size=(400, 300))
+
+
+def power_law(xs, values, letter):
+    """Fit values = a x^alpha by least squares between logarithms -> (the law in words, its line in logarithms of 10).
+
+    r is the correlation of the logarithms.
+    """
+    alpha, offset = np.polyfit(np.log10(xs), np.log10(values), 1)
+    r = np.corrcoef(np.log10(xs), np.log10(values))[0, 1]
+    ends = [np.log10(xs).min() - 0.1, np.log10(xs).max() + 0.1]
+    return f"{10**offset:.3g} {letter}^{alpha:.4f}, r = {r:.3f}", (ends, [alpha * x + offset for x in ends])

@@ -411,8 +411,9 @@ def test_scaling_laws(files, tmp_path, capsys, monkeypatch):
     assert [row["depth"] for row in rows] == ["1", "2", "3"] and (tmp_path / "scaling.png").exists()
     assert "loss, last scale: " in capsys.readouterr().out
     sizes = np.array([1e5, 1e6, 1e7])
-    alpha, offset, r = studies.power_law(sizes, (3e-3 * sizes) ** -0.2)
-    assert (alpha, np.exp(offset), r) == pytest.approx((-0.2, 3e-3 ** -0.2, -1.0))
+    law, (ends, values) = studies.power_law(sizes, 5 * sizes**-0.2, "N")
+    assert law == "5 N^-0.2000, r = -1.000"
+    assert ends == pytest.approx([4.9, 7.1]) and 10 ** values[0] == pytest.approx(5 * (10**4.9) ** -0.2)
 
 
 def test_bench_of_a_step(pictures, files, tmp_path, capsys):
