@@ -1,9 +1,10 @@
 """Train a model. One loop from batch to optimizer serves all of them.
 
-    python train.py vq                                              the demo's tokenizer; under an hour on two cores
-    python train.py var --vae runs/vq/model.safetensors
-    python train.py llamagen --vae demo/emoji_vq_single.safetensors         class -> emoji, token by token
-    python train.py infinity --vae demo/emoji_bsq.safetensors       text -> emoji, with a small T5 on bytes
+    python train.py vq                                              the demo's tokenizer; an hour and a half on a CPU
+    python train.py var --vae runs/vq/model.safetensors             class -> emoji, scale by scale
+    python train.py llamagen                                        class -> emoji, token by token
+    python train.py infinity                                        text -> emoji, with a small T5 on bytes
+    python train.py infinity --evaluate runs/infinity/model.safetensors     how well does it draw unseen combinations?
     python train.py vq  --recipe imagenet --data DIR --lpips vgg16.pth vgg_lpips.pth
     python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
     python train.py infinity --recipe 2B_256 --data DIR --vae infinity_vae_d32reg.pth --t5 flan-t5-xl
