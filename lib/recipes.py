@@ -142,7 +142,8 @@ VQ = derive(
 )
 EMOJI = dict(size=32, epochs=0, lr=1e-3, schedule="lin00", final_lr=0.01, betas=(0.9, 0.99), clip=2.0, ema=0.0,
              dtype="fp32", batch_size=16, l1=1.0, lpips_weight=0.0, disc_weight=0.0, disc_start=0)
-VQ_EMOJI = derive(VQ, **EMOJI, model="emoji_vq", steps=9000, warm_steps=300, restart_after=300)
+VQ_EMOJI = derive(VQ, **EMOJI | dict(batch_size=8, lr=7e-4), model="emoji_vq", steps=19000, warm_steps=600,
+                  restart_after=600)
 VQ_BITS = derive(VQ, restart_after=0)                                       # bits have no codebook that could collapse
 # LlamaGen's optimizer is Adam, whose weight decay is ignored. Its codes have length 1 and need no restarts.
 VQ_SINGLE = derive(VQ, adaptive=False, restart_after=0, ema=0.0, warmup=0.0, zoom=(1.0, 1.25), flip=True)
@@ -152,10 +153,10 @@ KL = derive(VQ, model="sd-vae-ft-mse", l1=1.0, l2=0.0, lr=4.5e-6, kl_weight=1e-6
 VQ_RECIPES = {
     "emoji": VQ_EMOJI,
     "imagenet": VQ,
-    "infinity_emoji": derive(VQ_EMOJI, model="emoji_bsq", warm_steps=0, restart_after=0),
+    "infinity_emoji": derive(VQ, **EMOJI, model="emoji_bsq", steps=9000, restart_after=0),
     **{f"infinity_d{d}": derive(VQ_BITS, model=f"infinity_vae_d{d}") for d in (16, 24, 32, 64)},
     "infinity_d56": derive(VQ_BITS, model="infinity_vae_d56_f8_14_patchify"),
-    "llamagen_emoji": derive(VQ_EMOJI, model="emoji_vq_single"),
+    "llamagen_emoji": derive(VQ_EMOJI, model="emoji_vq_single", steps=14000),
     "llamagen_ds16": derive(VQ_SINGLE, model="vq_ds16_c2i"),
     "llamagen_ds8": derive(VQ_SINGLE, model="vq_ds8_c2i"),
     "llamagen_ds16_t2i": derive(VQ_SINGLE, model="vq_ds16_t2i", disc_start=0),          # continues ds16, with --init

@@ -84,7 +84,7 @@ def test_arguments_do_not_change_after_parsing(tiny_configs, pictures, files, tm
 
 def test_flags_override_the_recipe_and_out_of_range_values_are_refused(capsys):
     args = train.parse_args(["vq", "--lr", "0.5", "--no-checkpointing"])
-    assert args.lr == 0.5 and args.checkpointing is False and args.steps == 9000 and args.out == "runs/vq"
+    assert args.lr == 0.5 and args.checkpointing is False and args.steps == 19000 and args.out == "runs/vq"
     args = train.parse_args(["vq", "--epochs", "2"])
     assert (args.steps, args.epochs) == (0, 2)                              # the recipe's steps do not count then
     for flag, value in (("--lr", "nan"), ("--l1", "-1"), ("--warmup", "2"), ("--batch-size", "0"), ("--keep", "0")):
