@@ -336,7 +336,7 @@ class LlamaGen(nn.Module):
         if cond_drop is None:
             cond_drop = self.config.cond_drop if self.training else 0.0
         logits = self(cond, tokens[:, :-1], text_mask, cond_drop, generator)
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")      # (B, N)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)      # (B, N)
         correct = (logits.detach().argmax(-1) == tokens).float()
         if valid is None:
             return losses.mean(), {"accuracy": correct.mean()}

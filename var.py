@@ -291,7 +291,8 @@ class VAR(nn.Module):
         if class_drop is None:
             class_drop = self.config.class_drop if self.training else 0.0
         logits = self(labels, features, class_drop, generator)
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens, label_smoothing=label_smoothing, reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=label_smoothing,
+                                 reduction="none").view_as(tokens)          # (B, L)
         with torch.no_grad():
             correct = (logits.argmax(-1) == tokens).float()
             tail = slice(-self.config.patch_nums[-1] ** 2, None)
