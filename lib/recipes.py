@@ -156,7 +156,7 @@ VQ_RECIPES = {
     "infinity_emoji": derive(VQ, **EMOJI, model="emoji_bsq", steps=9000, restart_after=0),
     **{f"infinity_d{d}": derive(VQ_BITS, model=f"infinity_vae_d{d}") for d in (16, 24, 32, 64)},
     "infinity_d56": derive(VQ_BITS, model="infinity_vae_d56_f8_14_patchify"),
-    "llamagen_emoji": derive(VQ_EMOJI, model="emoji_vq_single", steps=14000),
+    "llamagen_emoji": derive(VQ, **EMOJI, model="emoji_vq_single", steps=8500, warm_steps=300, restart_after=300),
     "llamagen_ds16": derive(VQ_SINGLE, model="vq_ds16_c2i"),
     "llamagen_ds8": derive(VQ_SINGLE, model="vq_ds8_c2i"),
     "llamagen_ds16_t2i": derive(VQ_SINGLE, model="vq_ds16_t2i", disc_start=0),          # continues ds16, with --init
