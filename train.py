@@ -475,8 +475,10 @@ def check_args(args):
     """Raise UserError for what argparse does not check."""
     check_ranges(*recipes.out_of_range(args))
     learning_rate(1, 2, args.schedule, 0, 0, 1)                             # raises if --schedule is unknown
-    task_of(args).check_args(args)
-    check_json(args, args.bench or getattr(args, "evaluate", None))
+    evaluates = getattr(args, "evaluate", None)
+    if not evaluates:                                                       # else the settings of training do not count
+        task_of(args).check_args(args)
+    check_json(args, args.bench or evaluates and args.model_name != "syncnet")
     folder = Path(args.data).resolve()
     if args.data != "demo" and folder in (Path(args.out).resolve(), *Path(args.out).resolve().parents):
         raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")

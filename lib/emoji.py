@@ -17,7 +17,7 @@ TILE = 64                                       # side of a picture in a sheet, 
 PER_ROW = 50                                    # pictures in a row of a sheet
 UNSEEN_THINGS = 0.03                            # share of things that are held out in all styles
 UNSEEN_PAIRS = 0.1                              # share of (thing, style) pairs that are held out
-OTHER_CAPTIONS = 0.5                            # share of training captions that are paraphrases
+PARAPHRASED = 0.5                               # share of training captions that are paraphrases
 
 
 @functools.cache
@@ -55,17 +55,20 @@ def class_of(row):
 
 
 def captions_of(row):
-    """All captions of a row: the usual one, then its paraphrases."""
+    """The usual caption of a row, then its paraphrases: prompts may name the style last, or not at all, or be keywords.
+    """
     style = f"{row['style']} style"
     name = row["name"]
     tags = row["tags"].split("|")
     captions = [f"{style}, {name}", f"{name}, {style}", name]
-    for start in range(0, len(tags) - 1, 3):
-        captions.append(", ".join([*tags[start:start + 3], style]))
+    for start in range(0, len(tags), 3):
+        few = tags[start:start + 3]
+        if len(few) > 1:                                                    # one keyword alone says too little
+            captions.append(", ".join([*few, style]))
     return captions
 
 
-def share(text):
+def hash_to_unit(text):
     """A number in [0, 1) that depends on a text alone. It is uniform over many texts."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
@@ -74,20 +77,21 @@ def share(text):
 def split():
     """Indices of rows: (training, unseen pairs, unseen things).
 
-    3 % of the things are held out in all styles. Of all other (thing, style) pairs 10 % are held out, but never all of
-    a thing. So a model has seen both the thing and the style of an unseen pair, but never together.
+    3 % of the things are held out in all styles. Of all other (thing, style) pairs 10 % are held out, but at least one
+    style of each thing stays in training. So a model has seen both the thing and the style of an unseen pair, but never
+    together.
     """
-    pairs_of = {}
+    rows_of_thing = {}
     for i, row in enumerate(rows()):
-        pairs_of.setdefault(row["name"], []).append(i)
+        rows_of_thing.setdefault(row["name"], []).append(i)
     training = []
     pairs = []
     things = []
-    for name, indices in pairs_of.items():
-        if share(f"{name}, all styles") < UNSEEN_THINGS:
+    for name, indices in rows_of_thing.items():
+        if hash_to_unit(f"{name}, all styles") < UNSEEN_THINGS:
             things += indices
             continue
-        unseen = [i for i in indices if share(f"{name}, {rows()[i]['style']}") < UNSEEN_PAIRS]
+        unseen = [i for i in indices if hash_to_unit(f"{name}, {rows()[i]['style']}") < UNSEEN_PAIRS]
         if len(unseen) == len(indices):
             unseen = unseen[1:]
         pairs += unseen
@@ -96,9 +100,9 @@ def split():
 
 
 class Emoji:
-    """One part of the demo's pictures: "training", "pairs", "things", or both of these as "unseen".
+    """One part of the demo's pictures: "training", "pairs", "things", or "unseen", which is pairs and then things.
 
-    Conditions are classes, each a style and a subgroup, or with captions=True texts.
+    Conditions are numbers of classes, of which each is a style and a subgroup. With captions=True they are texts.
     """
 
     def __init__(self, size, part="training", captions=False):
@@ -110,7 +114,7 @@ class Emoji:
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[class_of(row)] for row in self.rows])
         self.pixels = pictures(size)[self.indices]                          # (n, 3, size, size) uint8
-        self.fingerprint = f"emoji in six styles {size} {part}"
+        self.fingerprint = hashlib.sha256(self.pixels.numpy()).hexdigest()
         self.kinds = "pictures, captions" if captions else f"pictures, {len(self.classes)} classes"
 
     def __len__(self):
@@ -127,7 +131,7 @@ class Emoji:
         """One of the captions of a picture; without a seed the usual one."""
         usual, *others = self.captions(index)
         rng = np.random.default_rng(seed)
-        if seed is None or rng.random() >= OTHER_CAPTIONS:
+        if seed is None or rng.random() >= PARAPHRASED:
             return usual
         return others[rng.integers(len(others))]
 

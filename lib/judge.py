@@ -15,7 +15,7 @@ RED = (220, 30, 30)
 
 
 class Judge:
-    """Says what pictures show. Distances are Euclidean, between all numbers of two pictures."""
+    """Says what pictures show. Distances are Euclidean, over all pixel values, 0 .. 255."""
 
     def __init__(self, size):
         self.pictures = pictures(size)                                      # (n, 3, size, size) uint8
@@ -33,23 +33,25 @@ class Judge:
 
         thing: of all pictures in the wanted style, the nearest is that of the wanted thing.
         style: of all pictures of the wanted thing, the nearest is that in the wanted style.
-        class: the nearest of all pictures has the wanted class.
+        class: the nearest of all pictures has the wanted class, which is a style and a subgroup.
+        The wanted picture itself and other unseen ones are among these. At equal distances the first row counts.
         """
         right = {"thing": [], "style": [], "class": []}
         for distances, row in zip(self.distances(images), wanted):
-            of_style = np.where(self.styles == self.styles[row], distances, np.inf).argmin()
-            of_thing = np.where(self.names == self.names[row], distances, np.inf).argmin()
-            right["thing"].append(self.names[of_style] == self.names[row])
-            right["style"].append(self.styles[of_thing] == self.styles[row])
+            nearest_of_style = np.where(self.styles == self.styles[row], distances, np.inf).argmin()
+            nearest_of_thing = np.where(self.names == self.names[row], distances, np.inf).argmin()
+            right["thing"].append(self.names[nearest_of_style] == self.names[row])
+            right["style"].append(self.styles[nearest_of_thing] == self.styles[row])
             right["class"].append(self.classes[distances.argmin()] == self.classes[row])
         return {what: 100 * float(np.mean(values)) for what, values in right.items()}
 
 
 def judge_drawings(task, model, pairs):
-    """Draw all unseen pairs and print what the drawings show -> the numbers. Writes two pictures into --out.
+    """Draw what unseen pairs say, and print what the drawings show -> the numbers. Writes pictures into --out.
 
-    Two other sets of pictures say what the numbers mean: the true pictures as the tokenizer decodes them, which no
-    model can surpass, and the same things in another style, which a model could copy from its training set.
+    A text names thing and style of a pair; a class its style and subgroup only, and training has seen it. Two other
+    sets of pictures say what the numbers mean: the true pictures as the tokenizer decodes them, and the same things in
+    another style, which a model could copy from its training set.
     """
     args = task.args
     judge = Judge(args.size)
@@ -57,13 +59,13 @@ def judge_drawings(task, model, pairs):
     with torch.no_grad():
         decoded = [task.tokenizer.reconstruct(to_input(pixels, task.device)) for pixels in pairs.pixels.split(BATCH)]
     decoded = torch.cat(decoded).add(1).div(2)
-    sets = {"drawn": draw(task, model, pairs.indices), "the true pictures, decoded": as_tensor(decoded),
+    sets = {"drawn": draw(task, model, pairs.indices), "the true pictures, decoded": to_uint8(decoded),
             "copied from another style": judge.pictures[[another_style(row) for row in pairs.indices]]}
     result = {}
     for name, images in sets.items():
         result[name] = judge.scores(images, pairs.indices)
         if not args.captions and name == "drawn":
-            del result[name]["thing"]                                       # a class does not name it
+            del result[name]["thing"], result[name]["style"]                # a class says nothing about the thing
         print(f"{name}: " + ", ".join(f"right {what} {value:.1f}%" for what, value in result[name].items()))
     save_png(out / "nearest.png", nearest_pictures(judge, sets["drawn"]))
     print(f"drawings, each with the nearest picture of the training set at its right, in {out}/nearest.png")
@@ -84,10 +86,10 @@ def draw(task, model, wanted):
             what = torch.tensor([task.train_set.classes.index(class_of(rows()[row])) for row in few])
         generators = [torch.Generator(task.device).manual_seed(start + i) for i in range(len(few))]
         images.append(task.draw(model, what, generators))
-    return as_tensor(torch.cat(images))
+    return to_uint8(torch.cat(images))
 
 
-def as_tensor(images):
+def to_uint8(images):
     """(N, 3, h, w) in [0, 1] -> uint8 on the CPU."""
     return torch.from_numpy(to_pixels(images, 0.5)).permute(0, 3, 1, 2)
 
@@ -98,7 +100,7 @@ def as_grid(images):
 
 
 def another_style(row):
-    """A training picture of the same thing, in the first style after this one that has it."""
+    """The row of a training picture of the same thing: in the next style of the table that has it, or in the first."""
     training = set(split()[0])
     alike = [i for i, other in enumerate(rows()) if other["name"] == rows()[row]["name"] and i in training]
     later = [i for i in alike if i > row]
@@ -116,9 +118,8 @@ def nearest_pictures(judge, drawn):
 
 
 def combinations(task, model, judge):
-    """Rows are things, columns styles: at the left drawings, of which unseen pairs are framed, at the right true ones.
-
-    The things are spread over all that exist in all styles and have an unseen pair.
+    """Rows are things. The left half holds drawings, one column per style, with unseen pairs framed in red. The right
+    half holds the true pictures. The things are spread over all that exist in all styles and have an unseen pair.
     """
     row_of = {(row["style"], row["name"]): i for i, row in enumerate(rows())}
     pairs = set(split()[1])

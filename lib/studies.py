@@ -122,9 +122,10 @@ def scaling_laws(args, train):
     """`train.py var --scaling-laws`: section 4.2 of VAR's paper in small.
 
     Models of all depths in LADDER see the same batches. Their losses on unseen pictures are fitted as loss = a N^alpha,
-    where N is the number of parameters in the blocks, as in the paper. The lowest loss for a given compute C is fitted
-    in the same way. --lr is for the recipe's own depth; wider models need lower rates (muP, arXiv 2203.03466).
-    Writes scaling.csv and scaling.png.
+    where N is the number of parameters in the blocks. The paper counts AdaLN as well, which all blocks share here.
+    The lowest loss for a given compute C is fitted in the same way, over the validations of all runs, as in the paper.
+    C counts 6 FLOP per token and parameter of blocks and head; the compute of attention is not in it. --lr is for the
+    recipe's own depth; wider models need lower rates (muP, arXiv 2203.03466). Writes scaling.csv and scaling.png.
     """
     out = check_writable(args.out)
     usual_depth = var.CONFIGS[args.model].depth
@@ -136,7 +137,7 @@ def scaling_laws(args, train):
         train(changed(args, folder, depth=depth, lr=args.lr * usual_depth / depth))
         log = validations(folder)
         model = var.load(folder / "model.safetensors")
-        in_blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("blocks", "shared")))
+        in_blocks = sum(p.numel() for p in model.blocks.parameters())
         tokens = sum(p * p for p in model.config.patch_nums)
         flop = 6 * (in_blocks + model.head.weight.numel()) * tokens * args.batch_size       # of a step
         steps, losses = curve(log, "val_loss")
@@ -167,7 +168,10 @@ def laws_of_size(rows):
 
 
 def law_of_compute(curves):
-    """Fit the lowest loss that any model reached with a given compute, print the law, and draw all curves."""
+    """Fit the lowest loss that any model reached with a given compute, print the law, and draw all curves.
+
+    A validation counts if no other one with less compute has a loss as low.
+    """
     points = sorted((flop, loss) for xs, ys in curves.values() for flop, loss in zip(xs, ys))
     frontier = [point for i, point in enumerate(points) if all(point[1] < loss for _, loss in points[:i])]
     law, line = power_law(*np.array(frontier).T, "C")

@@ -36,6 +36,7 @@ class Task:
     metrics = []                                # columns of the log besides the loss
     val_metrics = ["loss"]
     tokens_per_picture = 0                      # 0: nothing is counted in tokens
+    most_val_pictures = VAL_PICTURES
     unused_weights = False                      # whether some weights get no gradient in some steps
     interrupted = staticmethod(lambda: False)   # whether a signal has arrived; the training loop replaces it
 
@@ -79,7 +80,7 @@ class Task:
 
     def val_items(self):
         """Lists of validation items. Items of different lists never share a batch."""
-        return [spread(len(self.val_set), VAL_PICTURES)]
+        return [spread(len(self.val_set), self.most_val_pictures)]
 
     def val_batches(self):
         """The validation items in batches, which are no larger than those of training."""
@@ -539,7 +540,8 @@ class InfinityTask(TransformerTask):
 
     def val_items(self):
         groups = getattr(self.val_set, "groups", [np.arange(len(self.val_set))])        # one size each
-        return [[(int(i), None) for i in group[:VAL_PICTURES // len(groups)]] for group in groups]
+        most = self.most_val_pictures // len(groups)
+        return [[(int(group[i]), None) for i, _ in spread(len(group), most)] for group in groups]
 
     def draw(self, model, what, generators):
         return model.sample(self.tokenizer, *self.encode(model, what), scales=self.scales(), generator=generators,

@@ -88,8 +88,8 @@ def test_evaluation(model, nets, tmp_path, monkeypatch, capsys, tiny_configs):
         return
     assert result["all"]["loss"] == pytest.approx((43 * result["pairs"]["loss"] + 14 * result["things"]["loss"]) / 57)
     drawn = result["drawings"]
-    assert set(drawn["drawn"]) == ({"style", "class"} if model in ("var", "llamagen") else {"thing", "style", "class"})
-    assert drawn["drawn"] != drawn["the true pictures, decoded"]
+    assert set(drawn["drawn"]) == ({"class"} if model in ("var", "llamagen") else {"thing", "style", "class"})
+    assert drawn["copied from another style"]["style"] < 5
     assert Image.open(tmp_path / "nearest.png").size == (16 * 130 - 2, 4 * 130 - 2)
     assert (tmp_path / "combinations.png").exists() == (model in ("text", "infinity"))
 
