@@ -235,7 +235,7 @@ def test_class_runs_resume_and_draw(pictures, token_files, tmp_path, capsys):
         tmp_path / "b")
     tuned, start = weights(tmp_path / "b"), load_file(token_files[2])
     assert torch.equal(tuned["output.weight"], start["output.weight"])
-    assert len(tuned["cls_embedding.embedding_table.weight"]) == 99
+    assert len(tuned["cls_embedding.embedding_table.weight"]) == 576
     assert "1 weights start from scratch: class_embed.weight" in capsys.readouterr().out
 
 
