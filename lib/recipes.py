@@ -229,8 +229,8 @@ SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji s
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
-    batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True, init_gamma=0.1, checkpointing=False,
-    show=SHOWN_PROMPTS,
+    batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
+    init_gamma=0.1, checkpointing=False, show=SHOWN_PROMPTS,
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
@@ -261,8 +261,7 @@ LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captio
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
     vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=5500, batch_size=16, lr=1e-3,
-    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0,
-    ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
+    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
