@@ -57,7 +57,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import baselines, bench_ops, dubbing, emoji
+from lib import baselines, bench_ops, dubbing, emoji, serving
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
@@ -351,6 +351,9 @@ def sample_llamagen(args):
     if args.temperature and args.temperature < 1e-3:
         raise UserError(f"--temperature {args.temperature}: expected 0, or 0.001 .. {MOST_GUIDANCE}")
     check_npz(args, "--steps-grid")
+    for flag in ("steps_grid", "one_generator", "bench", "compile", "random_weights"):
+        if args.engine and getattr(args, flag):
+            raise UserError(f"--engine and --{flag.replace('_', '-')} exclude each other: vLLM draws in its own way")
     if not (args.bench or args.npz or args.list_classes or args.save_features):
         out, single = check_prompts_out(args, "out/llamagen.png")
         check_paths(args, out)
@@ -428,11 +431,19 @@ def sample_llamagen(args):
             return torch.tensor([items[i] for i in numbers]), None
         return llamagen.left_pad([features[items[i]] for i in numbers], config.text_slots)
 
+    if args.engine:
+        engine = serving.open_engine(args.engine, loaded.files[0], config, machine)
+        settings["engine"] = args.engine
+        note += f"tokens by {args.engine}, "
+
     def draw(numbers, model=model, tokenizer=tokenizer, progress_frames=0):
         """Draw the pictures with these numbers -> (B, 3, h, w) in [0, 1], or a list of that while they grow."""
+        scales = [cfgs[i % len(cfgs)] for i in numbers]
+        if args.engine:
+            return serving.sample(engine, model, tokenizer, *condition(numbers), scales,
+                                  [args.seed + i for i in numbers], args.eval_size, **options)
         return model.sample(tokenizer, *condition(numbers), generator=generators(args, numbers, device),
-                            cfg=torch.tensor([cfgs[i % len(cfgs)] for i in numbers]), size=args.eval_size,
-                            progress_frames=progress_frames, **options)
+                            cfg=torch.tensor(scales), size=args.eval_size, progress_frames=progress_frames, **options)
     if args.bench:
         def baseline(model, generator):
             return baselines.llamagen_images(model, tokenizer, *condition(range(len(items))), cfg=cfgs[0],

@@ -114,6 +114,8 @@ def llamagen_flags(add):
     add("--top-p", type=float, help="then keep the likeliest tokens with this total probability, 0, 1: all; default 1")
     add("--size", type=int, metavar="PIXELS", help="that the model was trained for, if its file does not contain it")
     add("--eval-size", type=int, metavar="PIXELS", help="resize pictures as the authors did to measure FID: 256")
+    add("--engine", metavar="vllm|URL", help="draw with the serving engine vLLM, here or on a server that python -m "
+        "lib.serving has started; give a larger --batch-size then")
 
 
 def vq_flags(add):

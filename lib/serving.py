@@ -1,18 +1,21 @@
 """`sample.py llamagen --engine`: LlamaGen on the serving engine vLLM, in this process or on a server.
 
-    python sample.py llamagen --engine vllm --classes 207 360       the engine runs in this process
-    python -m lib.serving --ckpt c2i_L_384.pt --port 8000           vLLM's own server
+    python sample.py llamagen --engine vllm --classes 207 360                       the engine runs in this process
+    python -m lib.serving --ckpt c2i_L_384.pt --port 8000                           vLLM's own server
     python sample.py llamagen --engine http://localhost:8000 --ckpt c2i_L_384.pt --classes 207 360
 
-The engine draws tokens. Text features are computed before, and pictures are decoded afterwards, both by sample.py. All
-pictures are requests of their own with their own guidance and seed, so they may come at any time and end in any order.
-vLLM draws with its own random numbers: the same seed gives the same picture there, but another one than `LlamaGen.sample`.
+The engine draws tokens. Before that sample.py turns texts into embeddings, and afterwards it decodes the tokens. Every
+picture is a request of its own, with its own guidance and seed, so requests may arrive at any time. vLLM has its own
+random numbers: a seed gives the same picture again, but not the one that it gives without --engine.
+`lib/vllm_llamagen.py` is the part that runs inside of the engine.
 """
 import argparse
 import base64
+import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import urllib.error
@@ -22,49 +25,213 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-import vq
-from lib.console import MissingPackage, UserError, check_ranges, choose_device, choose_dtype, run_command
-from lib.text import load_llamagen
+import llamagen
+from lib.console import MissingPackage, UserError, choose_device, choose_dtype, run_command
 from lib.weights import find_checkpoint
 
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)      # which vLLM's attention knows on CPUs and on GPUs
 REPOSITORY = Path(__file__).resolve().parent.parent
-TRIED = "0.32"                                          # version of vLLM
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)       # that vLLM's attention kernels know, on CPUs and on GPUs
+INSTALL = ("needs vLLM: pip install vllm, or without a GPU as lib/check_vllm.sh does; 0.32 was tried; it needs an "
+           "environment of its own, because it wants another torch")
+LONGEST_WAIT = 3600                                     # seconds for an answer of a server
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What vLLM has to be told
 
 
 def write_folder(folder, checkpoint, config, dtype):
-    """Write what vLLM wants to find beside weights: config.json, and an entry point that registers our model.
+    """Write what vLLM expects beside weights: config.json, and an entry point that registers our model.
 
-    The weights stay where they are.
+    The weights stay where they are. Raises UserError if vLLM's attention does not take the model's heads.
     """
     D = config.width // config.heads
-    filled = [size for size in HEAD_SIZES if size >= D]
-    if not filled:
-        raise UserError(f"--engine: heads of {D} numbers are more than vLLM's attention takes; draw without --engine")
-    engine_config = {
-        "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "torch_dtype": str(dtype).split(".")[1],
+    sizes = [size for size in HEAD_SIZES if size >= D]
+    if not sizes:
+        raise UserError(f"--engine: heads of {D} numbers; vLLM's attention takes at most {HEAD_SIZES[-1]}")
+    description = {
+        "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "dtype": str(dtype).split(".")[1],
         "checkpoint": str(Path(checkpoint).resolve()), "sizes": asdict(config), "hidden_size": config.width,
         "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads, "head_dim": filled[0],
-        "vocab_size": 2 * config.vocab_size,            # a model returns the logits of two streams
-        "max_position_embeddings": config.slots + config.side ** 2, "rms_norm_eps": config.norm_eps,
+        "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
+        "vocab_size": 2 * config.vocab_size,            # the logits of two streams; in prompts, tokens and classes
+        "max_position_embeddings": config.slots + config.side**2, "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "mrope_section": [D // 2]},
     }
-    (folder / "config.json").write_text(json.dumps(engine_config))
+    (folder / "config.json").write_text(json.dumps(description))
     plugin = folder / "legible_llamagen-1.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: legible-llamagen\nVersion: 1\n")
     (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nllamagen = lib.vllm_llamagen:register\n")
 
 
-def set_environment(folder, device):
-    """Let vLLM's processes find our model, and suit it to a CPU."""
-    paths = [str(folder), str(REPOSITORY)]
-    sys.path[:0] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+def environment(folder, device):
+    """The environment in which the processes of vLLM find our model, and, on a CPU, start at all."""
+    defaults = {}
     if device.type == "cpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GB
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}       # 1 GB
+    paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return defaults | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def engine_options(config, dtype, device):
+    """Options of vLLM's LLM. With dashes instead of underscores they are those of `vllm serve`."""
+    return {"load_format": "legible_llamagen", "skip_tokenizer_init": True,
+            "enable_prompt_embeds": config.text_width > 0, "enable_prefix_caching": False,
+            "logits_processors": ["lib.vllm_llamagen:Guidance"], "max_model_len": config.slots + config.side**2,
+            "dtype": str(dtype).split(".")[1], "enforce_eager": device.type == "cpu"}
+
+
+def sampling(config, temperature, top_k, top_p, seed):
+    """Settings of a request, with the names that SamplingParams and the server share."""
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p or 1.0, "seed": seed, "ignore_eos": True,
+            "max_tokens": config.side**2}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+class Engine:
+    """vLLM in this process. A context manager, because its files lie in a temporary folder."""
+
+    def __init__(self, checkpoint, config, dtype, device):
+        self.config = config
+        self.folder = tempfile.TemporaryDirectory()
+        write_folder(Path(self.folder.name), checkpoint, config, dtype)
+        os.environ |= environment(self.folder.name, device)
+        if device.type == "cpu":
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        sys.path.insert(0, self.folder.name)            # where vLLM looks for entry points
+        try:
+            import vllm
+        except ImportError:
+            raise MissingPackage(f"--engine vllm: {INSTALL}") from None
+        self.vllm = vllm
+        self.dtype = dtype
+        self.llm = vllm.LLM(self.folder.name, **engine_options(config, dtype, device))
+
+    def draw(self, prompts, cfgs, cfg_interval, seeds, **settings):
+        """Prompts, ids or embeddings (n, C), to tokens, a list of N numbers for each."""
+        requests = []
+        for prompt in prompts:
+            is_text = isinstance(prompt, torch.Tensor)
+            requests.append({"prompt_embeds": prompt.to(self.dtype)} if is_text else {"prompt_token_ids": [prompt]})
+        params = []
+        for cfg, seed in zip(cfgs, seeds):
+            params.append(self.vllm.SamplingParams(**sampling(self.config, seed=seed, **settings), detokenize=False,
+                                                   extra_args={"cfg": cfg, "cfg_interval": cfg_interval}))
+        answers = self.llm.generate(requests, params, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+class Server:
+    """A server that `python -m lib.serving` has started."""
+
+    def __init__(self, url, checkpoint, config):
+        self.url = url.rstrip("/")
+        self.config = config
+        self.name = Path(checkpoint).name
+        served = [model["id"] for model in self.ask("/v1/models")["data"]]
+        if self.name not in served:
+            raise UserError(f"--engine {url}: serves {', '.join(served)}, not {self.name}; give it as --ckpt")
+
+    def ask(self, path, question=None):
+        """GET, or with a question POST, JSON -> the answer. Raises UserError."""
+        data = None if question is None else json.dumps(question).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=LONGEST_WAIT) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as e:
+            raise UserError(f"--engine {self.url}: {e.code} {e.reason}: {e.read(500).decode(errors='replace')}") from e
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "reason", e)
+            raise UserError(f"--engine {self.url}: no answer of a vLLM server ({reason}); python -m lib.serving starts "
+                            "one") from e
+
+    def draw(self, prompts, cfgs, cfg_interval, seeds, **settings):
+        """As in Engine. All requests are sent at once."""
+        def draw_one(prompt, cfg, seed):
+            question = sampling(self.config, seed=seed, **settings) | {"model": self.name, "return_token_ids": True}
+            question["vllm_xargs"] = {"cfg": cfg, "cfg_interval": cfg_interval}
+            if isinstance(prompt, torch.Tensor):
+                content = io.BytesIO()
+                torch.save(prompt.contiguous(), content)
+                question["prompt_embeds"] = base64.b64encode(content.getvalue()).decode()
+            else:
+                question["prompt"] = [prompt]
+            return self.ask("/v1/completions", question)["choices"][0]["token_ids"]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(draw_one, prompts, cfgs, seeds))
+
+
+def open_engine(name, checkpoint, config, machine):
+    """--engine -> an Engine or a Server."""
+    if name == "vllm":
+        return Engine(checkpoint, config, machine.dtype, machine.device)
+    if not name.startswith(("http://", "https://")):
+        raise UserError(f"--engine {name}: expected vllm, or the address of a server, such as http://localhost:8000")
+    return Server(name, checkpoint, config)
+
+
+@torch.no_grad()
+def sample(engine, model, tokenizer, cond, text_mask, cfgs, seeds, size=None, **settings):
+    """`LlamaGen.sample` with an engine -> (B, 3, h, w) in [0, 1]. model: embeds texts. seeds: one for each picture."""
+    config = engine.config
+    if config.text_width:
+        slots = model.embed_condition(cond.to(model.text_fc1.weight.device)).cpu()      # (B, T, C)
+        prompts = [row[mask] for row, mask in zip(slots, text_mask)]
+    else:
+        prompts = (config.vocab_size + cond).tolist()
+    tokens = torch.tensor(engine.draw(prompts, cfgs, seeds=seeds, **settings))          # (B, N)
+    device = next(tokenizer.parameters()).device
+    f_hat = tokenizer.quantize.embed(tokens.to(device), (config.side, config.side))
+    images = tokenizer.decode_resized(f_hat, size) if size else tokenizer.decode(f_hat)
+    return images.add(1).div(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m lib.serving
+
+
+def serve(args):
+    """Start vLLM's server, and stop it with this process."""
+    device, _ = choose_device(args.device)
+    dtype, _ = choose_dtype(args.dtype, device)
+    checkpoint = find_checkpoint(args.ckpt, not args.no_download)
+    config = llamagen.load(checkpoint, side=args.size and args.size // 16).config
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), checkpoint, config, dtype)
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
+                   "--served-model-name", Path(checkpoint).name, "--host", args.host, "--port", str(args.port)]
+        for name, value in engine_options(config, dtype, device).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                command.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                command += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
+        with contextlib.suppress(KeyboardInterrupt):
+            code = subprocess.run(command + args.more, env=environment(folder, device)).returncode
+            if code > 0:
+                raise UserError(f"vLLM's server ended with exit code {code}; its own messages above say why. {INSTALL}")
+
+
+def parse_args():
+    """The command line -> a Namespace. What follows -- is for vLLM."""
+    parser = argparse.ArgumentParser(prog="python -m lib.serving", description="Start vLLM's server with a LlamaGen")
+    parser.add_argument("--ckpt", metavar="FILE|NAME", required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="as in sample.py")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--no-download", action="store_true", help="never download anything")
+    parser.add_argument("more", nargs="*", metavar="-- ARGUMENTS", help="of `vllm serve`, such as -- "
+                        "--tensor-parallel-size 2")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(serve, parse_args())

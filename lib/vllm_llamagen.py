@@ -6,7 +6,8 @@ and the condition slots. It is imported where vLLM is installed only.
 - **Guidance.** Every request carries two streams of hidden states, conditional (c) and unconditional (u), through the
   same weights. Each block therefore has two attention layers with a KV cache each. Both streams are always computed in
   one product, so no two requests have to be kept in step, and each has its own guidance. The model returns the logits
-  of both side by side, 2 V numbers, and `Guidance` mixes them: `cfg` and `cfg_interval` are extra arguments of a request.
+  of both side by side, 2 V numbers, and `Guidance` mixes them. `cfg` and `cfg_interval` are extra arguments of a
+  request.
 - **Ids.** 0 .. V - 1 are picture tokens. In prompts, V + c is class c, and whatever is above the last class is the null
   class. A prompt of a text model is not ids but embeddings (n, C), from `LlamaGen.embed_condition`.
 - **Positions.** The prompt ends at slot T - 1, whatever its length, so that the padding on its left is simply absent.
@@ -36,15 +37,13 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 import llamagen
 from triton_ops import rotate_pairs
 
-MODEL_TYPE = "legible_llamagen"                 # in config.json
-LOAD_FORMAT = "legible_llamagen"
-HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)   # which both CPU and GPU kernels of vLLM know
+NAME = "legible_llamagen"                       # of the kind of config.json, and of the way to load weights
 
 
 class EngineConfig(PretrainedConfig):
     """config.json of a folder that `lib/serving.py` writes. `checkpoint` is the path of the LlamaGen file."""
 
-    model_type = MODEL_TYPE
+    model_type = NAME
 
 
 class EngineAttention(nn.Module):
@@ -268,6 +267,6 @@ class CheckpointLoader(BaseModelLoader):
 
 def register():
     """Make LlamaGen known to vLLM, which calls this in each of its processes (entry point vllm.general_plugins)."""
-    AutoConfig.register(MODEL_TYPE, EngineConfig, exist_ok=True)
+    AutoConfig.register(NAME, EngineConfig, exist_ok=True)
     ModelRegistry.register_model("EngineLlamaGen", EngineLlamaGen)
-    register_model_loader(LOAD_FORMAT)(CheckpointLoader)
+    register_model_loader(NAME)(CheckpointLoader)
