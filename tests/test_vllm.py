@@ -1,4 +1,4 @@
-"""LlamaGen on vLLM draws the tokens that LlamaGen.generate draws. Skipped without vLLM: lib/check_vllm.sh installs it."""
+"""LlamaGen on vLLM draws what LlamaGen.generate draws. Skipped without vLLM, which lib/check_vllm.sh installs."""
 import gc
 from contextlib import contextmanager
 
