@@ -471,23 +471,27 @@ class LlamaGen(nn.Module):
         size:            side of the pictures in pixels, if they are to be resized as for the authors' evaluation
         """
         self.check_pair(tokenizer)
-        G = self.config.side
         tokens = self.generate(cond, text_mask, **options)                  # (B, N)
-        f_hat = tokenizer.quantize.embed(tokens, (G, G))                    # (B, 8, G, G)
-
-        def decode(f_hat):
-            image = tokenizer.decode_resized(f_hat, size) if size else tokenizer.decode(f_hat)
-            return image.add(1).mul(0.5)
         if not progress_frames:
-            return decode(f_hat)
-        frames = []
-        order = torch.arange(G * G, device=f_hat.device).view(G, G)
-        for k in range(1, progress_frames + 1):
-            drawn = order < G * G * k // progress_frames                    # (G, G)
-            image = decode(f_hat * drawn)
-            drawn = F.interpolate(drawn[None, None].float(), image.shape[2:]) > 0
-            frames.append(torch.where(drawn, image, 0.5))
-        return frames
+            return self.decode(tokenizer, tokens, size)
+        N = tokens.shape[1]
+        return [self.decode(tokenizer, tokens[:, :N * k // progress_frames], size)
+                for k in range(1, progress_frames + 1)]
+
+    @torch.no_grad()
+    def decode(self, tokenizer, tokens, size=None):
+        """The first n tokens of pictures (B, n) -> (B, 3, h, w) in [0, 1]. Cells without a token are grey.
+
+        size: as in `sample`.
+        """
+        G = self.config.side
+        n = tokens.shape[1]
+        f_hat = tokenizer.quantize.embed(F.pad(tokens, (0, G * G - n)), (G, G))         # (B, 8, G, G)
+        drawn = (torch.arange(G * G, device=f_hat.device) < n).view(G, G)
+        f_hat = f_hat * drawn
+        image = tokenizer.decode_resized(f_hat, size) if size else tokenizer.decode(f_hat)
+        drawn = F.interpolate(drawn[None, None].float(), image.shape[2:]) > 0
+        return torch.where(drawn, image.add(1).mul(0.5), 0.5)
 
     # initialisation
 

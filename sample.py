@@ -16,6 +16,7 @@
     python sample.py latentsync                                     a synthetic head says something else
     python sample.py latentsync --ckpt latentsync_1.5.pt --video talk.mp4 --audio speech.wav --out dubbed.mp4
     python sample.py syncnet --video clip.mp4                       is its sound in sync? offset, confidence, distance
+    python sample.py app                                            a page in the browser to try all of them
     python sample.py ops --bench                                    speed of the fused kernels, one by one
 """
 import argparse
@@ -57,7 +58,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import baselines, bench_ops, dubbing, emoji, serving
+from lib import app, baselines, bench_ops, dubbing, emoji, serving
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
@@ -761,7 +762,8 @@ def sample_ops(args):
 
 
 MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
-          "latentsync": sample_latentsync, "syncnet": sample_syncnet, "ops": sample_ops}
+          "latentsync": sample_latentsync, "syncnet": sample_syncnet, "app": app.run,
+          "ops": sample_ops}
 
 if __name__ == "__main__":
     run_command(MODELS[ARGS.model], ARGS)

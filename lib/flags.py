@@ -195,6 +195,17 @@ def ops_flags(add):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
 
 
+def app_flags(add):
+    """Flags of `sample.py app`."""
+    add("--ckpt", nargs="+", default=[], metavar="NAME=FILE", help="weights that replace the demo's, such as "
+        "var=var_d16.pth; names are var, llamagen, llamagen-text, infinity, vq, latentsync and syncnet")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
+    add("--port", type=int, default=7860, help="default 7860")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--no-download", action="store_true", help="never download anything")
+
+
 NOTES = {  # command: what else --help says
     "llamagen": """class or text -> image
 
@@ -208,5 +219,6 @@ FLAGS = {  # command: what it does, and its flags
     "vq": ("image -> tokens -> image", vq_flags),
     "latentsync": ("video and speech -> lip-synced video", latentsync_flags),
     "syncnet": ("is the sound of a video in sync with the lips?", syncnet_flags),
+    "app": ("a page to try all models in a browser", app_flags),
     "ops": ("the ops of triton_ops.py: what they have to move, and how fast they are", ops_flags),
 }

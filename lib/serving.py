@@ -93,7 +93,7 @@ def sampling(config, temperature, top_k, top_p, seed):
 
 
 class Engine:
-    """vLLM in this process. A context manager, because its files lie in a temporary folder."""
+    """vLLM in this process."""
 
     def __init__(self, checkpoint, config, dtype, device):
         self.config = config
@@ -186,10 +186,7 @@ def sample(engine, model, tokenizer, cond, text_mask, cfgs, seeds, size=None, **
     else:
         prompts = (config.vocab_size + cond).tolist()
     tokens = torch.tensor(engine.draw(prompts, cfgs, seeds=seeds, **settings))          # (B, N)
-    device = next(tokenizer.parameters()).device
-    f_hat = tokenizer.quantize.embed(tokens.to(device), (config.side, config.side))
-    images = tokenizer.decode_resized(f_hat, size) if size else tokenizer.decode(f_hat)
-    return images.add(1).div(2)
+    return model.decode(tokenizer, tokens.to(next(tokenizer.parameters()).device), size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

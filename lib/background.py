@@ -1,0 +1,77 @@
+"""Work that somebody watches: the steps of a function that runs in a thread, and sample.py as a process.
+
+Both are generators. Whoever watches may stop: when the generator is closed, the work ends.
+"""
+import queue
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from lib.console import UserError
+
+SAMPLE = Path(__file__).resolve().parent.parent / "sample.py"
+END = object()
+
+
+class Closed(Exception):
+    """Nobody takes the steps any more."""
+
+
+def streamed(draw):
+    """Call draw(on_step) in a thread, and yield the steps. If the generator is closed, drawing ends at the next one."""
+    steps = queue.Queue()
+    closed = threading.Event()
+
+    def on_step(step):
+        if closed.is_set():
+            raise Closed
+        steps.put(step)
+
+    def work():
+        try:
+            draw(on_step)
+            steps.put(END)
+        except Closed:
+            pass
+        except Exception as e:
+            steps.put(e)
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (step := steps.get()) is not END:
+            if isinstance(step, Exception):
+                raise step
+            yield step
+    finally:
+        closed.set()
+
+
+def run_sample(command, flags):
+    """Run `sample.py COMMAND`; yield (share of the work that is done, lines that it has printed) while it runs.
+
+    flags: {name: value}; True is a flag without a value, and flags whose value is None, False or empty are left out.
+    Raises UserError with the line that the command printed last if it failed.
+    """
+    words = [sys.executable, SAMPLE, command]
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value:
+            words += [f"--{name}", value]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    share = 0.0
+    lines = []
+    try:
+        for line in process.stdout:                                         # progress bars end their lines with \r
+            if percent := re.match(r".*?(\d+)%\|", line):
+                share = int(percent[1]) / 100
+            elif line.strip():
+                lines.append(line.strip())
+            yield share, lines
+        process.wait()
+    finally:
+        process.kill()                                                      # does nothing if it has ended
+        process.wait()
+    if process.returncode:
+        raise UserError(lines[-1].removeprefix("error: ") if lines else f"{command} ended, {process.returncode}")
