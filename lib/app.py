@@ -192,20 +192,22 @@ def dub(page, video, speech, aligned):
     """Dub a video, and show what SyncNet says before and after."""
     if bool(video) != bool(speech):
         raise UserError("only one file: upload a video and a speech, or neither to take the demo's")
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/dubbed.mp4"
-        for share, lines in page.run("latentsync", video=video, audio=speech, aligned=aligned, out=out):
-            yield PROGRESS.format(share), None, "\n".join(lines)
-        yield PROGRESS.format(1), out, "\n".join(lines)
+    yield from watch(page, "latentsync", "dubbed.mp4", str, video=video, audio=speech, aligned=aligned)
 
 
 def judge(page, video):
     """Score the faces of a video, and show the distance over the shift of the sound."""
+    yield from watch(page, "syncnet", "curve.png", read_picture, video=video)
+
+
+def watch(page, command, name, read, **given):
+    """Run a command of sample.py; yield its progress, its result (read from the file), and its messages."""
     with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/curve.png"
-        for share, lines in page.run("syncnet", video=video, out=out):
-            yield PROGRESS.format(share), None, "\n".join(lines)
-        yield PROGRESS.format(1), read_picture(out), "\n".join(lines)
+        out = f"{folder}/{name}"
+        for share, lines in page.run(command, out=out, **given):
+            messages = "\n".join(lines).replace(f" -> {out}", "")
+            yield PROGRESS.format(share), None, messages
+        yield PROGRESS.format(1), read(out), messages                       # gradio copies it before the folder goes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,7 +228,9 @@ def build(page, gr):
         return gr.Dropdown(names, value=first, label="class")
 
     def picture():
-        return gr.Image(type="filepath", label="picture", height=240)
+        image = gr.Image(type="filepath", label="picture", height=240)
+        image.preprocess = lambda upload: upload and upload.path            # read_picture reads more formats
+        return image
 
     def video():
         return gr.Video(label="video; without one the demo's", height=240)

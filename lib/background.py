@@ -63,6 +63,7 @@ def run_sample(command, flags):
     share = 0.0
     lines = []
     try:
+        yield share, lines
         for line in process.stdout:                                         # progress bars end their lines with \r
             if percent := re.match(r".*?(\d+)%\|", line):
                 share = int(percent[1]) / 100
