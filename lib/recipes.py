@@ -179,7 +179,7 @@ GENERATOR = derive(                             # what the three transformers ha
 INIT_GAMMA = Setting(1e-3, "scale of the AdaLN gates at the start", 0, 100)
 CACHE_CROPS = Setting("0", "tokenize N crops of each picture before training (1: its centre); 0: tokenize in each step",
                       type=str, metavar="N")
-T5 = file("folder of the frozen text encoder; without it a small T5 on bytes is trained along", "DIR")
+T5 = file("folder of the frozen text encoder; without it a small T5 on words is trained along", "DIR")
 
 VAR = derive(
     GENERATOR, batch_size=768, lr=3e-4, dtype="fp16", sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
@@ -228,7 +228,7 @@ SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji s
                  "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
-    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
+    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=7500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
     init_gamma=0.1, checkpointing=False, show=SHOWN_PROMPTS,
 )
@@ -255,19 +255,19 @@ LLAMAGEN = derive(
     text_width=Setting(2048),                   # width of the features of --t5
     t5=T5,
     clean=yes_no(True, "clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)"),
-    init_text=file("start the text encoder on bytes from the one in this Infinity file"),
+    init_text=file("start the text encoder from the one in this Infinity file"),
 )
 LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captions=True,    # no length is published
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
     vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=5500, batch_size=16, lr=1e-3,
-    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
+    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.1,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
     "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=SHOWN_CLASSES),
-    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=7500), model="emoji_llamagen_t2i",
+    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=6500), model="emoji_llamagen_t2i",
                          show=SHOWN_PROMPTS),
     **{f"{size}_{pixels}": derive(LLAMAGEN, model=f"c2i_{size}_{pixels}", size=pixels)
        for size, pixels in LLAMAGEN_SIZES},

@@ -20,7 +20,7 @@ from lib.console import Interrupted, UserError, check_pixels, rank_and_world
 from lib.data import PictureFolder, spread
 from lib.parallel import all_gather_objects, data_parallel, full_model, gradient_sync
 from lib.pictures import grid, psnr, save_png, to_input, to_pixels
-from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
+from lib.text import WORD_T5, T5Encoder, load_infinity, load_llamagen, load_t5
 from lib.weights import check_fingerprint, check_kind, content_hash, read_metadata, warm_start
 
 VAL_PICTURES = 1024                             # largest number that is validated
@@ -473,7 +473,7 @@ class VARTask(TransformerTask):
 
 class InfinityTask(TransformerTask):
     """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, where some bits are
-    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along.
+    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on words is trained along.
     """
 
     metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
@@ -490,7 +490,7 @@ class InfinityTask(TransformerTask):
         if args.init:
             self.model = load_infinity(args.init, device=self.device)
         else:
-            encoder = None if args.t5 else T5Encoder(BYTE_T5)
+            encoder = None if args.t5 else T5Encoder(WORD_T5)
             config = infinity.CONFIGS[args.model]
             d = self.tokenizer.config.z_channels
             config = replace(config, bits=4 * d if config.patchify else d,
@@ -555,7 +555,7 @@ class InfinityTask(TransformerTask):
 class LlamaGenTask(TransformerTask):
     """`train.py llamagen`: cross entropy of every token, given the class or text and all tokens before it.
 
-    T5 is frozen and its features are computed once, unless a small T5 on bytes is trained along.
+    T5 is frozen and its features are computed once, unless a small T5 on words is trained along.
     """
 
     metrics = ["accuracy"]
@@ -575,7 +575,7 @@ class LlamaGenTask(TransformerTask):
         if config.text_width and args.t5:
             t5 = load_t5(args.t5, args.text_width, device=self.device)
         elif config.text_width:
-            encoder = T5Encoder(BYTE_T5)
+            encoder = T5Encoder(WORD_T5)
         text_width = (encoder or t5).config.width if config.text_width else 0
         config = replace(config, side=side, num_classes=len(self.classes), text_width=text_width, dropout=args.dropout,
                          vocab_size=self.tokenizer.config.vocab_size)

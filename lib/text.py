@@ -5,7 +5,9 @@ import math
 import re
 import sys
 import urllib.parse
+import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ class T5Config:
     eps: float = 1e-6
 
 
-BYTE_T5 = T5Config(vocab_size=259, width=128, layers=3, heads=4, head_dim=32, hidden=256)   # the demo's, on bytes
+WORD_T5 = T5Config(vocab_size=4098, width=128, layers=3, heads=4, head_dim=32, hidden=256)  # the demo's, on words
+LARGEST_BYTES = 384                             # ids of ByT5; encoders with fewer read bytes
 
 
 class T5Attention(nn.Module):
@@ -80,7 +83,8 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids -> features. `tokenize` turns prompts into ids: bytes, or what `load_t5` found beside the weights."""
+    """Token ids -> features. `tokenize` turns prompts into ids: what `load_t5` found beside the weights, else bytes, or
+    hashes of words where there are more ids than bytes need."""
 
     RENAMES = [     # fragment of a key of transformers' T5EncoderModel, fragment of our key
         ("shared", "embed"), ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "relative_bias"),
@@ -93,7 +97,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.tokenize = byte_ids
+        self.tokenize = byte_ids if config.vocab_size <= LARGEST_BYTES else partial(word_ids, config.vocab_size)
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.relative_bias = nn.Embedding(config.buckets, config.heads)     # stored with the first layer, used by all
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
@@ -153,6 +157,22 @@ def byte_ids(prompts, max_length=512):
     return ids, ids != 0
 
 
+def word_ids(vocab_size, prompts, max_length=512):
+    """Tokens without a vocabulary: two hashes of each word, then 1 for the end; 0 pads -> ids, mask (B, T).
+
+    Few words share both hashes. A network that has never seen text learns what words mean sooner than how they are
+    spelt.
+    """
+    def hashes(word):
+        return [2 + zlib.crc32(salt + word.encode()) % (vocab_size - 2) for salt in (b"a", b"b")]
+    rows = []
+    for prompt in prompts:
+        ids = [number for word in re.findall(r"\w+", prompt.lower()) for number in hashes(word)]
+        rows.append(torch.tensor(ids[:max_length - 1] + [1]))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, ids != 0
+
+
 def load_tokenizer(path):
     """The function prompts, max_length -> ids, mask (B, T) of a `tokenizer.json`. Needs the package `tokenizers`."""
     try:
@@ -197,7 +217,7 @@ def load_t5(path, width=None, device="cpu", dtype=None):
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / "tokenizer.json").exists():
         model.tokenize = load_tokenizer(folder / "tokenizer.json")
-    elif config.vocab_size > 384:                                           # encoders of bytes have 259 or 384 ids
+    elif config.vocab_size > LARGEST_BYTES:
         raise vq.CheckpointError(f"{folder}: has no tokenizer.json; it belongs to the weights, get it from there too")
     return model.eval()
 
