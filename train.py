@@ -76,10 +76,11 @@ from lib.prepare import prepare
 from lib.readers import read_batches
 from lib.run import SAVE_DTYPES, Best, Log, Meter, StopOnSignal, open_folder
 from lib.speech_tasks import LatentSyncTask, SyncNetTask, VideoMAETask, WhisperTask
-from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, TokenizerTask, VARTask
+from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, T5Task, TokenizerTask, VARTask
 
 TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask,
-         "syncnet": SyncNetTask, "whisper": WhisperTask, "videomae": VideoMAETask, "latentsync": LatentSyncTask}
+         "syncnet": SyncNetTask, "whisper": WhisperTask, "videomae": VideoMAETask, "t5": T5Task,
+         "latentsync": LatentSyncTask}
 
 
 def task_of(args):
