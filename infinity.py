@@ -80,7 +80,7 @@ CONFIGS = {
     "infinity_125M": Config(depth=12, width=768, heads=8, bits=16, chunks=4),
     "infinity_2b": Config(),
     "infinity_8b": Config(depth=40, width=3584, heads=28, bits=56, patchify=True),
-    "emoji_infinity": Config(depth=6, width=192, heads=3, bits=16, text_width=128, text_maxlen=64, chunks=1,
+    "emoji_infinity": Config(depth=6, width=192, heads=3, bits=16, text_width=128, text_maxlen=32, chunks=1,
                              drop_path=0.025),                              # 32 x 32 pixels, trained in demo/
 }
 

@@ -100,7 +100,7 @@ CONFIGS = {
     "t2i_XL_stage2_512": replace(_XL, num_classes=0, text_width=2048, side=32),
     "emoji_llamagen": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=4096, num_classes=575),
     "emoji_llamagen_t2i": Config(depth=6, width=192, heads=6, hidden=512, side=8, vocab_size=4096, num_classes=0,
-                                 text_width=128, text_slots=64),            # 32 x 32 pixels, both trained in demo/
+                                 text_width=128, text_slots=32),            # 32 x 32 pixels, both trained in demo/
 }
 # Sizes by their own names, for random weights
 CONFIGS["llamagen_B"] = CONFIGS["c2i_B_256"]

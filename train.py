@@ -3,7 +3,7 @@
     python train.py vq                                              the demo's tokenizer; an hour and a half on a CPU
     python train.py var --vae runs/vq/model.safetensors             class -> emoji, scale by scale
     python train.py llamagen                                        class -> emoji, token by token
-    python train.py infinity                                        text -> emoji, with a small T5 on bytes
+    python train.py infinity                                        text -> emoji, with a small T5 on words
     python train.py infinity --evaluate runs/infinity/model.safetensors     how well does it draw unseen combinations?
     python train.py vq  --recipe imagenet --data DIR --lpips vgg16.pth vgg_lpips.pth
     python train.py var --recipe d16 --data DIR --vae vae_ch160v4096z32.pth
@@ -76,10 +76,11 @@ from lib.prepare import prepare
 from lib.readers import read_batches
 from lib.run import SAVE_DTYPES, Best, Log, Meter, StopOnSignal, open_folder
 from lib.speech_tasks import LatentSyncTask, SyncNetTask, VideoMAETask, WhisperTask
-from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, TokenizerTask, VARTask
+from lib.tasks import AutoencoderTask, InfinityTask, LlamaGenTask, T5Task, TokenizerTask, VARTask
 
 TASKS = {"vq": TokenizerTask, "var": VARTask, "infinity": InfinityTask, "llamagen": LlamaGenTask,
-         "syncnet": SyncNetTask, "whisper": WhisperTask, "videomae": VideoMAETask, "latentsync": LatentSyncTask}
+         "syncnet": SyncNetTask, "whisper": WhisperTask, "videomae": VideoMAETask, "t5": T5Task,
+         "latentsync": LatentSyncTask}
 
 
 def task_of(args):

@@ -21,6 +21,7 @@ import syncnet
 import vq
 from lib.console import UserError, check_ranges, check_writable, rank_and_world
 from lib.data import fingerprint_of, first_readable, held_out, open_pictures
+from lib.emoji import Emoji
 from lib.pictures import UNREADABLE
 from lib.syncnet_variants import variant
 from lib.talking_head import RATE, shift_sound, speech, talking_head
@@ -470,13 +471,15 @@ def open_data(args):
         return open_sync_clips(args)
     if args.model_name == "latentsync":
         return open_dubbing(args)
-    if args.model_name not in ("whisper", "videomae"):
+    if args.model_name not in ("whisper", "videomae", "t5"):
         if args.data == "demo" and args.recipe == "talking_head":
             return HeadPictures(FIRST_HEAD, 600), HeadPictures(0, VAL_HEADS)
         return open_pictures(args)
     if args.data != "demo":
-        raise UserError(f"--data {args.data}: train.py {args.model_name} makes a small stand-in for the demo from "
-                        "synthetic heads; its data is always demo")
+        raise UserError(f"--data {args.data}: train.py {args.model_name} makes a small stand-in for the demo; its data "
+                        "is always demo")
+    if args.model_name == "t5":
+        return Emoji(32, "training", captions=True), Emoji(32, "unseen", captions=True)
     if args.model_name == "whisper":
         return HeadSpeech(FIRST_HEAD, args.videos), HeadSpeech(0, VAL_HEADS)
     return HeadClips(FIRST_HEAD, args.videos), HeadClips(0, VAL_HEADS)

@@ -179,7 +179,10 @@ GENERATOR = derive(                             # what the three transformers ha
 INIT_GAMMA = Setting(1e-3, "scale of the AdaLN gates at the start", 0, 100)
 CACHE_CROPS = Setting("0", "tokenize N crops of each picture before training (1: its centre); 0: tokenize in each step",
                       type=str, metavar="N")
-T5 = file("folder of the frozen text encoder; without it a small T5 on bytes is trained along", "DIR")
+T5 = file("folder of the frozen text encoder; without it a small T5 on words is trained along", "DIR")
+
+INIT_TEXT = file("start the text encoder that is trained along from this file of train.py t5; recipes of the demo have "
+                 "one")
 
 VAR = derive(
     GENERATOR, batch_size=768, lr=3e-4, dtype="fp16", sampling=dict(cfg=4.0, top_k=900, top_p=0.95),
@@ -195,7 +198,7 @@ SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-f
                  "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
                  "noto-v1/hearts", "emojione/smiling")
 VAR_EMOJI = derive(
-    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=4800, batch_size=16,
+    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=6300, batch_size=16,
     lr=1e-3, init_gamma=0.1, ema=0.998,
     dtype="fp32", cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5), show=SHOWN_CLASSES,
 )
@@ -222,15 +225,15 @@ INFINITY = derive(
     strength=Setting(0.3, "bitwise self-correction: largest probability of a flipped bit; 0: none", 0, 1),
     reweight=yes_no(False, "weigh the tokens of coarse scales more"),
     scales=Setting(0, "train only this number of scales, coarse ones first; 0: all", 0),
-    short_captions=SHORT_CAPTIONS, t5=T5,
+    short_captions=SHORT_CAPTIONS, t5=T5, init_text=INIT_TEXT,
 )
 SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat",
                  "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
-    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
+    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=7500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
-    init_gamma=0.1, checkpointing=False, show=SHOWN_PROMPTS,
+    init_gamma=0.1, checkpointing=False, init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS,
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
@@ -255,20 +258,20 @@ LLAMAGEN = derive(
     text_width=Setting(2048),                   # width of the features of --t5
     t5=T5,
     clean=yes_no(True, "clean captions for T5 as the authors did (needs ftfy and beautifulsoup4)"),
-    init_text=file("start the text encoder on bytes from the one in this Infinity file"),
+    init_text=INIT_TEXT,
 )
 LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captions=True,    # no length is published
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
     vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=5500, batch_size=16, lr=1e-3,
-    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.0,
+    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.1,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
     "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=SHOWN_CLASSES),
-    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=7500), model="emoji_llamagen_t2i",
-                         show=SHOWN_PROMPTS),
+    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=6500), model="emoji_llamagen_t2i",
+                         init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS),
     **{f"{size}_{pixels}": derive(LLAMAGEN, model=f"c2i_{size}_{pixels}", size=pixels)
        for size, pixels in LLAMAGEN_SIZES},
     "t2i_stage1": derive(LLAMAGEN_TEXT, model="t2i_XL_stage1_256"),         # stage 2 starts from it, with --init
@@ -309,9 +312,10 @@ SYNCNET_RECIPES = {
     **{name: derive(SYNCNET, model=name) for name in ("16_pixel_attn", "16_pixel", "25_pixel", "5_pixel_wav2lip")},
 }
 
-# Stand-ins of the demo for networks that others trained: an audio encoder, and TREPA's video encoder
+# Stand-ins of the demo for networks that others trained: an audio encoder, TREPA's video encoder, and a text encoder
 
 STAND_IN = derive(COMMON, schedule="lin00", final_lr=0.02, clip=1.0, ema=0.99, model=Setting("talking_head"))
+T5_WORDS = derive(STAND_IN, steps=1500, batch_size=64, lr=1e-3, model="words")
 WHISPER = derive(STAND_IN, steps=2000, lr=2e-3, videos=replace(VIDEOS, help="number of synthetic voices"))
 VIDEOMAE = derive(STAND_IN, steps=1000, batch_size=8, lr=1e-3, videos=replace(VIDEOS, default=400))
 
@@ -370,6 +374,7 @@ LATENTSYNC_RECIPES = {
 
 RECIPES = {"vq": VQ_RECIPES, "var": VAR_RECIPES, "infinity": INFINITY_RECIPES, "llamagen": LLAMAGEN_RECIPES,
            "syncnet": SYNCNET_RECIPES, "whisper": {"talking_head": WHISPER}, "videomae": {"talking_head": VIDEOMAE},
+           "t5": {"emoji": T5_WORDS},
            "latentsync": LATENTSYNC_RECIPES}
 RECIPE_NAMES = {name for recipes in RECIPES.values() for recipe in recipes.values() for name in recipe}
 CLASSES = "a folder with one folder of pictures per class"
@@ -415,6 +420,8 @@ def contradiction(args):
         return f"{flags(instead)}: each of these runs instead of training; give one of them"
     if given.get("steps") and given.get("epochs"):
         return "--steps, --epochs: both say how long to train; give one of them"
+    if "t5" in given and "init_text" in given:
+        return "--t5, --init-text: a frozen text encoder, and one that is trained along; give one of them"
     if "override" in given and given.get("resume") != "auto":
         return "--override: goes with --resume auto"
     unknown = [name for name in given.get("override", []) if name.replace("-", "_") not in RECIPE_NAMES]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import infinity
@@ -20,7 +21,7 @@ from lib.console import Interrupted, UserError, check_pixels, rank_and_world
 from lib.data import PictureFolder, spread
 from lib.parallel import all_gather_objects, data_parallel, full_model, gradient_sync
 from lib.pictures import grid, psnr, save_png, to_input, to_pixels
-from lib.text import BYTE_T5, T5Encoder, load_infinity, load_llamagen, load_t5
+from lib.text import WORD_T5, T5Encoder, load_infinity, load_llamagen, load_t5, save_t5
 from lib.weights import check_fingerprint, check_kind, content_hash, read_metadata, warm_start
 
 VAL_PICTURES = 1024                             # largest number that is validated
@@ -471,9 +472,79 @@ class VARTask(TransformerTask):
                  tokenizer=vq.fingerprint(self.tokenizer))
 
 
+def small_t5(args):
+    """The text encoder that is trained along, or None with --t5."""
+    if not args.t5:
+        return T5Encoder(WORD_T5)
+    return None
+
+
+def start_text(encoder, args):
+    """Start the text encoder from --init-text, if it is given."""
+    if not args.init_text:
+        return
+    flag = f"--init-text {args.init_text}"
+    if encoder is not None:
+        warm_start(encoder, load_t5(args.init_text, encoder.config.width), flag)
+    elif not args.t5:
+        raise UserError(f"{flag}: this run trains no text encoder; use recipe emoji_text")
+
+
+class CaptionReader(torch.nn.Module):
+    """T5's encoder, and a network that predicts a coarse picture from the mean of its features."""
+
+    SIDE = 8                                                                # of the picture, in pixels
+
+    def __init__(self, config):
+        super().__init__()
+        self.t5 = T5Encoder(config)
+        self.head = torch.nn.Sequential(torch.nn.Linear(config.width, 2 * config.width), torch.nn.GELU(),
+                                        torch.nn.Linear(2 * config.width, 3 * self.SIDE**2))
+
+    def forward(self, captions):
+        """B texts -> (B, 3, 8, 8) in [-1, 1]."""
+        features, mask = self.t5.encode(captions)
+        if mask is None:
+            mean = features.mean(1)
+        else:
+            mean = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.head(mean).unflatten(1, (3, self.SIDE, self.SIDE))
+
+
+class T5Task(Task):
+    """`train.py t5`: a text encoder for the demo, which learns what colors captions speak of, and where they are.
+
+    It stands for Flan-T5, which has read much text before Infinity and LlamaGen are trained. Without it they learn
+    their training pictures by heart before they pay attention to captions.
+    """
+
+    def setup(self, generator):
+        self.model = vq.build(CaptionReader, WORD_T5).to(self.device)
+        with torch.no_grad():
+            vq.init_default(self.model.head, generator)
+        self.model.t5.init_weights(generator)
+
+    def loss_of(self, model, batch, generator):
+        image = to_input(batch[0], self.device)
+        coarse = F.avg_pool2d(image, image.shape[-1] // model.SIDE)
+        return F.mse_loss(model(batch[1]), coarse), {}
+
+    @torch.no_grad()
+    def picture(self, model):
+        """Unseen pictures, made coarse, and what their captions say."""
+        items = spread(len(self.val_set), 32)
+        pixels, captions, _ = self.val_set.__getitems__(items)
+        coarse = F.avg_pool2d(to_input(pixels, self.device), pixels.shape[-1] // model.SIDE)
+        rows = torch.stack([coarse.unflatten(0, (4, 8)), model(captions).unflatten(0, (4, 8))], 1)
+        return grid(to_pixels(rows.flatten(0, 2).add(1).div(2).clamp(0, 1)), 8)
+
+    def save(self, model, path, dtype):
+        save_t5(model.t5, path, dtype)
+
+
 class InfinityTask(TransformerTask):
     """`train.py infinity`: cross entropy of every bit, given the text and all coarser scales, where some bits are
-    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on bytes is trained along.
+    flipped (bitwise self-correction). T5 is frozen, unless a small T5 on words is trained along.
     """
 
     metrics = ["bit_accuracy", "token_accuracy", "scale_accuracy"]
@@ -490,7 +561,7 @@ class InfinityTask(TransformerTask):
         if args.init:
             self.model = load_infinity(args.init, device=self.device)
         else:
-            encoder = None if args.t5 else T5Encoder(BYTE_T5)
+            encoder = small_t5(args)
             config = infinity.CONFIGS[args.model]
             d = self.tokenizer.config.z_channels
             config = replace(config, bits=4 * d if config.patchify else d,
@@ -498,6 +569,7 @@ class InfinityTask(TransformerTask):
                              text_width=encoder.config.width if encoder else 2048)
             self.model = vq.build(infinity.Infinity, config, encoder).to(self.device)
             self.model.init_weights(args.init_gamma, generator)
+            start_text(encoder, args)
         check_kind(self.model, self.tokenizer, f"--vae {args.vae}", f"give the one that {args.init or args.model} goes "
                    "with")
         if len(self.scales()) > self.model.config.levels:
@@ -555,7 +627,7 @@ class InfinityTask(TransformerTask):
 class LlamaGenTask(TransformerTask):
     """`train.py llamagen`: cross entropy of every token, given the class or text and all tokens before it.
 
-    T5 is frozen and its features are computed once, unless a small T5 on bytes is trained along.
+    T5 is frozen and its features are computed once, unless a small T5 on words is trained along.
     """
 
     metrics = ["accuracy"]
@@ -575,23 +647,16 @@ class LlamaGenTask(TransformerTask):
         if config.text_width and args.t5:
             t5 = load_t5(args.t5, args.text_width, device=self.device)
         elif config.text_width:
-            encoder = T5Encoder(BYTE_T5)
+            encoder = small_t5(args)
         text_width = (encoder or t5).config.width if config.text_width else 0
         config = replace(config, side=side, num_classes=len(self.classes), text_width=text_width, dropout=args.dropout,
                          vocab_size=self.tokenizer.config.vocab_size)
         self.model = vq.build(llamagen.LlamaGen, config, encoder).to(self.device)
         self.model.init_weights(generator)
+        start_text(encoder, args)
         if args.init:
             warm_start(self.model, load_llamagen(args.init, side=side), f"--init {args.init}")
             check_fingerprint(self.tokenizer, args.vae, read_metadata(args.init), args.init)
-        if args.init_text:                                                  # take the text encoder of an Infinity file
-            flag = f"--init-text {args.init_text}"
-            if encoder is None:
-                raise UserError(f"{flag}: this run trains no text encoder; use recipe emoji_text without --t5")
-            other = load_infinity(args.init_text).text_encoder
-            if other is None:
-                raise UserError(f"{flag}: has no text encoder")
-            warm_start(encoder, other, flag)
         check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq --recipe "
                    "llamagen_emoji, or give a released one")
         self.shape = ((side, side),)

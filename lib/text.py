@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import urllib.parse
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,8 @@ class T5Config:
     eps: float = 1e-6
 
 
-BYTE_T5 = T5Config(vocab_size=259, width=128, layers=3, heads=4, head_dim=32, hidden=256)   # the demo's, on bytes
+WORD_T5 = T5Config(vocab_size=4098, width=128, layers=3, heads=4, head_dim=32, hidden=256)  # the demo's, on words
+MOST_BYTES = 384                                # ids of ByT5. An encoder that has no more reads bytes
 
 
 class T5Attention(nn.Module):
@@ -80,7 +82,8 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids -> features. `tokenize` turns prompts into ids: bytes, or what `load_t5` found beside the weights."""
+    """Token ids -> features. `tokenize` turns prompts into ids: what `load_t5` found beside the weights, else bytes, or
+    in encoders of the demo words."""
 
     RENAMES = [     # fragment of a key of transformers' T5EncoderModel, fragment of our key
         ("shared", "embed"), ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "relative_bias"),
@@ -93,7 +96,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.tokenize = byte_ids
+        self.tokenize = byte_ids if config.vocab_size <= MOST_BYTES else word_ids
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.relative_bias = nn.Embedding(config.buckets, config.heads)     # stored with the first layer, used by all
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
@@ -133,13 +136,17 @@ class T5Encoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """T5's own rule: normal with variance 1 / inputs. q is smaller, because nothing divides by sqrt(head_dim)."""
+        """T5's own rule: normal with variance 1 / inputs. q is smaller, because nothing divides by sqrt(head_dim).
+
+        Embeddings have variance 1 in T5. Here they start small: Adam's steps are then large beside them, which is what
+        the embeddings of rare words need.
+        """
         c = self.config
         for name, p in self.named_parameters():
             if "norm" in name:
                 p.fill_(1)
             elif "embed" in name:
-                p.normal_(0, 1, generator=generator)
+                p.normal_(0, 0.01, generator=generator)
             elif "relative_bias" in name:
                 p.normal_(0, c.width ** -0.5, generator=generator)
             else:
@@ -149,6 +156,22 @@ class T5Encoder(nn.Module):
 def byte_ids(prompts, max_length=512):
     """Tokens without a vocabulary file, as ByT5's: UTF-8 bytes + 3, then 1 for the end; 0 pads -> ids, mask (B, T)."""
     rows = [torch.tensor([b + 3 for b in prompt.encode()[:max_length - 1]] + [1]) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, ids != 0
+
+
+def word_ids(prompts, max_length=512):
+    """Tokens without a vocabulary: two hashes of each word, then 1 for the end; 0 pads -> ids, mask (B, T).
+
+    Hardly any two words share both hashes. A network that has never seen text learns what words mean sooner than how
+    they are spelt.
+    """
+    def hashes(word):
+        return [2 + zlib.crc32(salt + word.encode()) % (WORD_T5.vocab_size - 2) for salt in (b"a", b"b")]
+    rows = []
+    for prompt in prompts:
+        ids = [number for word in re.findall(r"\w+", prompt.lower()) for number in hashes(word)]
+        rows.append(torch.tensor(ids[:max_length - 1] + [1]))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return ids, ids != 0
 
@@ -197,9 +220,14 @@ def load_t5(path, width=None, device="cpu", dtype=None):
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / "tokenizer.json").exists():
         model.tokenize = load_tokenizer(folder / "tokenizer.json")
-    elif config.vocab_size > 384:                                           # encoders of bytes have 259 or 384 ids
+    elif config.vocab_size > MOST_BYTES and config.vocab_size != WORD_T5.vocab_size:
         raise vq.CheckpointError(f"{folder}: has no tokenizer.json; it belongs to the weights, get it from there too")
     return model.eval()
+
+
+def save_t5(model, path, dtype=None):
+    """Write a T5Encoder as safetensors with the keys of transformers' T5EncoderModel, which `load_t5` reads."""
+    vq.save_checkpoint(path, vq.rename_keys(model.state_dict(), T5Encoder.RENAMES, inverse=True), model.config, dtype)
 
 
 def infer_t5_config(state):

@@ -191,7 +191,9 @@ def make_tiny(monkeypatch):
     monkeypatch.setitem(infinity.CONFIGS, "emoji_infinity", INFINITY_CONFIG)
     monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen", CLASS_CONFIG)
     monkeypatch.setitem(llamagen.CONFIGS, "emoji_llamagen_t2i", TEXT_CONFIG)
-    monkeypatch.setattr(tasks, "BYTE_T5", T5_CONFIG)
+    monkeypatch.setattr(tasks, "WORD_T5", T5_CONFIG)
+    for model, name in (("infinity", "emoji"), ("llamagen", "emoji_text")):                 # the demo's T5 does not fit
+        monkeypatch.setitem(recipes.RECIPES[model], name, recipes.derive(recipes.RECIPES[model][name], init_text=None))
     monkeypatch.setattr(losses, "PatchDiscriminator", partial(losses.PatchDiscriminator, width=8, num_layers=1))
 
 

@@ -6,7 +6,7 @@ import torch
 
 import vq
 from helpers import T5_CONFIG, shards
-from lib.text import T5Encoder, byte_ids, clean_caption, load_t5, load_tokenizer
+from lib.text import WORD_T5, T5Encoder, byte_ids, clean_caption, load_t5, load_tokenizer, word_ids
 
 
 def test_t5_does_not_see_padding():
@@ -18,6 +18,14 @@ def test_t5_does_not_see_padding():
     ids, _ = byte_ids(["é", ""], 512)
     assert ids.tolist() == [[0xC3 + 3, 0xA9 + 3, 1], [1, 0, 0]]
     assert byte_ids(["x" * 100], 8)[0].shape == (1, 8)
+
+
+def test_words_are_two_hashes_each():
+    ids, mask = word_ids(["Noto style, red heart", "heart"])
+    assert ids.shape == (2, 9) and mask.sum(1).tolist() == [9, 3] and ids[0, -1] == 1
+    assert ids[0, 6:8].tolist() == ids[1, :2].tolist()                      # of "heart", wherever it stands
+    assert 2 <= ids[mask & (ids != 1)].min() and ids.max() < WORD_T5.vocab_size
+    assert word_ids(["heart " * 100], 32)[0].shape == (1, 32)
 
 
 def test_t5_is_that_of_transformers(tmp_path):

@@ -24,7 +24,7 @@ from lib.caches import FeatureCache, TokenCache
 from lib.data import Batches, CaptionedPictures, view
 from lib.emoji import Emoji
 from lib.pictures import read_picture, to_input
-from lib.text import T5Encoder, load_infinity, load_llamagen, load_t5
+from lib.text import T5Encoder, load_infinity, load_llamagen, load_t5, save_t5
 
 pytestmark = pytest.mark.usefixtures("tiny_configs")
 
@@ -249,13 +249,24 @@ def test_text_runs_train_their_encoder_along(token_files, tmp_path, capsys):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     once, more = (load_llamagen(tmp_path / name).text_encoder for name in ("whole/model.safetensors",) * 2)
     assert once.config == T5_CONFIG and torch.equal(once.embed.weight, more.embed.weight)
-    infinity.save(tiny_infinity(), tmp_path / "i.safetensors")
-    run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "i.safetensors", "--out",
+    reader = T5Encoder(T5_CONFIG)
+    reader.init_weights(torch.Generator().manual_seed(5))
+    save_t5(reader, tmp_path / "t5.safetensors")
+    run(train, *argv[:-4], "--steps", 1, "--lr", 0, "--ema", 0, "--init-text", tmp_path / "t5.safetensors", "--out",
         tmp_path / "c")
-    taken = load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict()
-    assert same(taken, tiny_infinity().text_encoder.state_dict())
+    assert same(load_llamagen(tmp_path / "c" / "model.safetensors").text_encoder.state_dict(), reader.state_dict())
     run(sample, "llamagen", "--ckpt", tmp_path / "whole" / "model.safetensors", "--vq", token_files[1], "--prompt",
         "red heart", "--out", tmp_path / "a.png", "--device", "cpu")
+
+
+def test_a_text_encoder_that_has_learnt_words(tmp_path):
+    argv = ("t5", "--steps", 4, "--device", "cpu", "--workers", 0)
+    run(train, *argv, "--out", tmp_path / "whole")
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    features, _ = load_t5(tmp_path / "whole" / "model.safetensors", 128).encode(["red heart"])
+    assert features.shape == (1, 10, 128)                                   # the tiny network reads bytes
 
 
 def tiny_t5(folder):
@@ -311,7 +322,8 @@ def test_llamagen_mistakes(token_files, files, tmp_path, capsys):
     assert "not a LlamaGen transformer" in say("--vq", token_files[1], "--init", token_files[1])
     infinity.save(tiny_infinity(t5=None), tmp_path / "i.safetensors")
     text = ("--vq", token_files[1], "--recipe", "emoji_text", "--init-text", tmp_path / "i.safetensors")
-    assert "--init-text" in (line := say(*text)) and "has no text encoder" in line
+    assert "i.safetensors: not a T5" in say(*text)
+    assert "give one of them" in say(*text, "--t5", "t5")
     assert "this run trains no text encoder" in say(*text[:2], *text[4:])
     other = tiny_single()
     torch.nn.init.normal_(other.quantize.codebook)
