@@ -166,8 +166,8 @@ class Emoji:
         return moved(pictures(TILE)[row], self.size, np.random.default_rng((row, number)))
 
     def read_views(self, index, crops):
-        """The views of a picture with these numbers."""
-        return [self.view(index, crop) for crop in crops]
+        """The views of a picture with these numbers, of which None stands for the picture itself."""
+        return [self.view(index, crop or 0) for crop in crops]
 
     def __getitems__(self, items):
         pixels = []

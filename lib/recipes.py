@@ -170,6 +170,7 @@ VQ_RECIPES = {
 GENERATOR = derive(                             # what the three transformers have in common
     COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
+    views=Setting(1),                           # of a picture of the demo, in which it is a little moved and scaled
     vae=file("the trained tokenizer; recipes of the demo have one", flags=("--vae", "--vq")),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
     evaluate=EVALUATE,
@@ -234,7 +235,7 @@ INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
     init_gamma=0.1, checkpointing=False, init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS,
-    views=Setting(1000),                        # of each picture, in which it is a little moved and scaled
+    views=1000,
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
