@@ -14,6 +14,7 @@ from lib.pictures import read_picture
 FOLDER = Path(__file__).resolve().parent.parent / "demo" / "emoji"
 STYLES = ("noto", "noto-v1", "fluent", "fluent-flat", "twemoji", "emojione")
 TILE = 64                                       # side of a picture in a sheet, in pixels
+MARGIN = 8                                      # white pixels around a picture of which `moved` shows a part
 PER_ROW = 50                                    # pictures in a row of a sheet
 UNSEEN_THINGS = 0.03                            # share of things that are held out in all styles
 UNSEEN_PAIRS = 0.1                              # share of (thing, style) pairs that are held out
@@ -48,14 +49,11 @@ def pictures(size):
     return torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()
 
 
-MARGIN = 8                                      # white pixels around a picture of 64 x 64, for views of it
-
-
 def moved(picture, size, rng):
     """A picture, uint8 (3, 64, 64), moved by up to two pixels and scaled by up to 6 % -> (3, size, size)."""
     canvas = np.full((TILE + 2 * MARGIN, TILE + 2 * MARGIN, 3), 255, np.uint8)
     canvas[MARGIN:-MARGIN, MARGIN:-MARGIN] = picture.permute(1, 2, 0)
-    side = TILE * rng.uniform(0.96, 1.06)                                    # of the part that is seen
+    side = TILE * rng.uniform(0.96, 1.06)                                   # of the part that is seen
     x, y = (len(canvas) - side) / 2 + rng.uniform(-2, 2, 2)
     seen = Image.fromarray(canvas).resize((size, size), Image.LANCZOS, (x, y, x + side, y + side))
     return torch.from_numpy(np.array(seen)).permute(2, 0, 1)

@@ -61,9 +61,8 @@ def write_folder(folder, checkpoint, config, dtype, weights=None):
     description = {
         "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "dtype": str(dtype).split(".")[1],
         "checkpoint": str(Path(checkpoint).resolve()), "weights": weights, "sizes": asdict(config),
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
+        "hidden_size": config.width, "intermediate_size": config.hidden, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
         "vocab_size": 2 * config.vocab_size,            # the logits of two streams; in prompts, tokens and classes
         "max_position_embeddings": config.slots + config.side**2, "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "mrope_section": [D // 2]},
@@ -247,8 +246,8 @@ def serve(args):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
-        server = subprocess.Popen(command + args.more, env=environment(folder, device))
         signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
+        server = subprocess.Popen(command + args.more, env=environment(folder, device))
         try:
             code = server.wait()
         except KeyboardInterrupt:
