@@ -62,9 +62,10 @@ def write_folder(folder, checkpoint, config, dtype, weights=None):
         "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "dtype": str(dtype).split(".")[1],
         "checkpoint": str(Path(checkpoint).resolve()), "weights": weights, "sizes": asdict(config),
         "hidden_size": config.width, "intermediate_size": config.hidden, "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": sizes[0], "rms_norm_eps": config.norm_eps,
         "vocab_size": 2 * config.vocab_size,            # the logits of two streams; in prompts, tokens and classes
-        "max_position_embeddings": config.slots + config.side**2, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.slots + config.side**2,
         "rope_parameters": {"rope_type": "default", "mrope_section": [D // 2]},
     }
     (folder / "config.json").write_text(json.dumps(description))
