@@ -205,7 +205,7 @@ VAR_EMOJI = derive(
 )
 VAR_RECIPES = {
     "emoji": VAR_EMOJI,
-    "ladder": derive(VAR_EMOJI, steps=800, lr=8e-4, warmup=0.1),            # for --scaling-laws
+    "ladder": derive(VAR_EMOJI, steps=2000, lr=8e-4, warmup=0.1, cache_crops="2"),     # for --scaling-laws
     "d16": derive(VAR, model="var_d16", epochs=200),
     "d20": derive(VAR, model="var_d20", epochs=250),
     "d24": derive(VAR_LARGE, model="var_d24", init_gamma=1e-4),
