@@ -58,7 +58,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import app, baselines, bench_ops, dubbing, emoji, serving
+from lib import app, baselines, bench_ops, dubbing, emoji, lora, serving
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
@@ -102,6 +102,8 @@ def sample_var(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_var_pair(args, machine)
+    if args.merge:
+        return lora.write_merged(args, loaded, var.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -213,6 +215,8 @@ def sample_infinity(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_infinity_pair(args, machine)
+    if args.merge:
+        return lora.write_merged(args, loaded, infinity.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -364,6 +368,8 @@ def sample_llamagen(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_llamagen_pair(args, machine)
+    if args.merge:
+        return lora.write_merged(args, loaded, llamagen.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer

@@ -63,7 +63,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import vq
-from lib import parallel, studies
+from lib import lora, parallel, studies
 from lib.bench import TrainingStep, bench_training_step, count_flops
 from lib.clips import open_data
 from lib.checkpoints import Checkpoints, named_tensors
@@ -120,9 +120,15 @@ def train(args):
     generator = torch.Generator(device).manual_seed(args.seed)
     task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
     model = task.model
+    frozen = {}                                                             # weights that every process has from a file
+    if getattr(args, "lora", 0):
+        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, dtype, generator)
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if args.checkpointing:
         model.checkpointing = True
-    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    ema = None
+    if args.ema:
+        ema = copy.deepcopy(model, {id(p): p for p in frozen.values()}).requires_grad_(False)
     if args.compile:
         for block in parallel.repeated_blocks(model):
             block.compile(dynamic=False)
@@ -137,7 +143,7 @@ def train(args):
     # Start, growth and cap (below) of the scale are those of VAR's authors. Only fp16 is scaled.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**11, growth_interval=1000, enabled=args.dtype == "fp16")
     learners = {"model": (model, optimizer)} | task.learners                    # {name: (module, optimizer)}
-    tensors = functools.partial(named_tensors, learners, ema)
+    tensors = functools.partial(named_tensors, learners, ema, without=frozen)
 
     # Continue, if it is the same run.
     step = 0
@@ -362,9 +368,10 @@ def set_rates(optimizer, lr, wd):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Update the exponential moving average of the weights. Its memory is shorter in the first steps. Buffers are
-    copied."""
+    copied, frozen weights are the same tensors."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = [(mine, theirs) for mine, theirs in zip(ema.parameters(), model.parameters()) if mine is not theirs]
+    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
         mine.copy_(theirs)
 
@@ -439,8 +446,10 @@ def export(checkpoints, task, model, path, args):
     worked = True
     with parallel.full_model(model) as full:
         if rank_and_world()[0] == 0:
-            dtype = SAVE_DTYPES[args.save_dtype]
-            worked = checkpoints.attempt(path.name, lambda: task.save(full.eval(), path, dtype))
+            write = task.save
+            if getattr(args, "lora", 0):
+                write = functools.partial(lora.save, classes=getattr(task, "classes", []))
+            worked = checkpoints.attempt(path.name, lambda: write(full.eval(), path, SAVE_DTYPES[args.save_dtype]))
     return all_gather_objects(worked)[0]
 
 
@@ -485,6 +494,8 @@ def check_args(args):
         raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
+    if getattr(args, "lora", 0) and not args.init:
+        raise UserError(f"--lora {args.lora}: what is to be changed? Give the weights as --init FILE")
     if args.fsdp and rank_and_world()[1] == 1:
         raise UserError("--fsdp: shards a model over several processes; start them with torchrun --nproc-per-node N")
 

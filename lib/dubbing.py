@@ -13,7 +13,7 @@ from PIL import Image
 import latentsync
 import syncnet
 import vq
-from lib import baseline_dubbing
+from lib import baseline_dubbing, lora
 from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
@@ -59,6 +59,7 @@ def load_models(args):
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
     unet = latentsync.load(ckpt, resolution=resolution)
+    lora.add(unet, args.lora, ckpt)
     if ours and not args.resolution:
         why = "as its file says"
     elif not resolution and unet.config.motion == "none":

@@ -8,6 +8,7 @@ import infinity
 import llamagen
 import var
 import vq
+from lib import lora
 from lib.console import UserError
 from lib.pictures import DEMO
 from lib.products import Products, prepare
@@ -53,8 +54,8 @@ def find_files(args, demo, load, fallback_of, flag):
     """
     download = not args.no_download
     ckpt = find_checkpoint(args.ckpt, download, "--ckpt") if args.ckpt else DEMO / f"{demo}.safetensors"
-    metadata = read_metadata(ckpt)
     model = load(ckpt)
+    metadata = read_metadata(ckpt) | lora.add(model, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, fallback_of(model), download, flag)
     return model, metadata, Path(ckpt), Path(vae)
 

@@ -1,0 +1,149 @@
+"""LoRA: what it learns is what the whole layer would learn, files, and how they are used."""
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import infinity
+import llamagen
+import sample
+import train
+import var
+import vq
+from helpers import captioned, complaint, run, same, tiny_infinity, tiny_llamagen, tiny_var
+from lib import lora
+
+pytestmark = pytest.mark.usefixtures("tiny_configs")
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
+TOKENS = ("llamagen", "--batch-size", 4, "--device", "cpu", "--log-every", 1, "--size", 16)
+VAR = ("var", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1, "--cache-crops", 1)
+
+
+def fill(model, seed=0):
+    """Give B values, as if something had been learnt."""
+    g = torch.Generator().manual_seed(seed)
+    for layer in lora.adapted_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.1, generator=g)
+
+
+def teacher_input(model):
+    """Cells of f_hat that VAR reads, (2, L - first scale, Cv)."""
+    n = sum(p * p for p in model.config.patch_nums) - model.config.patch_nums[0] ** 2
+    return torch.randn(2, n, model.config.z_channels, generator=torch.Generator().manual_seed(0))
+
+
+def llamagen_logits(model):
+    tokens = torch.arange(30).reshape(2, 15) % model.config.vocab_size
+    return model(torch.tensor([0, 3]), tokens)
+
+
+def test_a_fresh_one_changes_nothing_and_learns_as_the_layer_would():
+    model = tiny_llamagen().eval()
+    before = llamagen_logits(model)
+    twin = tiny_llamagen().eval()
+    lora.wrap(model, 4, 8.0, LAYERS, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(llamagen_logits(model), before)
+    fill(model)
+    for name, layer in lora.adapted_layers(model).items():                  # the same weights in an ordinary model
+        weight = twin.get_submodule(name).weight
+        weight.data = layer.base + layer.scale * layer.lora_B.detach() @ layer.lora_A.detach()
+    targets = torch.arange(32).reshape(2, 16) % model.config.vocab_size
+    for one in (model, twin):
+        one.loss(torch.tensor([0, 3]), targets)[0].backward()
+    for name, layer in lora.adapted_layers(model).items():                  # dA = s B^T dW, dB = s dW A^T
+        gradient = twin.get_submodule(name).weight.grad
+        torch.testing.assert_close(layer.lora_A.grad, layer.scale * layer.lora_B.T @ gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layer.lora_B.grad, layer.scale * gradient @ layer.lora_A.T, atol=1e-5, rtol=1e-4)
+        assert layer.base.grad is None
+
+
+def test_full_rank_reproduces_the_gradient_of_the_layer():
+    linear = torch.nn.Linear(12, 20)
+    model = torch.nn.Sequential(linear)
+    x = torch.randn(7, 12)
+    model(x).square().sum().backward()
+    expected = linear.weight.grad.clone()
+    lora.wrap(model, 12, 12.0, ("0",))
+    layer = model[0]
+    layer.lora_A.data = torch.eye(12)                                       # then W + B A = W + B
+    model(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_B.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make, logits", [
+    (tiny_llamagen, llamagen_logits),
+    (tiny_var, lambda m: m(torch.tensor([0, 1]), teacher_input(m))),
+], ids=["llamagen", "var"])
+def test_merged_equals_unmerged(make, logits, tmp_path):
+    model = make().eval()
+    base = logits(model)
+    lora.wrap(model, 3, 6.0, LAYERS, generator=torch.Generator().manual_seed(0))
+    fill(model)
+    path = tmp_path / "a.safetensors"
+    lora.save(model, path)
+    with torch.no_grad():
+        expected = logits(model)
+        merged = make().eval()
+        lora.add(merged, [str(path)], "base")
+        assert (logits(merged) - expected).abs().max() < 2e-5 < (base - expected).abs().max()
+        twice = make().eval()
+        lora.add(twice, [f"{path}:0.25", f"{path}:0.75"], "base")
+        assert (logits(twice) - expected).abs().max() < 2e-5
+        untouched = make().eval()
+        lora.add(untouched, [f"{path}:0"], "base")
+        assert torch.equal(logits(untouched), base)
+
+
+def test_a_run_learns_little_resumes_and_draws(token_files, pictures, tmp_path, capsys):
+    argv = (*TOKENS, "--data", pictures, "--vq", token_files[1], "--init", token_files[2], "--lora", 2,
+            "--lora-alpha", 4, "--steps", 4, "--cache-crops", 1, "--ema", 0.5)
+    run(train, *argv, "--out", tmp_path / "whole")
+    run(train, *argv, "--out", tmp_path / "parts", "--stop-after", 2)
+    run(train, *argv, "--out", tmp_path / "parts", "--resume", "auto")
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
+    learnt = [load_file(file) for file in files]
+    assert same(*learnt) and all("lora" in key or "class_embed" in key for key in learnt[0])
+    config = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 4.0, sorted(LAYERS))
+    out = ("--vq", token_files[1], "--device", "cpu", "--classes", "square", "--seed", 3)
+    run(sample, "llamagen", "--ckpt", token_files[2], "--lora", tmp_path / "whole", *out, "--out", tmp_path / "a.png")
+    merged = tmp_path / "merged.safetensors"
+    run(sample, "llamagen", "--ckpt", token_files[2], "--lora", files[0], "--vq", token_files[1], "--device", "cpu",
+        "--merge", merged)
+    run(sample, "llamagen", "--ckpt", merged, *out, "--out", tmp_path / "b.png")
+    assert np.array_equal(*(np.array(Image.open(tmp_path / name)) for name in ("a.png", "b.png")))
+    capsys.readouterr()
+    say = partial(complaint, capsys, sample, "llamagen", *out, "--out", tmp_path / "c.png")
+    assert "is part of" in say("--ckpt", merged, "--lora", files[0])
+    assert "was not learnt on the weights of" in say("--ckpt", other_weights(tmp_path), "--lora", files[0])
+    assert "expected FILE or FILE:STRENGTH" in say("--ckpt", token_files[2], "--lora", f"{files[0]}:much")
+    assert "not a LoRA" in say("--ckpt", token_files[2], "--lora", token_files[2])
+
+
+def other_weights(folder):
+    """A LlamaGen with the same sizes and other weights."""
+    model = tiny_llamagen()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    llamagen.save(model, folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+def test_of_another_model(token_files, text_files, tmp_path, capsys):
+    model = tiny_infinity()
+    lora.wrap(model, 2, 2.0, ("qkv", "q"))
+    infinity_lora = tmp_path / "i.safetensors"
+    lora.save(model, infinity_lora)
+    say = partial(complaint, capsys, sample, "llamagen", "--ckpt", token_files[2], "--vq", token_files[1], "--device",
+                  "cpu", "--out", tmp_path / "a.png", "--lora")
+    assert "it is of another model" in say(infinity_lora)
+    tell = partial(complaint, capsys, train, *TOKENS, "--vq", token_files[1], "--out", tmp_path / "a")
+    assert "Give the weights as --init" in tell("--lora", 2)
+    assert "more than the rank of" in tell("--lora", 500, "--init", token_files[2])
+    assert "choose some of qkv, proj" in tell("--lora", 2, "--init", token_files[2], "--lora-layers", "to_q")
