@@ -1629,6 +1629,9 @@ def check_fit(model, state, path, optional=()):
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
 
 
+after_loading = None            # a function (model, key) that load_strict calls after each tensor; lib/int8.py sets it
+
+
 def load_strict(model, state, path, optional=()):
     """Copies `state` into `model`. All that does not fit is listed in one CheckpointError, see `check_fit`.
 
@@ -1636,8 +1639,10 @@ def load_strict(model, state, path, optional=()):
     refused as well.
     """
     check_fit(model, state, path, optional)
+    own = model.state_dict()
     with torch.no_grad():
-        for k, tensor in model.state_dict().items():
+        for k in list(own):
+            tensor = own.pop(k)                                             # the only reference besides the model's
             if k not in state:
                 continue
             tensor.copy_(state[k])
@@ -1646,6 +1651,8 @@ def load_strict(model, state, path, optional=()):
                 if not tensor.isfinite().all():
                     raise CheckpointError(f"{path}: {k} holds values that are no finite numbers; the file is damaged, "
                                           "or training it failed")
+            if after_loading is not None:
+                after_loading(model, k)
 
 
 def save_checkpoint(path, state, config, dtype=None, **extra):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import vq
 from lib.console import UserError, check_writable
+from lib.int8 import LARGEST, Int8Linear, LayerWeight
 from lib.products import unpacked
 from lib.weights import METADATA, content_hash, read_metadata
 
@@ -30,57 +31,36 @@ TRACED_ROWS = 8                                 # rows of a weight by which a ba
 MOST_STRENGTH = 100
 
 
-class AdaptedWeight(torch.Tensor):
-    """A weight (c_out, c_in) that F.linear takes like any other. Its elements are those of the frozen weight."""
-
-    @staticmethod
-    def __new__(cls, layer):
-        return torch.Tensor._make_subclass(cls, layer.base.detach())
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.linear and isinstance(args[1], cls):
-            x, weight, *bias = args
-            return weight.layer.product(x, *bias, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs)
-
-
 class AdaptedLinear(nn.Module):
     """A frozen linear layer, and the two matrices that it learns."""
 
-    def __init__(self, linear, rank, scale):
+    def __init__(self, layer, rank, scale):
         super().__init__()
-        c_out, c_in = linear.weight.shape
-        device = linear.weight.device
-        self.base = linear.weight
-        self.bias = linear.bias
+        c_out, c_in = layer.weight.shape
+        device = layer.weight.device
+        self.layer = layer
         self.scale = scale
         self.lora_A = nn.Parameter(torch.empty(rank, c_in, device=device))
         self.lora_B = nn.Parameter(torch.zeros(c_out, rank, device=device))
 
     @property
     def weight(self):
-        """What models take for the weight of a linear layer."""
-        return AdaptedWeight(self)
+        """What models take for the weight of a linear layer. Its elements are those of the frozen one."""
+        return LayerWeight(self, self.layer.weight.detach())
 
     def product(self, x, bias=None):
         """x (..., c_in) -> (..., c_out)."""
         change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.base, bias) + self.scale * change
+        return F.linear(x, self.layer.weight, bias) + self.scale * change
 
     def forward(self, x):
-        return self.product(x, self.bias)
+        return self.product(x, self.layer.bias)
 
 
 def linear_layers(model):
     """{name: module} of the linear layers of a model, without those of its text encoder."""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith("text_encoder.")}
+            if isinstance(module, (nn.Linear, Int8Linear)) and not name.startswith("text_encoder.")}
 
 
 def last_part(name):
@@ -101,7 +81,7 @@ def wrap(model, rank, alpha, chosen, dtype=torch.float32, generator=None):
                             f"{', '.join(kinds)}")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        layer.weight.data = layer.weight.data.to(dtype)
+        layer.to(dtype)
         if last_part(name) not in chosen:
             continue
         if rank > min(layer.weight.shape):
@@ -135,9 +115,11 @@ class Config:
 
 
 @torch.no_grad()
-def trace(weight):
+def trace(layer):
     """Largest magnitudes in the first rows of a weight: they tell weights apart, in every precision to 1 %."""
-    return weight[:TRACED_ROWS].float().abs().amax(1).tolist()
+    if isinstance(layer, Int8Linear):
+        return (LARGEST * layer.scale[:TRACED_ROWS]).tolist()
+    return layer.weight[:TRACED_ROWS].float().abs().amax(1).tolist()
 
 
 def save(model, path, dtype=None, **extra):
@@ -156,7 +138,7 @@ def save(model, path, dtype=None, **extra):
     first, layer = next(iter(layers.items()))
     rank = len(layer.lora_A)
     config = Config(rank, layer.scale * rank, tuple(sorted(set(map(last_part, layers)))), whole)
-    vq.save_checkpoint(path, tensors, config, dtype, base={first: trace(layer.base)}, **extra)
+    vq.save_checkpoint(path, tensors, config, dtype, base={first: trace(layer.layer)}, **extra)
     with vq.atomic(Path(path).with_name(CONFIG)) as temporary:
         temporary.write_text(json.dumps(asdict(config)))
 
@@ -221,7 +203,7 @@ def check_base(lora, model, ckpt):
     if content_hash(lora.path) in read_metadata(ckpt).get("merged", []):
         raise UserError(f"--lora {lora.path}: is part of {ckpt} already; leave it out")
     for name, expected in lora.metadata.get("base", {}).items():
-        found = trace(layers[name].weight)
+        found = trace(layers[name])
         if not all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(expected, found)):
             raise UserError(f"--lora {lora.path}: was not learnt on the weights of {ckpt}; give what was its --init as "
                             "--ckpt")
@@ -241,8 +223,14 @@ def add(model, texts, ckpt):
         if strength == 0:
             continue
         for name, (A, B) in lora.pairs.items():
-            weight = model.get_submodule(name).weight
-            weight.add_((strength * lora.scale * (B.float() @ A.float())).to(weight))
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                layer.weight.add_((strength * lora.scale * (B.float() @ A.float())).to(layer.weight))
+            else:                                                           # int8 has no room for small changes
+                adapted = AdaptedLinear(layer, len(A), strength * lora.scale)
+                adapted.lora_A.data = A.to(adapted.lora_A)
+                adapted.lora_B.data = B.to(adapted.lora_B)
+                model.set_submodule(name, adapted.requires_grad_(False))
         if lora.classes is not None:
             model.class_embed.weight = nn.Parameter(lora.classes.to(model.class_embed.weight))
             model.config = replace(model.config, num_classes=len(lora.classes) - 1)

@@ -51,7 +51,7 @@ def test_a_fresh_one_changes_nothing_and_learns_as_the_layer_would():
     fill(model)
     for name, layer in lora.adapted_layers(model).items():                  # the same weights in an ordinary model
         weight = twin.get_submodule(name).weight
-        weight.data = layer.base + layer.scale * layer.lora_B.detach() @ layer.lora_A.detach()
+        weight.data = layer.layer.weight.detach() + layer.scale * layer.lora_B.detach() @ layer.lora_A.detach()
     targets = torch.arange(32).reshape(2, 16) % model.config.vocab_size
     for one in (model, twin):
         one.loss(torch.tensor([0, 3]), targets)[0].backward()
@@ -59,7 +59,7 @@ def test_a_fresh_one_changes_nothing_and_learns_as_the_layer_would():
         gradient = twin.get_submodule(name).weight.grad
         torch.testing.assert_close(layer.lora_A.grad, layer.scale * layer.lora_B.T @ gradient, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.lora_B.grad, layer.scale * gradient @ layer.lora_A.T, atol=1e-5, rtol=1e-4)
-        assert layer.base.grad is None
+        assert layer.layer.weight.grad is None
 
 
 def test_full_rank_reproduces_the_gradient_of_the_layer():

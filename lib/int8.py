@@ -1,0 +1,108 @@
+"""Weights of linear layers as 8-bit integers, with a scale for each output channel: a quarter of the memory of float32.
+
+A layer is quantized as soon as its weight is loaded, so the model is never in memory as a whole in another precision.
+torchao's int8 weights compute the same, but it quantizes models that are in memory already. Only the memory shrinks:
+products are computed in the precision of the run, on a CPU by a kernel of PyTorch's, elsewhere with a weight that is
+cast for the product.
+"""
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import vq
+
+LARGEST = 127                                   # of an int8, to both sides
+
+
+class LayerWeight(torch.Tensor):
+    """Stands for the weight (c_out, c_in) of a layer that multiplies in its own way: F.linear with it calls
+    layer.product. Models that use the weight of a layer without calling the layer need no change then.
+
+    Shape, dtype and device are those of a weight. What its elements are is the layer's affair, see `like`.
+    """
+
+    @staticmethod
+    def __new__(cls, layer, like):
+        return torch.Tensor._make_subclass(cls, like)
+
+    def __init__(self, layer, like):
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.linear and isinstance(args[1], cls):
+            x, weight, *bias = args
+            return weight.layer.product(x, *bias, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+
+class Int8Product(torch.autograd.Function):
+    """x (..., c_in) times q (c_out, c_in) int8, row i of it scale[i] times as large -> (..., c_out). Only x has a
+    gradient."""
+
+    @staticmethod
+    def forward(ctx, x, q, scale):
+        ctx.save_for_backward(q, scale)
+        if x.device.type == "cpu":
+            rows = torch._weight_int8pack_mm(x.flatten(0, -2).contiguous(), q, scale.to(x.dtype))
+            return rows.unflatten(0, x.shape[:-1])
+        return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, scale = ctx.saved_tensors
+        return (gradient * scale.to(gradient.dtype)) @ q.to(gradient.dtype), None, None
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is quantized. It does not learn."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=1e-30) / LARGEST
+        self.bias = linear.bias
+        self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))
+        # As bits: a cast of the whole model to bfloat16 must not round the scale. What it does change is `like`.
+        self.register_buffer("scale_bits", scale.view(torch.int32))
+        self.register_buffer("like", torch.full((1, 1), torch.nan, dtype=linear.weight.dtype, device=weight.device))
+
+    @property
+    def weight(self):
+        """What models take for the weight of a linear layer. Its elements read as NaN."""
+        return LayerWeight(self, self.like.expand(self.q.shape))
+
+    @property
+    def scale(self):
+        """(c_out,) float32."""
+        return self.scale_bits.view(torch.float32)
+
+    def product(self, x, bias=None):
+        """x (..., c_in) -> (..., c_out) in the dtype of x."""
+        out = Int8Product.apply(x, self.q, self.scale)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def forward(self, x):
+        return self.product(x, self.bias)
+
+
+def quantize(model, key):
+    """Quantize a linear layer of a model whose weight has just been loaded. key: its name in the state dict."""
+    name, _, kind = key.rpartition(".")
+    layer = model.get_submodule(name)
+    if kind == "weight" and isinstance(layer, nn.Linear):
+        model.set_submodule(name, Int8Linear(layer))                        # its bias stays the same tensor
+
+
+@contextmanager
+def quantized(kind):
+    """Models that are loaded inside of this `with` are quantized. kind: "int8", or None for no change."""
+    vq.after_loading = quantize if kind else None
+    try:
+        yield
+    finally:
+        vq.after_loading = None
