@@ -18,6 +18,7 @@ from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
 from lib.graphs import captured_unet
+from lib.int8 import quantized
 from lib.pictures import DEMO, to_pixels
 from lib.products import unpacked
 from lib.video import Video
@@ -58,7 +59,8 @@ def load_models(args):
     resolution, why = args.resolution, "as asked"
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
-    unet = latentsync.load(ckpt, resolution=resolution)
+    with quantized(args.quantize):
+        unet = latentsync.load(ckpt, resolution=resolution)
     lora.add(unet, args.lora, ckpt)
     if ours and not args.resolution:
         why = "as its file says"

@@ -20,8 +20,10 @@ def machine_flags(add):
         "averaged ones")
 
 
-def lora_flags(add):
-    """Flags of all commands that draw with a model that train.py --lora can change."""
+def weight_flags(add):
+    """Flags of all commands that draw with a large model: changes of its weights, and their precision."""
+    add("--quantize", choices=["int8"], help="linear layers of the model and of T5 as 8-bit integers: a quarter of the "
+        "memory of fp32, half of that of bf16")
     add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="what train.py --lora or peft has learnt; "
         "several add up; strength 1: as learnt")
     add("--merge", metavar="FILE", help="draw nothing, but write the model with the changes of --lora in it")
@@ -45,7 +47,7 @@ def generator_flags(add, example):
     add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
         help="the tokenizer; default: the one beside --ckpt, else the released one")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
-    lora_flags(add)
+    weight_flags(add)
     bench_flags(add, example)
 
 
@@ -191,7 +193,7 @@ def latentsync_flags(add):
     add("--steps-grid", action="store_true", help="write face, masked face, painted face and result side by side")
     add("--syncnet", metavar="FILE|NAME", help="score the video before and after with this stable_syncnet.pt")
     add("--frames", type=int, help="painted at a time (default: as trained, 16)")
-    lora_flags(add)
+    weight_flags(add)
     bench_flags(add, "latentsync_1.5")
     machine_flags(add)
 

@@ -10,6 +10,7 @@ import var
 import vq
 from lib import lora
 from lib.console import UserError
+from lib.int8 import quantized
 from lib.pictures import DEMO
 from lib.products import Products, prepare
 from lib.text import load_infinity, load_llamagen
@@ -50,14 +51,23 @@ def random_config(args, configs):
 def find_files(args, demo, load, fallback_of, flag):
     """Load the model of --ckpt and find the tokenizer that belongs to it -> (model, metadata, path, path of tokenizer).
 
+    The model is changed as --quantize and --lora say.
     fallback_of(model) -> name of the tokenizer if --vae is not given.
     """
     download = not args.no_download
     ckpt = find_checkpoint(args.ckpt, download, "--ckpt") if args.ckpt else DEMO / f"{demo}.safetensors"
-    model = load(ckpt)
+    with quantized(args.quantize):
+        model = load(ckpt)
     metadata = read_metadata(ckpt) | lora.add(model, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, fallback_of(model), download, flag)
     return model, metadata, Path(ckpt), Path(vae)
+
+
+def weight_options(args, machine):
+    """Options of the load functions of Infinity and LlamaGen. A GPU may have room for a quantized model only, which is
+    therefore made in the host's memory."""
+    device = torch.device("cpu") if args.quantize else machine.device
+    return {"dtype": machine.dtype, "device": device, "weights": args.weights}
 
 
 def load_var_pair(args, machine):
@@ -103,9 +113,9 @@ def load_infinity_pair(args, machine):
         if model.text_encoder is not None:
             return "emoji_bsq.safetensors"
         return INFINITY_TOKENIZERS.get(model.config.bits, "the tokenizer")
-    model, metadata, ckpt, vae = find_files(
-        args, "emoji_infinity", lambda path: load_infinity(path, dtype=machine.dtype, device=machine.device,
-                                                           weights=args.weights), fallback_of, "--vae")
+    options = weight_options(args, machine)
+    model, metadata, ckpt, vae = find_files(args, "emoji_infinity", lambda path: load_infinity(path, **options),
+                                            fallback_of, "--vae")
     released = [known for known in INFINITY_PIXELS if ckpt.name.startswith(known)]
     metadata = {"pixels": INFINITY_PIXELS[released[-1]] if released else "1M"} | metadata
     tokenizer = vq.load(vae, dtype=machine.dtype)
@@ -136,7 +146,7 @@ def load_llamagen_pair(args, machine):
     side = args.size and 1                                                  # with --size it is set below
     model, metadata, ckpt, vae = find_files(
         args, "emoji_llamagen_t2i" if reads_text else "emoji_llamagen",
-        lambda path: load_llamagen(path, side=side, dtype=machine.dtype, device=machine.device, weights=args.weights),
+        lambda path: load_llamagen(path, side=side, **weight_options(args, machine)),
         fallback_of, "--vq")
     tokenizer = vq.load(vae)
     check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vq")
