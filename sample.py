@@ -61,10 +61,10 @@ import vq
 from lib import app, baselines, bench_ops, dubbing, emoji, lora, serving
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
-from lib.drawing import (LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator, check_generator_args,
-                         check_npz, check_prompt_args, check_prompts_out, check_sheet, choose_labels, choose_prompts,
-                         class_name, faster, filmstrips, generators, given, in_batches, is_drawn, names_to_choose_from,
-                         print_classes, save_sheet, write_npz)
+from lib.drawing import (DEFAULTS, LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator,
+                         check_generator_args, check_npz, check_prompt_args, check_prompts_out, check_sheet,
+                         choose_labels, choose_prompts, class_name, faster, filmstrips, generators, given, in_batches,
+                         is_drawn, names_to_choose_from, print_classes, save_sheet, write_npz)
 from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
@@ -80,8 +80,6 @@ from triton_ops import REGISTRY
 
 # ----------------------------------------------------------------------------------------------------------------------
 # python sample.py var
-
-VAR_DEFAULTS = dict(cfg=4.0, top_k=900, top_p=0.95)                         # the authors' values for good pictures
 
 
 def sample_var(args):
@@ -117,7 +115,7 @@ def sample_var(args):
         return print_classes(known_names, note, name, total)
     patch_nums = model.config.patch_nums
     labels = choose_labels(args, known_names, total, metadata.get("show"))
-    options = VAR_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "top_k", "top_p")
+    options = DEFAULTS["var"] | metadata.get("sampling", {}) | given(args, "cfg", "top_k", "top_p")
     options["more_smooth"] = args.smooth
     settings = {"model": "var", "checkpoint": name, "seed": args.seed} | options
     before = []                                                             # pictures shown before the drawn ones
@@ -185,7 +183,6 @@ def sample_var(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # python sample.py infinity
 
-INFINITY_DEFAULTS = dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97)
 FACE_SUFFIX = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
 PEOPLE = ("man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
           "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son",
@@ -232,7 +229,7 @@ def sample_infinity(args):
     scales = tuple(vq.as_pairs(tokenizer.config.patch_nums))                # the tokenizer's own
     if pixels:
         scales = vq.schedule(args.aspect or 1.0, pixels)
-    options = INFINITY_DEFAULTS | metadata.get("sampling", {}) | given(args, "cfg", "tau", "top_k", "top_p")
+    options = DEFAULTS["infinity"] | metadata.get("sampling", {}) | given(args, "cfg", "tau", "top_k", "top_p")
     note = ""
     for key in ("cfg", "tau"):
         if isinstance(options[key], list) and len(options[key]) > len(scales):      # a list for larger pictures
@@ -395,8 +392,7 @@ def sample_llamagen(args):
         return print_classes(known_names, note, name, config.num_classes)
 
     # Settings.
-    defaults = dict(cfg=7.5 if reads_text else 4.0, cfg_interval=-1, temperature=1.0,
-                    top_k=1000 if reads_text else 2000, top_p=1.0)
+    defaults = DEFAULTS["llamagen-text" if reads_text else "llamagen"]
     options = defaults | metadata.get("sampling", {}) | given(args, *defaults)
     settings = {"model": "llamagen", "checkpoint": name, "seed": args.seed} | options
     side = config.side * tokenizer.config.stride
@@ -439,7 +435,7 @@ def sample_llamagen(args):
         return llamagen.left_pad([features[items[i]] for i in numbers], config.text_slots)
 
     if args.engine:
-        engine = serving.open_engine(args.engine, loaded.files[0], config, machine)
+        engine = serving.open_engine(args, loaded, machine)
         settings["engine"] = args.engine
         note += f"tokens by {args.engine}, "
 

@@ -2,9 +2,8 @@
 
 The generators and the tokenizers run in this process, and pictures appear while they are drawn. A dub takes minutes and
 much memory, so `sample.py latentsync` and `sample.py syncnet` run as processes of their own, which end when somebody
-leaves the page. Uploads and results are deleted after an hour, and all of them when the server ends.
+leaves the page. Uploads and results are deleted after one to two hours, and all of them when the server ends.
 """
-import argparse
 import functools
 import tempfile
 from pathlib import Path
@@ -14,18 +13,12 @@ import torch
 import llamagen
 import var
 import vq
-from lib.background import run_sample, streamed
-from lib.console import Machine, MissingPackage, UserError, check_ranges, explain
-from lib.drawing import choose_prompts, names_to_choose_from
-from lib.flags import FLAGS
-from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
-from lib.pictures import DEMO, cover, grid, psnr, read_picture, to_pixels, to_tensor
+from lib.background import streamed
+from lib.console import MissingPackage, UserError, check_ranges, explain
+from lib.pictures import cover, grid, psnr, read_picture, to_pixels, to_tensor
 from lib.reconstruction import fit
-from lib.weights import find_checkpoint
+from lib.served import Page
 
-LOADERS = {"var": load_var_pair, "llamagen": load_llamagen_pair, "llamagen-text": load_llamagen_pair,
-           "infinity": load_infinity_pair}
-SERVED = (*LOADERS, "vq", "latentsync", "syncnet")      # names that --ckpt takes
 TOKENIZERS = ("emoji_vq", "emoji_bsq", "emoji_vq_single")
 EDITS = ("inside the box", "outside of the box", "inside the box, as the class")
 MOST_PICTURES = 8                               # that one click draws
@@ -33,71 +26,6 @@ MOST_UPLOAD = "200mb"
 PROGRESS = '<progress value="{}" style="width: 100%"></progress>'
 HOUR = 3600                                     # seconds
 NO_PICTURE = "no picture: upload one first"
-
-
-class Page:
-    """What all tabs share: the command line, and the models, each of which is loaded once."""
-
-    def __init__(self, args):
-        self.args = args
-        self.files = {}                                                     # name -> file of --ckpt
-        for text in args.ckpt:
-            name, _, file = text.partition("=")
-            if name not in SERVED or not file:
-                raise UserError(f"--ckpt {text}: expected NAME=FILE, with one of {', '.join(SERVED)} as NAME")
-            self.files[name] = str(find_checkpoint(file, not args.no_download, "--ckpt"))
-
-    def arguments(self, name, **given):
-        """The Namespace of `sample.py MODEL`, with the flags in `given`."""
-        parser = argparse.ArgumentParser()
-        _, add_flags = FLAGS[name.partition("-")[0]]
-        add_flags(parser.add_argument)
-        given |= {flag: getattr(self.args, flag) for flag in ("device", "dtype", "no_download")}
-        return argparse.Namespace(**vars(parser.parse_args([])) | given | {"ckpt": self.files.get(name)})
-
-    @functools.cache
-    def load(self, name):
-        """A generator and its tokenizer -> Loaded."""
-        args = self.arguments(name)
-        if name == "llamagen-text":
-            args.prompt = ["which of the demo's two models is meant"]
-        return LOADERS[name](args, Machine(args))
-
-    @functools.cache
-    def load_tokenizer(self, file):
-        machine = Machine(self.arguments("vq"))
-        return vq.load(self.files.get("vq", DEMO / f"{file}.safetensors"), dtype=machine.dtype).to(machine.device)
-
-    def class_names(self, name):
-        """[(name of a class, its number)] of a generator, and the number of one that it draws well."""
-        loaded = self.load(name)
-        total = loaded.model.config.num_classes
-        args = self.arguments(name, list_classes=True)
-        names, _ = names_to_choose_from(args, loaded.metadata.get("classes", []), total)
-        names = names or [str(label) for label in range(total)]
-        shown = loaded.metadata.get("show") or names
-        return [(name, label) for label, name in enumerate(names)], names.index(shown[0])
-
-    def features(self, name, *prompts):
-        """{prompt: text features (T, Ct)}."""
-        model = self.load(name).model
-        c = model.config
-        length = c.text_slots if name == "llamagen-text" else c.text_maxlen
-        args = self.arguments(name, prompt=list(prompts))
-        device = next(model.parameters()).device
-        return choose_prompts(args, model, device, c.text_width, length, [], clean=name == "llamagen-text").features
-
-    def options(self, name, n, seed, **changes):
-        """Settings of `sample`: the checkpoint's own, then `changes`, and a generator for each picture."""
-        loaded = self.load(name)
-        device = next(loaded.model.parameters()).device
-        generators = [torch.Generator(device).manual_seed(int(seed) + i) for i in range(int(n))]
-        return loaded.metadata.get("sampling", {}) | changes | {"generator": generators}
-
-    def run(self, command, **given):
-        """`sample.py COMMAND` in a process of its own, see lib/background.py."""
-        flags = {"ckpt": self.files.get(command), "device": self.args.device, "dtype": self.args.dtype}
-        return run_sample(command, flags | given)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,9 +40,11 @@ def filmstrips(frames, titles):
 
 def draw_scales(loaded, condition, scales, options):
     """Draw with VAR or Infinity; yield the pictures after each scale beside those before."""
+    def draw(push):
+        loaded.model.sample(loaded.tokenizer, condition, on_step=lambda step: push(step.f_hat), **options)
     frames = []
-    for step in streamed(lambda on_step: loaded.model.sample(loaded.tokenizer, condition, on_step=on_step, **options)):
-        frames.append(loaded.tokenizer.decode(step.f_hat).add(1).div(2))
+    for f_hat in streamed(draw):
+        frames.append(loaded.tokenizer.decode(f_hat).add(1).div(2))
         yield filmstrips(frames, [f"{h}x{w}" for h, w in scales])
 
 
@@ -123,7 +53,7 @@ def draw_var(page, label, n, cfg, top_p, seed):
     loaded = page.load("var")
     options = page.options("var", n, seed, cfg=cfg, top_p=top_p)
     scales = vq.as_pairs(loaded.model.config.patch_nums)
-    yield from draw_scales(loaded, torch.full((int(n),), int(label)), scales, options)
+    yield from draw_scales(loaded, torch.full((n,), label), scales, options)
 
 
 def edit_var(page, image, edit, y0, x0, y1, x1, label, n, cfg, top_p, seed):
@@ -137,29 +67,41 @@ def edit_var(page, image, edit, y0, x0, y1, x1, label, n, cfg, top_p, seed):
     last = config.patch_nums[-1]
     device = next(loaded.model.parameters()).device
     side = loaded.tokenizer.config.stride * last
-    tokens = loaded.tokenizer.tokenize(to_tensor(cover(read_picture(image), side, side), device))
+    tokens = loaded.tokenizer.tokenize(to_tensor(cover(read_picture(image, Path(image).name), side, side), device))
     options = page.options("var", n, seed, cfg=cfg, top_p=top_p)
-    options["given_tokens"] = [t.expand(int(n), -1) for t in tokens]
+    options["given_tokens"] = [t.expand(n, -1) for t in tokens]
     options["keep_mask"] = var.edit_mask((y0, x0, y1, x1), last, edit != EDITS[1]).to(device)
-    labels = torch.full((int(n),), int(label) if edit == EDITS[2] else config.num_classes)      # or the null class
+    if edit != EDITS[2]:
+        label = config.num_classes                                          # in- and out-painting use the null class
+    labels = torch.full((n,), label)
     yield from draw_scales(loaded, labels, vq.as_pairs(config.patch_nums), options)
 
 
-def draw_llamagen(page, label, prompt, n, cfg, top_p, seed):
-    """Draw a prompt, or without one a class; show every row of tokens."""
-    name = "llamagen-text" if prompt.strip() else "llamagen"
-    loaded = page.load(name)
+def draw_llamagen(page, label, n, cfg, top_p, seed):
+    """Draw a class, row by row."""
+    options = page.options("llamagen", n, seed, cfg=cfg, top_p=top_p)
+    yield from draw_rows(page.load("llamagen"), (torch.full((n,), label), None), options)
+
+
+def draw_text(page, prompt, n, cfg, top_p, seed):
+    """Draw a prompt with LlamaGen, row by row."""
+    loaded = page.load("llamagen-text")
+    features = page.features("llamagen-text", prompt)[prompt]
+    condition = llamagen.left_pad([features] * n, loaded.model.config.text_slots)
+    yield from draw_rows(loaded, condition, page.options("llamagen-text", n, seed, cfg=cfg, top_p=top_p))
+
+
+def draw_rows(loaded, condition, options):
+    """Draw with LlamaGen; yield the pictures after each row of tokens."""
     model = loaded.model
-    condition = torch.full((int(n),), int(label)), None
-    if prompt.strip():
-        features = page.features(name, prompt)[prompt]
-        condition = llamagen.left_pad([features] * int(n), model.config.text_slots)
-    options = page.options(name, n, seed, cfg=cfg, top_p=top_p)
+
+    def draw(push):
+        model.generate(*condition, on_step=lambda step: push(step.tokens), **options)
     tokens = []
-    for step in streamed(lambda on_step: model.generate(*condition, on_step=on_step, **options)):
-        tokens.append(step.tokens)
+    for token in streamed(draw):
+        tokens.append(token)
         if len(tokens) % model.config.side == 0:
-            yield grid(to_pixels(model.decode(loaded.tokenizer, torch.stack(tokens, 1)), add=0.5), int(n))
+            yield grid(to_pixels(model.decode(loaded.tokenizer, torch.stack(tokens, 1)), add=0.5), len(token))
 
 
 def draw_infinity(page, prompt, negative, aspect, n, cfg, tau, seed):
@@ -173,7 +115,7 @@ def draw_infinity(page, prompt, negative, aspect, n, cfg, tau, seed):
     options = page.options("infinity", n, seed, cfg=cfg, tau=tau, scales=tuple(scales))
     if negative.strip():
         options["negative"] = features[negative][None], None
-    yield from draw_scales(loaded, features[prompt].repeat(int(n), 1, 1), scales, options)
+    yield from draw_scales(loaded, features[prompt].repeat(n, 1, 1), scales, options)
 
 
 def reconstruct(page, image, file):
@@ -181,7 +123,7 @@ def reconstruct(page, image, file):
     if image is None:
         raise UserError(NO_PICTURE)
     tokenizer = page.load_tokenizer(file)
-    picture, schedule = fit(read_picture(image), tokenizer.config, keep_size=False)
+    picture, schedule = fit(read_picture(image, Path(image).name), tokenizer.config, keep_size=False)
     original = to_tensor(picture, next(tokenizer.parameters()).device)
     rungs = tokenizer.reconstruct(original, schedule, all_scales=True)
     titles = [f"{h}x{w}: {psnr(rung, original).item():.1f} dB" for (h, w), rung in zip(vq.as_pairs(schedule), rungs)]
@@ -192,15 +134,15 @@ def dub(page, video, speech, aligned):
     """Dub a video, and show what SyncNet says before and after."""
     if bool(video) != bool(speech):
         raise UserError("only one file: upload a video and a speech, or neither to take the demo's")
-    yield from watch(page, "latentsync", "dubbed.mp4", str, video=video, audio=speech, aligned=aligned)
+    yield from run_and_show(page, "latentsync", "dubbed.mp4", str, video=video, audio=speech, aligned=aligned)
 
 
 def judge(page, video):
     """Score the faces of a video, and show the distance over the shift of the sound."""
-    yield from watch(page, "syncnet", "curve.png", read_picture, video=video)
+    yield from run_and_show(page, "syncnet", "curve.png", read_picture, video=video)
 
 
-def watch(page, command, name, read, **given):
+def run_and_show(page, command, name, read, **given):
     """Run a command of sample.py; yield its progress, its result (read from the file), and its messages."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/{name}"
@@ -216,12 +158,12 @@ def watch(page, command, name, read, **given):
 
 def build(page, gr):
     """The page: at the left what a model asks for, at the right what it makes. gr: the package gradio."""
-    def sliders(name, lowest, cfg, last, default):
+    def sliders(name, no_guidance, setting="top_p"):
         """What all generators ask for: number, guidance, one more setting, seed."""
-        given = {"cfg": cfg, last: default} | page.load(name).metadata.get("sampling", {})
-        return [gr.Slider(1, MOST_PICTURES, 4, step=1, label="pictures"),
-                gr.Slider(lowest, 10, given["cfg"], step=0.1, label="guidance"),
-                gr.Slider(0.05, 1, given[last], step=0.01, label=last), gr.Number(0, precision=0, label="seed")]
+        usual = page.sampling(name)
+        return [gr.Slider(1, MOST_PICTURES, 4, step=1, precision=0, label="pictures"),
+                gr.Slider(no_guidance, 10, usual["cfg"], step=0.1, label="guidance"),
+                gr.Slider(0.05, 1, usual[setting], step=0.01, label=setting), gr.Number(0, precision=0, label="seed")]
 
     def classes(name):
         names, first = page.class_names(name)
@@ -236,25 +178,30 @@ def build(page, gr):
         return gr.Video(label="video; without one the demo's", height=240)
     box = [gr.Slider(0, 1, at, step=0.05, label=edge) for edge, at in
            (("top", 0.25), ("left", 0.25), ("bottom", 0.75), ("right", 0.75))]
+    edit = gr.Radio(EDITS, value=EDITS[0], label="redraw")
     prompts = page.load("infinity").metadata.get("show") or ["a red fox in the snow"]
+    negative = gr.Textbox(label="what the picture should not show")
+    aspect = gr.Slider(0.333, 3, 1, step=0.001, label="height / width")
     tokenizers = [Path(page.files["vq"]).name] if "vq" in page.files else TOKENIZERS
-    tabs = {
-        "VAR": (draw_var, [classes("var"), *sliders("var", 0, 4.0, "top_p", 0.95)], [gr.Image(label="scale by scale")]),
-        "VAR redraws": (edit_var, [picture(), gr.Radio(EDITS, value=EDITS[0], label="redraw"), *box, classes("var"),
-                                   *sliders("var", 0, 4.0, "top_p", 0.95)], [gr.Image(label="scale by scale")]),
-        "LlamaGen": (draw_llamagen, [classes("llamagen"), gr.Textbox(label="or a prompt"),
-                                     *sliders("llamagen", 1, 4.0, "top_p", 1.0)], [gr.Image(label="row by row")]),
-        "Infinity": (draw_infinity, [gr.Textbox(prompts[0], label="prompt"),
-                                     gr.Textbox(label="what the picture should not show"),
-                                     gr.Slider(0.333, 3, 1, step=0.001, label="height / width"),
-                                     *sliders("infinity", 1, 3.0, "tau", 0.5)], [gr.Image(label="scale by scale")]),
+    speech = gr.Audio(type="filepath", label="speech; without one the demo's")
+    aligned = gr.Checkbox(label="the video shows nothing but an aligned face")
+
+    def report(result):
+        return [gr.HTML(), result, gr.Textbox(label="messages", lines=6)]
+    scales = "scale by scale"
+    tabs = {  # title: what a click does, what it asks for, what it shows
+        "VAR": (draw_var, [classes("var"), *sliders("var", 0)], [gr.Image(label=scales)]),
+        "VAR redraws": (edit_var, [picture(), edit, *box, classes("var"), *sliders("var", 0)],
+                        [gr.Image(label=scales)]),
+        "LlamaGen": (draw_llamagen, [classes("llamagen"), *sliders("llamagen", 1)], [gr.Image(label="row by row")]),
+        "LlamaGen, text": (draw_text, [gr.Textbox(prompts[0], label="prompt"), *sliders("llamagen-text", 1)],
+                           [gr.Image(label="row by row")]),
+        "Infinity": (draw_infinity, [gr.Textbox(prompts[0], label="prompt"), negative, aspect,
+                                     *sliders("infinity", 1, "tau")], [gr.Image(label=scales)]),
         "Tokenizers": (reconstruct, [picture(), gr.Radio(tokenizers, value=tokenizers[0], label="tokenizer")],
                        [gr.Image(label="after every scale")]),
-        "LatentSync": (dub, [video(), gr.Audio(type="filepath", label="speech; without one the demo's"),
-                             gr.Checkbox(label="the video shows nothing but an aligned face")],
-                       [gr.HTML(), gr.Video(label="dubbed"), gr.Textbox(label="messages", lines=6)]),
-        "SyncNet": (judge, [video()], [gr.HTML(), gr.Image(label="distance over the shift of the sound"),
-                                       gr.Textbox(label="messages", lines=6)]),
+        "LatentSync": (dub, [video(), speech, aligned], report(gr.Video(label="dubbed"))),
+        "SyncNet": (judge, [video()], report(gr.Image(label="distance over the shift of the sound"))),
     }
     with gr.Blocks(title="legible", delete_cache=(HOUR, HOUR)) as blocks:
         for title, (function, inputs, outputs) in tabs.items():
@@ -292,4 +239,7 @@ def run(args):
         raise MissingPackage("sample.py app needs a package: pip install gradio") from None
     check_ranges(("--port", args.port, 1, 65535))
     page = build(Page(args), gr).queue(max_size=32)
-    page.launch(server_name=args.host, server_port=args.port, max_file_size=MOST_UPLOAD)
+    try:
+        page.launch(server_name=args.host, server_port=args.port, max_file_size=MOST_UPLOAD)
+    except OSError as e:
+        raise UserError(f"--host {args.host} --port {args.port}: cannot listen there ({e}); give another --port") from e

@@ -16,35 +16,37 @@ END = object()
 
 
 class Closed(Exception):
-    """Nobody takes the steps any more."""
+    """Nobody takes what the work pushes any more."""
 
 
-def streamed(draw):
-    """Call draw(on_step) in a thread, and yield the steps. If the generator is closed, drawing ends at the next one."""
-    steps = queue.Queue()
+def streamed(work):
+    """Call work(push) in a thread, and yield what it pushes. When this is closed, the next push ends the work."""
+    pushed = queue.Queue()
     closed = threading.Event()
 
-    def on_step(step):
+    def push(thing):
         if closed.is_set():
             raise Closed
-        steps.put(step)
+        pushed.put(thing)
 
-    def work():
+    def run():
         try:
-            draw(on_step)
-            steps.put(END)
+            work(push)
+            pushed.put(END)
         except Closed:
             pass
-        except Exception as e:
-            steps.put(e)
-    threading.Thread(target=work, daemon=True).start()
+        except BaseException as e:
+            pushed.put(e)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
-        while (step := steps.get()) is not END:
-            if isinstance(step, Exception):
-                raise step
-            yield step
+        while (thing := pushed.get()) is not END:
+            if isinstance(thing, BaseException):
+                raise thing
+            yield thing
     finally:
         closed.set()
+        thread.join()                                                       # so that the next work has the machine
 
 
 def run_sample(command, flags):

@@ -32,6 +32,12 @@ MOST_ON_SHEET = 1000                            # in one .png
 MOST_BATCH = 4096                               # pictures drawn at a time
 LONGEST_SIDE = 4096                             # of a picture that is drawn, in pixels
 MOST_GUIDANCE = 1000                            # --cfg and temperatures: far beyond what is useful, far from overflow
+DEFAULTS = {  # the authors' settings for good pictures; those in a checkpoint of train.py replace them
+    "var": dict(cfg=4.0, top_k=900, top_p=0.95),
+    "infinity": dict(cfg=3.0, tau=0.5, top_k=0, top_p=0.97),
+    "llamagen": dict(cfg=4.0, cfg_interval=-1, temperature=1.0, top_k=2000, top_p=1.0),
+    "llamagen-text": dict(cfg=7.5, cfg_interval=-1, temperature=1.0, top_k=1000, top_p=1.0),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -209,7 +209,8 @@ def ops_flags(add):
 def app_flags(add):
     """Flags of `sample.py app`."""
     add("--ckpt", nargs="+", default=[], metavar="NAME=FILE", help="weights that replace the demo's, such as "
-        "var=var_d16.pth; names are var, llamagen, llamagen-text, infinity, vq, latentsync and syncnet")
+        "var=var_d16.pth; names are var, llamagen, llamagen-text, infinity, vq (of the tab of tokenizers), latentsync "
+        "and syncnet")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
     add("--port", type=int, default=7860, help="default 7860")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])

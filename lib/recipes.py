@@ -205,7 +205,7 @@ SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-f
                  "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
                  "noto-v1/hearts", "emojione/smiling")
 VAR_EMOJI = derive(
-    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=6300, batch_size=16,
+    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=3600, batch_size=16,
     lr=1e-3, init_gamma=0.1, ema=0.998,
     dtype="fp32", cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5), show=SHOWN_CLASSES,
 )

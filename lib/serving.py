@@ -6,15 +6,20 @@
 
 The engine draws tokens. Before that sample.py turns texts into embeddings, and afterwards it decodes the tokens. Every
 picture is a request of its own, with its own guidance and seed, so requests may arrive at any time. vLLM has its own
-random numbers: a seed gives the same picture again, but not the one that it gives without --engine.
-`lib/vllm_llamagen.py` is the part that runs inside of the engine.
+random numbers: a seed gives another picture than without --engine. `lib/vllm_llamagen.py` is the part that runs inside
+of the engine.
+
+Other clients send to /v1/completions what `Server.draw` sends: {"model": name of the file, "prompt": [V + class],
+"max_tokens": N, "ignore_eos": true, "return_token_ids": true, "vllm_xargs": {"cfg": 4.0}} and vLLM's own settings, or
+instead of "prompt" a text as "prompt_embeds", a tensor (n, C) of LlamaGen.embed_condition in base64.
 """
 import argparse
 import base64
-import contextlib
+import http.client
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +32,7 @@ from pathlib import Path
 import torch
 
 import llamagen
-from lib.console import MissingPackage, UserError, choose_device, choose_dtype, run_command
+from lib.console import MissingPackage, UserError, check_ranges, choose_device, choose_dtype, run_command
 from lib.weights import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,23 +40,28 @@ HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)       # that vLLM's attention 
 INSTALL = ("needs vLLM: pip install vllm, or without a GPU as lib/check_vllm.sh does; 0.32 was tried; it needs an "
            "environment of its own, because it wants another torch")
 LONGEST_WAIT = 3600                                     # seconds for an answer of a server
+GPU_SHARE = 0.7                                         # of the memory, for vLLM beside a tokenizer in one process
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What vLLM has to be told
 
 
-def write_folder(folder, checkpoint, config, dtype):
+def write_folder(folder, checkpoint, config, dtype, weights=None):
     """Write what vLLM expects beside weights: config.json, and an entry point that registers our model.
 
-    The weights stay where they are. Raises UserError if vLLM's attention does not take the model's heads.
+    The weights stay where they are. weights: see vq.read_checkpoint. Raises UserError for heads that vLLM's attention
+    does not take, and for more classes than tokens, see `lib/vllm_llamagen.py`.
     """
     D = config.width // config.heads
     sizes = [size for size in HEAD_SIZES if size >= D]
     if not sizes:
         raise UserError(f"--engine: heads of {D} numbers; vLLM's attention takes at most {HEAD_SIZES[-1]}")
+    if config.num_classes >= config.vocab_size:
+        raise UserError(f"--engine: {config.num_classes} classes; expected less than {config.vocab_size}, the tokens")
     description = {
         "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "dtype": str(dtype).split(".")[1],
-        "checkpoint": str(Path(checkpoint).resolve()), "sizes": asdict(config), "hidden_size": config.width,
+        "checkpoint": str(Path(checkpoint).resolve()), "weights": weights, "sizes": asdict(config),
+        "hidden_size": config.width,
         "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
         "vocab_size": 2 * config.vocab_size,            # the logits of two streams; in prompts, tokens and classes
@@ -66,10 +76,13 @@ def write_folder(folder, checkpoint, config, dtype):
 
 
 def environment(folder, device):
-    """The environment in which the processes of vLLM find our model, and, on a CPU, start at all."""
-    defaults = {}
+    """The environment in which the processes of vLLM find our model, and, on a CPU, start at all.
+
+    vLLM's second model runner has another interface for what `Guidance` does.
+    """
+    defaults = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     if device.type == "cpu":
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}       # 1 GB
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}       # 1 GB
     paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return defaults | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -93,16 +106,16 @@ def sampling(config, temperature, top_k, top_p, seed):
 
 
 class Engine:
-    """vLLM in this process."""
+    """vLLM in this process. Raises UserError if it cannot start."""
 
-    def __init__(self, checkpoint, config, dtype, device):
+    def __init__(self, checkpoint, config, dtype, device, weights=None):
         self.config = config
         self.folder = tempfile.TemporaryDirectory()
-        write_folder(Path(self.folder.name), checkpoint, config, dtype)
+        write_folder(Path(self.folder.name), checkpoint, config, dtype, weights)
         os.environ |= environment(self.folder.name, device)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if device.type == "cpu":
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         sys.path.insert(0, self.folder.name)            # where vLLM looks for entry points
         try:
             import vllm
@@ -110,10 +123,20 @@ class Engine:
             raise MissingPackage(f"--engine vllm: {INSTALL}") from None
         self.vllm = vllm
         self.dtype = dtype
-        self.llm = vllm.LLM(self.folder.name, **engine_options(config, dtype, device))
+        options = engine_options(config, dtype, device)
+        if device.type == "cuda":
+            options["gpu_memory_utilization"] = GPU_SHARE
+        try:
+            self.llm = vllm.LLM(self.folder.name, **options)
+        except Exception as e:                          # of many kinds, from several libraries
+            reason = (str(e) or type(e).__name__).splitlines()[0][:200]
+            raise UserError(f"--engine vllm: does not start ({reason}); VLLM_LOGGING_LEVEL=INFO says more") from e
 
     def draw(self, prompts, cfgs, cfg_interval, seeds, **settings):
-        """Prompts, ids or embeddings (n, C), to tokens, a list of N numbers for each."""
+        """Prompts, ids or embeddings (n, C), to tokens, a list of N numbers for each.
+
+        cfgs, seeds: one for each prompt. settings: temperature, top_k and top_p, as in `LlamaGen.generate`.
+        """
         requests = []
         for prompt in prompts:
             is_text = isinstance(prompt, torch.Tensor)
@@ -133,22 +156,26 @@ class Server:
         self.url = url.rstrip("/")
         self.config = config
         self.name = Path(checkpoint).name
-        served = [model["id"] for model in self.ask("/v1/models")["data"]]
+        served = self.ask("/v1/models", lambda answer: {m["id"]: m["max_model_len"] for m in answer["data"]})
         if self.name not in served:
-            raise UserError(f"--engine {url}: serves {', '.join(served)}, not {self.name}; give it as --ckpt")
+            raise UserError(f"--engine {url}: serves {', '.join(served)}, not {self.name}; give that as --ckpt")
+        if served[self.name] != config.slots + config.side**2:
+            raise UserError(f"--engine {url}: draws {served[self.name] - config.slots} tokens for a picture, but here "
+                            f"it has {config.side**2}; start the server with another --side, or give another --size")
 
-    def ask(self, path, question=None):
-        """GET, or with a question POST, JSON -> the answer. Raises UserError."""
+    def ask(self, path, read, question=None):
+        """read(the JSON that the server answers). With a question, JSON too, it is posted. Raises UserError."""
         data = None if question is None else json.dumps(question).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=LONGEST_WAIT) as answer:
-                return json.load(answer)
+                return read(json.load(answer))
         except urllib.error.HTTPError as e:
-            raise UserError(f"--engine {self.url}: {e.code} {e.reason}: {e.read(500).decode(errors='replace')}") from e
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "reason", e)
-            raise UserError(f"--engine {self.url}: no answer of a vLLM server ({reason}); python -m lib.serving starts "
+            reason = e.read(500).decode(errors="replace")
+            raise UserError(f"--engine {self.url}: refused, {e.code} {e.reason}: {reason}") from e
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
+            reason = getattr(e, "reason", None) or f"{type(e).__name__}: {e}"
+            raise UserError(f"--engine {self.url}: no answer of vLLM's server ({reason}); python -m lib.serving starts "
                             "one") from e
 
     def draw(self, prompts, cfgs, cfg_interval, seeds, **settings):
@@ -162,27 +189,37 @@ class Server:
                 question["prompt_embeds"] = base64.b64encode(content.getvalue()).decode()
             else:
                 question["prompt"] = [prompt]
-            return self.ask("/v1/completions", question)["choices"][0]["token_ids"]
+            return self.ask("/v1/completions", lambda answer: answer["choices"][0]["token_ids"], question)
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(draw_one, prompts, cfgs, seeds))
 
 
-def open_engine(name, checkpoint, config, machine):
-    """--engine -> an Engine or a Server."""
-    if name == "vllm":
-        return Engine(checkpoint, config, machine.dtype, machine.device)
-    if not name.startswith(("http://", "https://")):
-        raise UserError(f"--engine {name}: expected vllm, or the address of a server, such as http://localhost:8000")
-    return Server(name, checkpoint, config)
+def open_engine(args, loaded, machine):
+    """--engine -> an Engine or a Server. The model of a Loaded leaves the GPU, because from now on it only reads texts.
+
+    Raises UserError.
+    """
+    config = loaded.model.config
+    checkpoint = loaded.files[0]
+    loaded.model.to("cpu")
+    if args.engine == "vllm":
+        return Engine(checkpoint, config, machine.dtype, machine.device, args.weights)
+    if not args.engine.startswith(("http://", "https://")):
+        raise UserError(f"--engine {args.engine}: expected vllm, or the address of a server, such as "
+                        "http://localhost:8000")
+    return Server(args.engine, checkpoint, config)
 
 
 @torch.no_grad()
 def sample(engine, model, tokenizer, cond, text_mask, cfgs, seeds, size=None, **settings):
-    """`LlamaGen.sample` with an engine -> (B, 3, h, w) in [0, 1]. model: embeds texts. seeds: one for each picture."""
+    """`LlamaGen.sample` with an engine -> (B, 3, h, w) in [0, 1].
+
+    cond, text_mask, size: as there. model: embeds texts. cfgs, seeds: one for each picture. settings: see Engine.draw.
+    """
     config = engine.config
     if config.text_width:
-        slots = model.embed_condition(cond.to(model.text_fc1.weight.device)).cpu()      # (B, T, C)
-        prompts = [row[mask] for row, mask in zip(slots, text_mask)]
+        slots = model.embed_condition(cond.cpu())                           # (B, T, C)
+        prompts = [row[mask] for row, mask in zip(slots, text_mask.cpu())]
     else:
         prompts = (config.vocab_size + cond).tolist()
     tokens = torch.tensor(engine.draw(prompts, cfgs, seeds=seeds, **settings))          # (B, N)
@@ -194,13 +231,14 @@ def sample(engine, model, tokenizer, cond, text_mask, cfgs, seeds, size=None, **
 
 
 def serve(args):
-    """Start vLLM's server, and stop it with this process."""
+    """Start vLLM's server. It ends with this process."""
+    check_ranges(("--port", args.port, 1, 65535), ("--side", args.side, 1, 1024))
     device, _ = choose_device(args.device)
     dtype, _ = choose_dtype(args.dtype, device)
     checkpoint = find_checkpoint(args.ckpt, not args.no_download)
-    config = llamagen.load(checkpoint, side=args.size and args.size // 16).config
+    config = llamagen.load(checkpoint, side=args.side, weights=args.weights).config
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), checkpoint, config, dtype)
+        write_folder(Path(folder), checkpoint, config, dtype, args.weights)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
                    "--served-model-name", Path(checkpoint).name, "--host", args.host, "--port", str(args.port)]
         for name, value in engine_options(config, dtype, device).items():
@@ -209,19 +247,26 @@ def serve(args):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
-        with contextlib.suppress(KeyboardInterrupt):
-            code = subprocess.run(command + args.more, env=environment(folder, device)).returncode
-            if code > 0:
-                raise UserError(f"vLLM's server ended with exit code {code}; its own messages above say why. {INSTALL}")
+        server = subprocess.Popen(command + args.more, env=environment(folder, device))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            return
+        finally:
+            server.terminate()
+            server.wait()
+    raise UserError(f"vLLM's server ended with code {code}; its messages above say why. {INSTALL}")
 
 
 def parse_args():
     """The command line -> a Namespace. What follows -- is for vLLM."""
     parser = argparse.ArgumentParser(prog="python -m lib.serving", description="Start vLLM's server with a LlamaGen")
     parser.add_argument("--ckpt", metavar="FILE|NAME", required=True)
+    parser.add_argument("--weights", choices=["ema", "model"], help="as in sample.py")
+    parser.add_argument("--side", type=int, metavar="TOKENS", help="of the token map, if the file does not contain it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="as in sample.py")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no-download", action="store_true", help="never download anything")

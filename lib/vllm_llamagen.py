@@ -1,15 +1,16 @@
 """LlamaGen as a model of the serving engine vLLM: what runs inside of the engine. `lib/serving.py` drives it.
 
 The engine brings continuous batching, a paged cache, tensor parallelism and an HTTP server. This file brings guidance
-and the condition slots. It is imported where vLLM is installed only.
+and the condition slots. Only processes that have vLLM import it.
 
 - **Guidance.** Every request carries two streams of hidden states, conditional (c) and unconditional (u), through the
   same weights. Each block therefore has two attention layers with a KV cache each. Both streams are always computed in
   one product, so no two requests have to be kept in step, and each has its own guidance. The model returns the logits
   of both side by side, 2 V numbers, and `Guidance` mixes them. `cfg` and `cfg_interval` are extra arguments of a
   request.
-- **Ids.** 0 .. V - 1 are picture tokens. In prompts, V + c is class c, and whatever is above the last class is the null
-  class. A prompt of a text model is not ids but embeddings (n, C), from `LlamaGen.embed_condition`.
+- **Ids.** 0 .. V - 1 are picture tokens. vLLM is told of 2 V ids, because there are 2 V logits. The upper ones are
+  never drawn, and prompts use them: V + c is class c, and whatever is above the last class is the null class. The
+  prompt of a text model is not ids but embeddings (n, C), from `LlamaGen.embed_condition`.
 - **Positions.** The prompt ends at slot T - 1, whatever its length, so that the padding on its left is simply absent.
   vLLM lets models with M-RoPE number the tokens of a request, and that is the use made of it here.
 - **Heads.** Where D is no size that attention kernels know (100 in the 3B), heads are filled up with zeros.
@@ -37,7 +38,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 import llamagen
 from triton_ops import rotate_pairs
 
-NAME = "legible_llamagen"                       # of the kind of config.json, and of the way to load weights
+NAME = "legible_llamagen"                       # model_type in config.json, and --load-format, as in lib/serving.py
 
 
 class EngineConfig(PretrainedConfig):
@@ -59,12 +60,9 @@ class EngineAttention(nn.Module):
         self.rotated = config.hidden_size // heads                          # D of the model
         self.heads = heads // shards
         self.kv_heads = max(1, kv_heads // shards)
-        quant_config = vllm_config.quant_config
-        self.qkv = QKVParallelLinear(config.hidden_size, D, heads, kv_heads, bias=False, quant_config=quant_config,
-                                     prefix=f"{prefix}.qkv")
-        self.proj = RowParallelLinear(heads * D, config.hidden_size, bias=False, quant_config=quant_config,
-                                      prefix=f"{prefix}.proj")
-        options = dict(num_kv_heads=self.kv_heads, cache_config=vllm_config.cache_config, quant_config=quant_config)
+        self.qkv = QKVParallelLinear(config.hidden_size, D, heads, kv_heads, bias=False, prefix=f"{prefix}.qkv")
+        self.proj = RowParallelLinear(heads * D, config.hidden_size, bias=False, prefix=f"{prefix}.proj")
+        options = dict(num_kv_heads=self.kv_heads, cache_config=vllm_config.cache_config)
         scale = self.rotated ** -0.5
         self.conditional = Attention(self.heads, D, scale, prefix=f"{prefix}.conditional", **options)
         self.unconditional = Attention(self.heads, D, scale, prefix=f"{prefix}.unconditional", **options)
@@ -91,26 +89,26 @@ class EngineBlock(nn.Module):
 
     def __init__(self, config, vllm_config, prefix):
         super().__init__()
-        quant_config = vllm_config.quant_config
+        C = config.hidden_size
         self.attn = EngineAttention(config, vllm_config, f"{prefix}.attn")
-        self.fc1 = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2, bias=False,
-                                              quant_config=quant_config, prefix=f"{prefix}.fc1")
-        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=False,
-                                     quant_config=quant_config, prefix=f"{prefix}.fc2")
+        self.fc1 = MergedColumnParallelLinear(C, [config.intermediate_size] * 2, bias=False, prefix=f"{prefix}.fc1")
+        self.fc2 = RowParallelLinear(config.intermediate_size, C, bias=False, prefix=f"{prefix}.fc2")
         self.swiglu = SiluAndMul()
-        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm1 = RMSNorm(C, config.rms_norm_eps)
+        self.norm2 = RMSNorm(C, config.rms_norm_eps)
 
-    def forward(self, branch, x, rope):
-        """The branch to be added and the residual stream x, both (2 n, C) -> the same. x is None for the first block,
-        which takes the stream as its branch."""
-        if x is None:
-            x = branch
-            h = self.norm1(branch)
-        else:
-            h, x = self.norm1(branch, x)
-        h, x = self.norm2(self.attn(h, rope), x)
-        return self.fc2(self.swiglu(self.fc1(h)[0]))[0], x
+    def forward(self, x, branch, rope):
+        """Residual stream x and branch, both (2 n, C) -> the same. The branch is None for the first block."""
+        h, x = add_and_norm(x, branch, self.norm1)
+        h, x = add_and_norm(x, self.attn(h, rope), self.norm2)
+        return x, self.fc2(self.swiglu(self.fc1(h)[0]))[0]
+
+
+def add_and_norm(x, branch, norm):
+    """Residual stream x, branch or None (2 n, C) -> norm(x + branch), x + branch."""
+    if branch is None:
+        return norm(x), x
+    return norm(branch, x)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
@@ -144,9 +142,9 @@ class EngineLlamaGen(nn.Module, SupportsMRoPE):
         """Positions (3, n) of a prompt, and what is to be added to the number of a later token.
 
         All three rows are the same. A class is slot 0, and known tokens of a picture may follow it. A text ends at
-        slot T - 1.
+        slot T - 1; one that is longer begins at slot 0, and its end is taken for tokens.
         """
-        start = self.T - len(input_tokens) if self.sizes.text_width else 0
+        start = max(0, self.T - len(input_tokens)) if self.sizes.text_width else 0
         positions = torch.arange(start, start + len(input_tokens)).expand(3, -1)
         return positions, start
 
@@ -158,11 +156,11 @@ class EngineLlamaGen(nn.Module, SupportsMRoPE):
         is_slot = (position < self.T)[:, None]
         unconditional = torch.where(is_slot, self.null_slots[position.clamp(max=self.T - 1)], inputs_embeds)
         rope = self.rope[:, position.repeat(2)]
-        branch = torch.cat([inputs_embeds, unconditional])
-        x = None
+        x = torch.cat([inputs_embeds, unconditional])                       # (2 n, C)
+        branch = None
         for block in self.blocks:
-            branch, x = block(branch, x, rope)
-        h, _ = self.norm(branch, x)
+            x, branch = block(x, branch, rope)
+        h, _ = add_and_norm(x, branch, self.norm)
         return torch.cat(h.chunk(2), -1)
 
     def compute_logits(self, hidden_states):
@@ -187,11 +185,11 @@ class EngineLlamaGen(nn.Module, SupportsMRoPE):
         for ours, theirs in zip(self.blocks, source.blocks):
             heads = theirs.attn.heads
             kv_heads = theirs.attn.kv_heads
-            q, k, v = filled_rows(theirs.attn.qkv.weight, ours.attn.D, heads + 2 * kv_heads).split(
+            q, k, v = pad_heads(theirs.attn.qkv.weight, ours.attn.D, heads + 2 * kv_heads).split(
                 [ours.attn.D * n for n in (heads, kv_heads, kv_heads)])
             for shard, weight in (("q", q), ("k", k), ("v", v)):
                 put(ours.attn.qkv.weight, weight, shard)
-            put(ours.attn.proj.weight, filled_rows(theirs.attn.proj.weight.T, ours.attn.D, heads).T)
+            put(ours.attn.proj.weight, pad_heads(theirs.attn.proj.weight.T, ours.attn.D, heads).T)
             for shard, weight in enumerate(theirs.ffn.fc1.weight.chunk(2)):
                 put(ours.fc1.weight, weight, shard)
             put(ours.fc2.weight, theirs.ffn.fc2.weight)
@@ -201,8 +199,8 @@ class EngineLlamaGen(nn.Module, SupportsMRoPE):
         put(self.head.weight, source.head.weight)
 
 
-def filled_rows(weight, D, heads):
-    """A matrix with the rows of `heads` heads -> the same with D rows for each, the added ones zero."""
+def pad_heads(weight, D, heads):
+    """A matrix with the rows of `heads` heads -> the same with D rows for each head. The added ones are zero."""
     rows = weight.unflatten(0, (heads, -1))
     return F.pad(rows, (0, 0, 0, D - rows.shape[1])).flatten(0, 1)
 
@@ -214,7 +212,8 @@ class Guidance(LogitsProcessor):
     """
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self.requests = {}                      # row of the batch -> cfg, cfg_interval, the tokens that were drawn
+        self.requests = {}                      # row of the batch -> cfg, cfg_interval, the list of tokens drawn so
+                                                # far, to which vLLM appends
 
     @classmethod
     def validate_params(cls, sampling_params):
@@ -262,7 +261,8 @@ class CheckpointLoader(BaseModelLoader):
 
     def load_weights(self, model, model_config):
         config = model_config.hf_config
-        model.load_from(llamagen.load(config.checkpoint, llamagen.Config(**config.sizes), dtype=model_config.dtype))
+        model.load_from(llamagen.load(config.checkpoint, llamagen.Config(**config.sizes), dtype=model_config.dtype,
+                                      weights=config.weights))
 
 
 def register():

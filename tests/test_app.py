@@ -1,6 +1,5 @@
 """The page: what its buttons do. Only building the page itself needs gradio."""
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -33,9 +32,9 @@ def test_pictures_grow_and_end_as_those_of_the_command_line(page, tmp_path):
     run(sample, "var", "--classes", name, "-n", 2, "--seed", 7, "--steps-grid", "--device", "cpu", "--out",
         tmp_path / "a.png")
     assert np.array_equal(picture, np.array(Image.open(tmp_path / "a.png")))
-    rows, picture = last(app.draw_llamagen(page, 0, "", 3, 1.5, 0.8, 0))
+    rows, picture = last(app.draw_llamagen(page, 0, 3, 1.5, 0.8, 0))
     assert rows == 8 and picture.shape == (128, 3 * 130 - 2, 3)
-    rows, other = last(app.draw_llamagen(page, 0, "red heart", 3, 1.5, 0.8, 0))
+    rows, other = last(app.draw_text(page, "red heart", 3, 1.5, 0.8, 0))
     assert rows == 8 and not np.array_equal(picture, other)
     steps, picture = last(app.draw_infinity(page, "red heart", "blue", 1, 1, 3.0, 0.5, 0))
     _, other = last(app.draw_infinity(page, "red heart", "", 1, 1, 3.0, 0.5, 0))
@@ -57,6 +56,7 @@ def test_redrawing_and_reconstructing_an_upload(page, tmp_path):
     (lambda page, path: app.edit_var(page, path, app.EDITS[0], 0.5, 0, 0.5, 1, 0, 1, 1, 1, 0), "top and left must be"),
     (lambda page, path: app.draw_infinity(page, " ", "", 1, 1, 3, 0.5, 0), "an empty prompt"),
     (lambda page, path: app.draw_infinity(page, "cat", "", 2, 1, 3, 0.5, 0), "squares only"),
+    (lambda page, path: app.draw_var(page, 0, 1, 1.5, 0.5, -1), "seed -1: expected"),
     (lambda page, path: app.dub(page, path, None, False), "only one file"),
 ])
 def test_errors_take_one_line(page, tmp_path, click, message):
@@ -79,30 +79,27 @@ def test_without_gradio_one_line_says_so(capsys, monkeypatch):
 def test_the_page_can_be_built(page):
     gradio = pytest.importorskip("gradio")
     labels = {block.label for block in app.build(page, gradio).blocks.values() if isinstance(block, gradio.Tab)}
-    assert labels == {"VAR", "VAR redraws", "LlamaGen", "Infinity", "Tokenizers", "LatentSync", "SyncNet"}
+    assert labels == {"VAR", "VAR redraws", "LlamaGen", "LlamaGen, text", "Infinity", "Tokenizers", "LatentSync",
+                      "SyncNet"}
 
 
 def test_work_ends_with_whoever_watches(page):
     ended = []
 
-    def draw(on_step):
+    def work(push):
         try:
             for i in range(10**6):
-                on_step(i)
+                push(i)
         except background.Closed:
             ended.append(True)
             raise
-    steps = background.streamed(draw)
-    assert next(steps) == 0
-    steps.close()
-    for _ in range(1000):                                                   # the thread ends at its next step
-        if ended:
-            break
-        time.sleep(0.01)
+    things = background.streamed(work)
+    assert next(things) == 0
+    things.close()
     assert ended
 
-    def broken(on_step):
-        on_step(0)
+    def broken(push):
+        push(0)
         raise ValueError("what went wrong")
     with pytest.raises(ValueError, match="what went wrong"):
         list(background.streamed(broken))

@@ -23,10 +23,12 @@ def opened(path, config):
     """An Engine, and no trace of it in this process afterwards, so that the next one can start."""
     from vllm.distributed import cleanup_dist_env_and_memory
     engine = serving.Engine(path, config, torch.float32, torch.device("cpu"))
-    yield engine
-    del engine
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    try:
+        yield engine
+    finally:
+        engine.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def draw_arriving(engine, prompts, cfgs, intervals, every=5, **settings):
