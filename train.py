@@ -71,6 +71,7 @@ from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json,
                          rank_and_world, run_command, say)
 from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate
+from lib.int8 import quantized
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
@@ -118,11 +119,13 @@ def train(args):
     # What it learns, and from what. The seed gives all processes the same weights.
     train_set, val_set = open_data(args)
     generator = torch.Generator(device).manual_seed(args.seed)
-    task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
+    with quantized(getattr(args, "quantize", None)):
+        task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
     model = task.model
     frozen = {}                                                             # weights that every process has from a file
     if getattr(args, "lora", 0):
-        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, dtype, generator)
+        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, dtype, bool(args.quantize),
+                  generator)
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if args.checkpointing:
         model.checkpointing = True
@@ -496,6 +499,8 @@ def check_args(args):
         raise UserError("nothing to do: give --steps or --epochs")
     if getattr(args, "lora", 0) and not args.init:
         raise UserError(f"--lora {args.lora}: what is to be changed? Give the weights as --init FILE")
+    if getattr(args, "quantize", None) and not args.lora:
+        raise UserError("--quantize: quantized weights cannot learn; it goes with --lora RANK")
     if args.fsdp and rank_and_world()[1] == 1:
         raise UserError("--fsdp: shards a model over several processes; start them with torchrun --nproc-per-node N")
 

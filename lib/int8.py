@@ -11,9 +11,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import infinity
+import latentsync
+import llamagen
+import var
 import vq
+from lib.text import T5Encoder
 
 LARGEST = 127                                   # of an int8, to both sides
+QUANTIZED = (var.VAR, infinity.Infinity, llamagen.LlamaGen, latentsync.UNet, T5Encoder)
 
 
 class LayerWeight(torch.Tensor):
@@ -88,10 +94,13 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model, key):
-    """Quantize a linear layer of a model whose weight has just been loaded. key: its name in the state dict."""
+    """Quantize a linear layer of a model whose weight has just been loaded. key: its name in the state dict.
+
+    Tokenizers, autoencoders and judges stay as they are: they are small, and tokens would change.
+    """
     name, _, kind = key.rpartition(".")
     layer = model.get_submodule(name)
-    if kind == "weight" and isinstance(layer, nn.Linear):
+    if kind == "weight" and isinstance(layer, nn.Linear) and isinstance(model, QUANTIZED):
         model.set_submodule(name, Int8Linear(layer))                        # its bias stays the same tensor
 
 

@@ -14,7 +14,7 @@ import sample
 import train
 import var
 import vq
-from helpers import captioned, complaint, run, same, tiny_infinity, tiny_llamagen, tiny_var
+from helpers import complaint, run, same, tiny_infinity, tiny_llamagen, tiny_var
 from lib import lora
 
 pytestmark = pytest.mark.usefixtures("tiny_configs")
@@ -133,6 +133,24 @@ def other_weights(folder):
             p.mul_(1.5)
     llamagen.save(model, folder / "other.safetensors")
     return folder / "other.safetensors"
+
+
+@pytest.mark.parametrize("argv, nets, prompt", [
+    ((*TOKENS, "--cache-crops", 1), "token_files", ("llamagen", "--classes", "square")),
+    (VAR, "files", ("var", "--classes", "square")),
+    (("infinity", "--size", 16, "--batch-size", 4, "--device", "cpu", "--log-every", 1), "text_files",
+     ("infinity", "--prompt", "a cat")),
+], ids=["llamagen", "var", "infinity"])
+def test_a_quantized_base_learns_and_draws(argv, nets, prompt, pictures, tmp_path, request):
+    _, tokenizer, model, *_ = request.getfixturevalue(nets)
+    if argv[0] != "infinity":
+        argv = (*argv, "--data", pictures)
+    run(train, *argv, "--vae", tokenizer, "--init", model, "--lora", 2, "--quantize", "int8", "--steps",
+        2, "--out", tmp_path / "run")
+    learnt = load_file(tmp_path / "run" / "model.safetensors")
+    assert any(x.abs().max() > 0 for key, x in learnt.items() if "lora_B" in key)
+    run(sample, *prompt, "--ckpt", model, "--vae", tokenizer, "--lora", tmp_path / "run", "--quantize", "int8",
+        "--device", "cpu", "--out", tmp_path / "a.png")
 
 
 def test_of_another_model(token_files, text_files, tmp_path, capsys):
