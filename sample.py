@@ -764,8 +764,7 @@ def sample_ops(args):
 
 
 MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
-          "latentsync": sample_latentsync, "syncnet": sample_syncnet, "app": app.run,
-          "ops": sample_ops}
+          "latentsync": sample_latentsync, "syncnet": sample_syncnet, "app": app.run, "ops": sample_ops}
 
 if __name__ == "__main__":
     run_command(MODELS[ARGS.model], ARGS)

@@ -77,4 +77,5 @@ def run_sample(command, flags):
         process.kill()                                                      # does nothing if it has ended
         process.wait()
     if process.returncode:
-        raise UserError(lines[-1].removeprefix("error: ") if lines else f"{command} ended, {process.returncode}")
+        last = lines[-1] if lines else f"{command} ended with code {process.returncode}"
+        raise UserError(last.removeprefix("error: "))

@@ -444,7 +444,8 @@ def open_pictures(args):
     if args.data == "demo":
         if args.captions and (args.pixels or args.size > 64):
             raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
-        return Emoji(args.size, "training", args.captions), Emoji(args.size, "unseen", args.captions)
+        views = getattr(args, "views", 1)
+        return Emoji(args.size, "training", args.captions, views), Emoji(args.size, "unseen", args.captions)
     notes = Path(args.out) / "index"
     if args.captions:
         squares = args.model_name == "llamagen"

@@ -14,6 +14,7 @@ from lib.pictures import read_picture
 FOLDER = Path(__file__).resolve().parent.parent / "demo" / "emoji"
 STYLES = ("noto", "noto-v1", "fluent", "fluent-flat", "twemoji", "emojione")
 TILE = 64                                       # side of a picture in a sheet, in pixels
+MARGIN = 8                                      # white pixels around a picture of which `moved` shows a part
 PER_ROW = 50                                    # pictures in a row of a sheet
 UNSEEN_THINGS = 0.03                            # share of things that are held out in all styles
 UNSEEN_PAIRS = 0.1                              # share of (thing, style) pairs that are held out
@@ -46,6 +47,16 @@ def pictures(size):
     """The pictures of all rows, uint8 (9020, 3, size, size)."""
     small = np.stack([np.asarray(tile(row, size)) for row in rows()])
     return torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()
+
+
+def moved(picture, size, rng):
+    """A picture, uint8 (3, 64, 64), moved by up to two pixels and scaled by up to 6 % -> (3, size, size)."""
+    canvas = np.full((TILE + 2 * MARGIN, TILE + 2 * MARGIN, 3), 255, np.uint8)
+    canvas[MARGIN:-MARGIN, MARGIN:-MARGIN] = picture.permute(1, 2, 0)
+    side = TILE * rng.uniform(0.96, 1.06)                                   # of the part that is seen
+    x, y = (len(canvas) - side) / 2 + rng.uniform(-2, 2, 2)
+    seen = Image.fromarray(canvas).resize((size, size), Image.LANCZOS, (x, y, x + side, y + side))
+    return torch.from_numpy(np.array(seen)).permute(2, 0, 1)
 
 
 def class_of(row):
@@ -103,13 +114,17 @@ class Emoji:
     """One part of the demo's pictures: "training", "pairs", "things", or "unseen", which is pairs and then things.
 
     Conditions are numbers of classes, of which each is a style and a subgroup. With captions=True they are texts.
+    views: in how many ways a training picture is seen, a little moved and scaled, so that models do not learn its
+    tokens by heart. The first view is the picture itself.
     """
 
-    def __init__(self, size, part="training", captions=False):
+    def __init__(self, size, part="training", captions=False, views=1):
         training, pairs, things = split()
         self.indices = dict(training=training, pairs=pairs, things=things, unseen=pairs + things)[part]
         self.rows = [rows()[i] for i in self.indices]
         self.with_captions = captions
+        self.size = size
+        self.views = views
         self.classes = sorted({class_of(row) for row in rows()})
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[class_of(row)] for row in self.rows])
@@ -141,9 +156,22 @@ class Emoji:
             return [self.caption(i, seed) for i, seed in items]
         return self.labels[[i for i, _ in items]]
 
+    def view(self, index, number):
+        """One of the views of a picture, uint8 (3, size, size)."""
+        if number == 0:
+            return self.pixels[index]
+        row = self.indices[index]
+        return moved(pictures(TILE)[row], self.size, np.random.default_rng((row, number)))
+
     def read_views(self, index, crops):
-        """The picture, uint8 (3, h, w), once for each crop: it is always cut alike."""
-        return [self.pixels[index]] * len(crops)
+        """The views of a picture with these numbers, of which None stands for the picture itself."""
+        return [self.view(index, crop or 0) for crop in crops]
 
     def __getitems__(self, items):
-        return self.pixels[[i for i, _ in items]], self.conditions(items), []
+        pixels = []
+        for index, seed in items:
+            number = 0
+            if self.views > 1 and seed is not None:
+                number = np.random.default_rng(seed).integers(self.views)
+            pixels.append(self.view(index, number))
+        return torch.stack(pixels), self.conditions(items), []

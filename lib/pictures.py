@@ -47,6 +47,7 @@ def opened(file, name):
                 yield picture
     except Exception as e:
         reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        reason = reason.replace(f" {str(file)!r}", "")                      # PIL repeats the path
         raise UserError(f"{name}: not a readable picture ({reason})") from e
 
 

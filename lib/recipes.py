@@ -178,6 +178,7 @@ LORA = dict(
 GENERATOR = derive(                             # what the three transformers have in common
     COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
+    views=Setting(1),                           # of a picture of the demo, in which it is a little moved and scaled
     vae=file("the trained tokenizer; recipes of the demo have one", flags=("--vae", "--vq")),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
     evaluate=EVALUATE, **LORA,
@@ -206,9 +207,9 @@ SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-f
                  "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
                  "noto-v1/hearts", "emojione/smiling")
 VAR_EMOJI = derive(
-    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=3600, batch_size=16,
-    lr=1e-3, init_gamma=0.1, ema=0.998,
-    dtype="fp32", cache_crops="1", sampling=dict(cfg=1.5, top_k=0, top_p=0.5), show=SHOWN_CLASSES,
+    VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=8500, batch_size=16,
+    lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32", cache_crops="8", sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
+    show=SHOWN_CLASSES,
 )
 VAR_RECIPES = {
     "emoji": VAR_EMOJI,
@@ -239,9 +240,10 @@ SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji s
                  "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
 INFINITY_EMOJI = derive(
-    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=7500,
+    INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
     init_gamma=0.1, checkpointing=False, init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS,
+    views=1000,
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
@@ -272,13 +274,13 @@ LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captio
                        sampling=dict(cfg=7.5, top_k=1000, top_p=1.0, temperature=1.0))
 LLAMAGEN_EMOJI = dict(
     vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=5500, batch_size=16, lr=1e-3,
-    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="1", dropout=0.1,
+    schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="8", dropout=0.1,
     sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
 )
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
     "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=SHOWN_CLASSES),
-    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=6500), model="emoji_llamagen_t2i",
+    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=13000), model="emoji_llamagen_t2i",
                          init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS),
     **{f"{size}_{pixels}": derive(LLAMAGEN, model=f"c2i_{size}_{pixels}", size=pixels)
        for size, pixels in LLAMAGEN_SIZES},

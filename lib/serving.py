@@ -3,6 +3,7 @@
     python sample.py llamagen --engine vllm --classes 207 360                       the engine runs in this process
     python -m lib.serving --ckpt c2i_L_384.pt --port 8000                           vLLM's own server
     python sample.py llamagen --engine http://localhost:8000 --ckpt c2i_L_384.pt --classes 207 360
+    python -m lib.serving --ckpt c2i_L_384.pt --bench                               vLLM in turn with our own loop
 
 The engine draws tokens. Before that sample.py turns texts into embeddings, and afterwards it decodes the tokens. Every
 picture is a request of its own, with its own guidance and seed, so requests may arrive at any time. vLLM has its own
@@ -15,6 +16,7 @@ instead of "prompt" a text as "prompt_embeds", a tensor (n, C) of LlamaGen.embed
 """
 import argparse
 import base64
+import functools
 import http.client
 import io
 import json
@@ -32,7 +34,10 @@ from pathlib import Path
 import torch
 
 import llamagen
-from lib.console import MissingPackage, UserError, check_ranges, choose_device, choose_dtype, run_command
+from lib.bench import device_name, race
+from lib.console import (MissingPackage, UserError, check_json, check_ranges, choose_device, choose_dtype, run_command,
+                         save_json)
+from lib.products import prepare
 from lib.weights import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,6 +46,7 @@ INSTALL = ("needs vLLM: pip install vllm, or without a GPU as lib/check_vllm.sh 
            "environment of its own, because it wants another torch")
 LONGEST_WAIT = 3600                                     # seconds for an answer of a server
 GPU_SHARE = 0.7                                         # of the memory, for vLLM beside a tokenizer in one process
+RACED = (1, 8, 32)                                      # numbers of pictures for which --bench measures
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What vLLM has to be told
@@ -61,11 +67,11 @@ def write_folder(folder, checkpoint, config, dtype, weights=None):
     description = {
         "architectures": ["EngineLlamaGen"], "model_type": "legible_llamagen", "dtype": str(dtype).split(".")[1],
         "checkpoint": str(Path(checkpoint).resolve()), "weights": weights, "sizes": asdict(config),
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads, "head_dim": sizes[0],
+        "hidden_size": config.width, "intermediate_size": config.hidden, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": sizes[0], "rms_norm_eps": config.norm_eps,
         "vocab_size": 2 * config.vocab_size,            # the logits of two streams; in prompts, tokens and classes
-        "max_position_embeddings": config.slots + config.side**2, "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.slots + config.side**2,
         "rope_parameters": {"rope_type": "default", "mrope_section": [D // 2]},
     }
     (folder / "config.json").write_text(json.dumps(description))
@@ -236,6 +242,9 @@ def serve(args):
     device, _ = choose_device(args.device)
     dtype, _ = choose_dtype(args.dtype, device)
     checkpoint = find_checkpoint(args.ckpt, not args.no_download)
+    check_json(args, args.bench)
+    if args.bench:
+        return bench_engine(checkpoint, args, dtype, device)
     config = llamagen.load(checkpoint, side=args.side, weights=args.weights).config
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), checkpoint, config, dtype, args.weights)
@@ -247,8 +256,8 @@ def serve(args):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", *(value if isinstance(value, list) else [str(value)])]
-        server = subprocess.Popen(command + args.more, env=environment(folder, device))
         signal.signal(signal.SIGTERM, signal.default_int_handler)           # raises KeyboardInterrupt, as Ctrl-C does
+        server = subprocess.Popen(command + args.more, env=environment(folder, device))
         try:
             code = server.wait()
         except KeyboardInterrupt:
@@ -257,6 +266,42 @@ def serve(args):
             server.terminate()
             server.wait()
     raise UserError(f"vLLM's server ended with code {code}; its messages above say why. {INSTALL}")
+
+
+@torch.no_grad()
+def bench_engine(checkpoint, args, dtype, device):
+    """--bench: print the tokens per second of LlamaGen.generate and of vLLM, each with several numbers of pictures.
+
+    Both draw the likeliest tokens of classes with guidance. Raises UserError where they are not the same: a GPU may
+    round differently in half precision.
+    """
+    model = llamagen.load(checkpoint, side=args.side, dtype=dtype, device=device, weights=args.weights).eval()
+    config = model.config
+    if config.text_width:
+        raise UserError(f"--bench: {checkpoint} reads texts; give a model of classes")
+    products = prepare(model)                                               # as sample.py does on a CPU
+    engine = Engine(checkpoint, config, dtype, device, args.weights)
+    results = {}
+    print("pictures | our loop, tokens/s | vLLM, tokens/s | ratio")
+    for n in RACED:
+        classes = torch.arange(n, device=device) % config.num_classes
+        prompts = (config.vocab_size + classes).tolist()
+
+        def draw_all(prompts=prompts):
+            drawn = engine.draw(prompts, [4.0] * len(prompts), -1, [0] * len(prompts), temperature=0.0, top_k=0,
+                                top_p=1.0)
+            return torch.tensor(drawn, device=device)
+        loop = functools.partial(model.generate, classes, cfg=4.0, temperature=0)
+        result = race(loop, {"vLLM": draw_all}, n, device, allowed=0, what="tokens")["vLLM"]
+        if not result["equal"]:
+            raise UserError(f"--bench: vLLM draws other tokens for {n} pictures, so its time would mean nothing; try "
+                            "--dtype fp32")
+        ours = config.side**2 / result["plain_seconds"]
+        theirs = config.side**2 / result["seconds"]
+        results[n] = result | {"tokens_per_second": ours, "vllm_tokens_per_second": theirs}
+        print(f"{n:8} | {ours:18.1f} | {theirs:14.1f} | {result['ratio']:.2f}")
+    save_json(args.json, {"checkpoint": Path(checkpoint).name, "device": device_name(device), "dtype": str(dtype),
+                          "packed": bool(products and products.packed), "results": results})
 
 
 def parse_args():
@@ -270,6 +315,9 @@ def parse_args():
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no-download", action="store_true", help="never download anything")
+    parser.add_argument("--bench", action="store_true", help="start no server, but measure vLLM in turn with our own "
+                        "loop")
+    parser.add_argument("--json", metavar="FILE", help="with --bench: write the results")
     parser.add_argument("more", nargs="*", metavar="-- ARGUMENTS", help="of `vllm serve`, such as -- "
                         "--tensor-parallel-size 2")
     return parser.parse_args()

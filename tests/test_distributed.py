@@ -90,13 +90,14 @@ def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
         one, ddp, fsdp = (weights(tmp_path / name / model) for name in ("one", "ddp", "fsdp"))
         # Weights lie in memory as FSDP wants them in "one" and "fsdp" alone, so convolutions sum in another order than
         # in "ddp". What is left is rounding: Adam makes steps of full size, 1e-3, from gradients that are nothing but
-        # that, of biases before a normalisation.
+        # that, of biases before a normalisation. A shard of FSDP ends elsewhere than the tensor, and fused AdamW rounds
+        # the numbers after its last full vector differently, by one unit in the last place.
         convolutions = model in ("vq", "syncnet", "latentsync")
-        for other, exact in ((ddp, not convolutions), (fsdp, model != "latentsync")):
+        for name, other, exact in (("ddp", ddp, not convolutions), ("fsdp", fsdp, model != "latentsync")):
             assert set(one) == set(other)
             for k in one:
-                torch.testing.assert_close(one[k], other[k], atol=0 if exact else 3e-3, rtol=0,
-                                           msg=lambda m: f"{model} {k} {m}")
+                torch.testing.assert_close(one[k], other[k], atol=0 if exact else 3e-3, rtol=2e-7 * (name == "fsdp"),
+                                           msg=lambda m: f"{model} {name} {k} {m}")
         np.testing.assert_allclose(losses(tmp_path / "one" / model), losses(tmp_path / "ddp" / model), rtol=1e-5)
         np.testing.assert_allclose(losses(tmp_path / "one" / model), losses(tmp_path / "fsdp" / model), rtol=1e-5)
     assert [step for step, _ in losses(tmp_path / "changing")] == [1, 2, 3, 4, 5]
