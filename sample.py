@@ -42,6 +42,7 @@ if __name__ == "__main__":
     ARGS = parse_args()                         # before the imports that take seconds, so that --help answers at once
 
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -72,7 +73,7 @@ from lib.pictures import (DEMO, chart, cover, grid, psnr, read_picture, save_png
                           to_tensor)
 from lib.products import prepare
 from lib.reconstruction import Usage, fit, picture_files, save_rows
-from lib.text import save_features
+from lib.text import load_infinity, load_llamagen, save_features
 from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
 from syncnet import FPS, SAMPLE_RATE
@@ -89,6 +90,9 @@ def sample_var(args):
     check_ranges(("--cfg", args.cfg, 0, MOST_GUIDANCE))
     check_npz(args, "--edit", "--steps-grid")
     check_edit(args)
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, functools.partial(var.load, weights=args.weights), var.save)
     if not (args.bench or args.npz or args.list_classes):
         out, single = check_out(args.out, "out/var.png")
         check_paths(args, out)
@@ -100,8 +104,6 @@ def sample_var(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_var_pair(args, machine)
-    if args.merge:
-        return lora.write_merged(args, loaded, var.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -202,6 +204,9 @@ def sample_infinity(args):
         raise UserError(f"--tile {args.tile}: tiles overlap by 8 cells; use 16 or more")
     if args.keep and not args.image:
         raise UserError("--keep goes with --image, the picture whose first scales are kept")
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, functools.partial(load_infinity, weights=args.weights), infinity.save)
     if not (args.bench or args.save_features):
         out, single = check_prompts_out(args, "out/infinity.png")
         check_paths(args, out)
@@ -212,8 +217,6 @@ def sample_infinity(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_infinity_pair(args, machine)
-    if args.merge:
-        return lora.write_merged(args, loaded, infinity.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -356,6 +359,9 @@ def sample_llamagen(args):
     for flag in ("steps_grid", "one_generator", "bench", "compile", "random_weights"):
         if args.engine and getattr(args, flag):
             raise UserError(f"--engine and --{flag.replace('_', '-')} exclude each other: vLLM draws in its own way")
+    lora.check_flags(args, "engine")
+    if args.merge:
+        return lora.merge(args, functools.partial(load_llamagen, weights=args.weights), llamagen.save)
     if not (args.bench or args.npz or args.list_classes or args.save_features):
         out, single = check_prompts_out(args, "out/llamagen.png")
         check_paths(args, out)
@@ -365,8 +371,6 @@ def sample_llamagen(args):
     machine = Machine(args)
     device = machine.device
     loaded = load_llamagen_pair(args, machine)
-    if args.merge:
-        return lora.write_merged(args, loaded, llamagen.save)
     name = loaded.name
     model = loaded.model
     tokenizer = loaded.tokenizer
@@ -677,6 +681,9 @@ def notes_of(video, *more):
 def sample_latentsync(args):
     """Dub a video: the person in it says what the speech says."""
     dubbing.check_args(args)
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, lambda ckpt: dubbing.load_unet(args, ckpt)[0], latentsync.save)
     out = check_writable(args.out or "out/latentsync.mp4", suffix=".mp4")
     path = Path(args.video or DEMO / "talking_scene.mp4")
     speech = Path(args.audio or DEMO / "other_speech.flac")

@@ -1580,17 +1580,34 @@ def rename_keys(state, table, inverse=False):
     return renamed
 
 
+class Stacked:
+    """Tensors of a file that become one, with the rows of the first on top. They are stacked only where `copy_to`
+    writes them, because a copy of all of them would take as much memory as a model."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.shape = torch.Size((sum(map(len, parts)), *parts[0].shape[1:]))
+        self.dtype = parts[0].dtype
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+    def copy_to(self, tensor):
+        for rows, part in zip(tensor.split([len(part) for part in self.parts]), self.parts):
+            rows.copy_(part)
+
+
 def join_rows(state, whole, parts):
     """Stacks matrices that are applied to the same input into one, first rows first: `x.q.weight`, `x.k.weight` and
-    `x.v.weight` become `x.qkv.weight` for whole = "qkv", parts = ("q", "k", "v")."""
+    `x.v.weight` become `x.qkv.weight`, a Stacked, for whole = "qkv", parts = ("q", "k", "v")."""
     joined = {}
     for key, value in state.items():
         match = re.fullmatch(rf"(.*\.)({'|'.join(parts)})(\.\w+)", key)
         names = [match[1] + part + match[3] for part in parts] if match else []
-        if not names or any(name not in state for name in names):
-            joined[key] = value                                             # load_strict will name what is missing
+        if not names or len({state[name].shape[1:] if name in state else None for name in names}) > 1:
+            joined[key] = value                                             # check_fit will name what is wrong
         elif match[2] == parts[0]:
-            joined[match[1] + whole + match[3]] = torch.cat([state[name] for name in names])
+            joined[match[1] + whole + match[3]] = Stacked([state[name] for name in names])
     return joined
 
 
@@ -1645,7 +1662,10 @@ def load_strict(model, state, path, optional=()):
             tensor = own.pop(k)                                             # the only reference besides the model's
             if k not in state:
                 continue
-            tensor.copy_(state[k])
+            if isinstance(state[k], Stacked):
+                state[k].copy_to(tensor)
+            else:
+                tensor.copy_(state[k])
             # A sum is fast. Where it is not finite, finite values may have added up to more than a float can hold.
             if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32)):
                 if not tensor.isfinite().all():

@@ -18,7 +18,7 @@ from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
 from lib.graphs import captured_unet
-from lib.int8 import quantized
+from lib.int8 import quantize_all, quantized
 from lib.pictures import DEMO, to_pixels
 from lib.products import unpacked
 from lib.video import Video
@@ -48,20 +48,14 @@ def check_args(args):
 RESOLUTIONS = {"1.0": 256, "1.5": 256, "1.6": 512}                          # version of LatentSync -> side of the faces
 
 
-def load_models(args):
-    """(name, resolution in words, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae, --whisper, or of the demo."""
-    download = not args.no_download
-    ckpt = DEMO / "talking_head_latentsync.safetensors"
-    if args.ckpt:
-        ckpt = Path(find_checkpoint(args.ckpt, download))
-    metadata = read_metadata(ckpt)
-    ours = "tokenizer" in metadata                                          # written by train.py
+def load_unet(args, ckpt):
+    """(UNet, why its faces have that resolution) of the file ckpt, which is the one that --ckpt means."""
+    ours = "tokenizer" in read_metadata(ckpt)                               # written by train.py
     resolution, why = args.resolution, "as asked"
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
     with quantized(args.quantize):
         unet = latentsync.load(ckpt, resolution=resolution)
-    lora.add(unet, args.lora, ckpt)
     if ours and not args.resolution:
         why = "as its file says"
     elif not resolution and unet.config.motion == "none":
@@ -70,6 +64,19 @@ def load_models(args):
         raise UserError(f"{ckpt}: versions 1.5 and 1.6 have the same tensors, and nothing in this path names one; "
                         "expected LatentSync-1.5 or latentsync_1.6 in it, or say it: --resolution 256 (version 1.5) or "
                         "512 (1.6)")
+    return unet, why
+
+
+def load_models(args):
+    """(name, resolution in words, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae, --whisper, or of the demo."""
+    download = not args.no_download
+    ckpt = DEMO / "talking_head_latentsync.safetensors"
+    if args.ckpt:
+        ckpt = Path(find_checkpoint(args.ckpt, download))
+    metadata = read_metadata(ckpt)
+    ours = "tokenizer" in metadata                                          # written by train.py
+    unet, why = load_unet(args, ckpt)
+    lora.add(unet, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, "talking_head_kl.safetensors" if ours else "sd-vae-ft-mse", download, "--vae")
     whisper = args.whisper
     if not ours and not whisper and (ckpt.parent / "whisper" / "tiny.pt").exists():     # as in the authors' folders
@@ -114,6 +121,7 @@ def random_models(args):
         model.eval().init_weights(g)
     with torch.no_grad():
         vq.init_default(unet, g)                # the zeros that it is trained from would make all predictions equal
+    quantize_all(unet, args.quantize)
     cfg = 1.5 if args.cfg is None else args.cfg
     return name, f"faces of {unet.config.resolution} pixels", cfg, unet, autoencoder, whisper
 

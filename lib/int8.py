@@ -104,6 +104,12 @@ def quantize(model, key):
         model.set_submodule(name, Int8Linear(layer))                        # its bias stays the same tensor
 
 
+def quantize_all(model, kind):
+    """Quantize the linear layers of a model with random weights, in place. kind: "int8", or None for no change."""
+    for key in list(model.state_dict()) if kind else []:
+        quantize(model, key)
+
+
 @contextmanager
 def quantized(kind):
     """Models that are loaded inside of this `with` are quantized. kind: "int8", or None for no change."""

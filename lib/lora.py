@@ -20,8 +20,7 @@ import torch.nn.functional as F
 import vq
 from lib.console import UserError, check_writable
 from lib.int8 import LARGEST, Int8Linear, LayerWeight
-from lib.products import unpacked
-from lib.weights import METADATA, content_hash, read_metadata
+from lib.weights import content_hash, find_checkpoint, read_metadata
 
 FILES = ("adapter_model.safetensors", "model.safetensors")      # in a folder of peft's, in one of train.py's
 CONFIG = "adapter_config.json"
@@ -240,13 +239,30 @@ def add(model, texts, ckpt):
     return metadata
 
 
-def write_merged(args, loaded, save):
-    """--merge: write the model of a Loaded, to which `add` has added LoRAs, as an ordinary checkpoint.
+def check_flags(args, *excluded):
+    """Raise UserError for flags that --lora and --quantize do not go with. excluded: those of one command."""
+    for flag in ("random_weights", *excluded):
+        for other in ("lora", "merge", *(["quantize"] if flag != "random_weights" else [])):
+            if getattr(args, flag) and getattr(args, other):
+                raise UserError(f"--{other} and --{flag.replace('_', '-')} exclude each other")
+    if args.merge and not args.lora:
+        raise UserError(f"--merge {args.merge}: what is to be merged? Give LoRAs as --lora FILE")
+    if args.merge and not args.ckpt:
+        raise UserError(f"--merge {args.merge}: into what? Give the model as --ckpt FILE")
+    if args.merge and args.quantize:
+        raise UserError("--merge and --quantize exclude each other: 8 bits have no room for small changes")
 
-    save: that of the model's file.
+
+def merge(args, load, save):
+    """--merge: write the model of --ckpt with the LoRAs of --lora in it, as an ordinary checkpoint in float32.
+
+    load, save: those of the model, load(path) and save(model, path, **header).
     """
     path = check_writable(args.merge, "--merge", suffix=".safetensors")
-    entries = {key: value for key, value in loaded.metadata.items() if key in METADATA and key != "config"}
-    entries["merged"] = entries.get("merged", []) + [content_hash(read(file).path) for file, _ in parse(args.lora)]
-    save(unpacked(loaded.model), path, **entries)
-    print(f"{loaded.name} with {', '.join(args.lora)} -> {path}")
+    ckpt = find_checkpoint(args.ckpt, not args.no_download)
+    model = load(ckpt)
+    header = read_metadata(ckpt) | add(model, args.lora, ckpt)
+    header["merged"] = header.get("merged", []) + [content_hash(read(file).path) for file, _ in parse(args.lora)]
+    header.pop("config", None)                                              # save writes it
+    save(model, path, **header)
+    print(f"{ckpt} with {', '.join(args.lora)} -> {path}")
