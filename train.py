@@ -373,7 +373,7 @@ def update_ema(ema, model, decay, step):
     """Update the exponential moving average of the weights. Its memory is shorter in the first steps. Buffers are
     copied, frozen weights are the same tensors."""
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = [(mine, theirs) for mine, theirs in zip(ema.parameters(), model.parameters()) if mine is not theirs]
+    pairs = [(mine, theirs) for mine, theirs in zip(ema.parameters(), model.parameters()) if theirs.requires_grad]
     torch._foreach_lerp_(*zip(*pairs), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
         mine.copy_(theirs)

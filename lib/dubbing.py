@@ -55,7 +55,7 @@ def load_unet(args, ckpt):
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
     with quantized(args.quantize):
-        unet = latentsync.load(ckpt, resolution=resolution)
+        unet = latentsync.load(ckpt, resolution=resolution, weights=args.weights)
     if ours and not args.resolution:
         why = "as its file says"
     elif not resolution and unet.config.motion == "none":
