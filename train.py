@@ -53,7 +53,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,7 +71,7 @@ from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json,
                          rank_and_world, run_command, say)
 from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate
-from lib.int8 import quantized
+from lib.int8 import reduced
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
@@ -119,14 +119,18 @@ def train(args):
     # What it learns, and from what. The seed gives all processes the same weights.
     train_set, val_set = open_data(args)
     generator = torch.Generator(device).manual_seed(args.seed)
-    with quantized(getattr(args, "quantize", None)):
-        task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
-    model = task.model
+    drawing = nullcontext                                                   # as sample.py draws
     frozen = {}                                                             # weights that every process has from a file
     if getattr(args, "lora", 0):
-        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, dtype, bool(args.quantize),
-                  generator)
+        with reduced(args.quantize or dtype):
+            task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
+        model = task.model
+        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, generator)
+        drawing = autocast                                                  # weights have several dtypes
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    else:
+        task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
+        model = task.model
     if args.checkpointing:
         model.checkpointing = True
     ema = None
@@ -261,7 +265,7 @@ def train(args):
                         checkpoints.attempt("best.json", lambda: best.write(step, score))
             if due(args.sample_every):
                 picture = out / "samples" / f"{step:07d}"
-                with suppress(Interrupted), parallel.full_model(exported) as full:
+                with suppress(Interrupted), parallel.full_model(exported) as full, drawing():
                     if rank == 0:
                         picture.parent.mkdir(exist_ok=True)
                         checkpoints.attempt(str(picture), lambda: task.show(full.eval(), picture))

@@ -18,7 +18,7 @@ from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
 from lib.graphs import captured_unet
-from lib.int8 import quantize_all, quantized
+from lib.int8 import quantize, reduced
 from lib.pictures import DEMO, to_pixels
 from lib.products import unpacked
 from lib.video import Video
@@ -54,7 +54,7 @@ def load_unet(args, ckpt):
     resolution, why = args.resolution, "as asked"
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
-    with quantized(args.quantize):
+    with reduced(args.quantize):
         unet = latentsync.load(ckpt, resolution=resolution, weights=args.weights)
     if ours and not args.resolution:
         why = "as its file says"
@@ -121,7 +121,7 @@ def random_models(args):
         model.eval().init_weights(g)
     with torch.no_grad():
         vq.init_default(unet, g)                # the zeros that it is trained from would make all predictions equal
-    quantize_all(unet, args.quantize)
+    quantize(unet, args.quantize)
     cfg = 1.5 if args.cfg is None else args.cfg
     return name, f"faces of {unet.config.resolution} pixels", cfg, unet, autoencoder, whisper
 

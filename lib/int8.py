@@ -5,6 +5,7 @@ torchao's int8 weights compute the same, but it quantizes models that are in mem
 weight is cast to the precision of the run for each product. (torch._weight_int8pack_mm, which does without the cast, is
 2 to 80 times as slow as this on an x86 CPU with torch 2.15.)
 """
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +20,7 @@ import vq
 from lib.text import T5Encoder
 
 LARGEST = 127                                   # of an int8, to both sides
-QUANTIZED = (var.VAR, infinity.Infinity, llamagen.LlamaGen, latentsync.UNet, T5Encoder)
+REDUCED = (var.VAR, infinity.Infinity, llamagen.LlamaGen, latentsync.UNet, T5Encoder)
 
 
 class LayerWeight(torch.Tensor):
@@ -93,27 +94,33 @@ class Int8Linear(nn.Module):
         return self.product(x, self.bias)
 
 
-def quantize(model, key):
-    """Quantize a linear layer of a model whose weight has just been loaded. key: its name in the state dict.
+def reduce_layer(model, key, kind):
+    """Make the linear layer of a model smaller whose weight has the name `key` in its state dict.
 
-    Tokenizers, autoencoders and judges stay as they are: they are small, and tokens would change.
+    kind: "int8", or a dtype. Tokenizers, autoencoders and judges stay as they are: they are small, and tokens would
+    change.
     """
-    name, _, kind = key.rpartition(".")
+    name, _, last = key.rpartition(".")
+    if last != "weight" or not isinstance(model, REDUCED):
+        return
     layer = model.get_submodule(name)
-    if kind == "weight" and isinstance(layer, nn.Linear) and isinstance(model, QUANTIZED):
+    if isinstance(layer, nn.Linear) and kind == "int8":
         model.set_submodule(name, Int8Linear(layer))                        # its bias stays the same tensor
+    elif isinstance(layer, nn.Linear):
+        layer.weight.data = layer.weight.data.to(kind)                      # its bias may not be loaded yet
 
 
-def quantize_all(model, kind):
-    """Quantize the linear layers of a model with random weights, in place. kind: "int8", or None for no change."""
+def quantize(model, kind):
+    """Quantize the linear layers of a model that comes from no file, in place. kind: "int8", or None for no change."""
     for key in list(model.state_dict()) if kind else []:
-        quantize(model, key)
+        reduce_layer(model, key, kind)
 
 
 @contextmanager
-def quantized(kind):
-    """Models that are loaded inside of this `with` are quantized. kind: "int8", or None for no change."""
-    vq.after_loading = quantize if kind else None
+def reduced(kind):
+    """Models that are loaded inside of this `with` have smaller linear layers. kind: "int8", a dtype, or None for no
+    change."""
+    vq.after_loading = functools.partial(reduce_layer, kind=kind) if kind else None
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import var
 import vq
 from lib import lora
 from lib.console import UserError
-from lib.int8 import quantize_all, quantized
+from lib.int8 import quantize, reduced
 from lib.pictures import DEMO
 from lib.products import Products, prepare
 from lib.text import load_infinity, load_llamagen
@@ -56,7 +56,7 @@ def find_files(args, demo, load, fallback_of, flag):
     """
     download = not args.no_download
     ckpt = find_checkpoint(args.ckpt, download, "--ckpt") if args.ckpt else DEMO / f"{demo}.safetensors"
-    with quantized(args.quantize):
+    with reduced(args.quantize):
         model = load(ckpt)
     metadata = read_metadata(ckpt) | lora.add(model, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, fallback_of(model), download, flag)
@@ -80,7 +80,7 @@ def load_var_pair(args, machine):
         tokenizer.init_weights(g)
         model = vq.build(var.VAR, config).eval()
         model.init_weights(generator=g)
-        quantize_all(model, args.quantize)
+        quantize(model, args.quantize)
         tokenizer = vq.set_decoder_dtype(tokenizer, machine.dtype)
         return Loaded(name, var.set_dtype(model, machine.dtype), tokenizer).to(machine.device)
 
@@ -106,7 +106,7 @@ def load_infinity_pair(args, machine):
         tokenizer.init_weights(g)
         model = vq.build(infinity.Infinity, config).eval()
         model.init_weights(generator=g)
-        quantize_all(model, args.quantize)
+        quantize(model, args.quantize)
         tokenizer = vq.set_decoder_dtype(tokenizer, machine.dtype)
         metadata = {"pixels": INFINITY_PIXELS.get(name)}
         return Loaded(name, infinity.set_dtype(model, machine.dtype), tokenizer, metadata).to(machine.device)
@@ -138,7 +138,7 @@ def load_llamagen_pair(args, machine):
         model = vq.build(llamagen.LlamaGen, with_size(config, args.size, tokenizer.config.stride)).eval()
         model.init_weights(g)
         torch.nn.init.normal_(model.head.weight, 0, 0.02, generator=g)      # it starts at zero, where all tokens tie
-        quantize_all(model, args.quantize)
+        quantize(model, args.quantize)
         return Loaded(name, llamagen.set_dtype(model, machine.dtype), tokenizer).to(machine.device)
 
     def fallback_of(model):

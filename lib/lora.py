@@ -67,10 +67,9 @@ def last_part(name):
     return name.rpartition(".")[2]
 
 
-def wrap(model, rank, alpha, chosen, dtype=torch.float32, quantize=False, generator=None):
-    """Freeze a model, its linear layers in a dtype, and let those with the chosen last names learn changes of a rank.
+def wrap(model, rank, alpha, chosen, generator=None):
+    """Freeze a model, and let its linear layers with the chosen last names learn changes of a rank.
 
-    quantize: linear layers that are not in int8 already, because they were loaded so, are quantized first.
     Raises UserError for names that the model lacks, and for a rank that is larger than a layer.
     """
     layers = linear_layers(model)
@@ -81,15 +80,13 @@ def wrap(model, rank, alpha, chosen, dtype=torch.float32, quantize=False, genera
                             f"{', '.join(kinds)}")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        layer.to(dtype)
-        if quantize and isinstance(layer, nn.Linear):
-            layer = Int8Linear(layer)
-        if last_part(name) in chosen:
-            if rank > min(layer.weight.shape):
-                raise UserError(f"--lora {rank}: more than the rank of {name}, which is {min(layer.weight.shape)}")
-            layer = AdaptedLinear(layer, rank, alpha / rank)
-            layer.lora_A.data.normal_(0, layer.lora_A.shape[1] ** -0.5, generator=generator)
-        model.set_submodule(name, layer)
+        if last_part(name) not in chosen:
+            continue
+        if rank > min(layer.weight.shape):
+            raise UserError(f"--lora {rank}: more than the rank of {name}, which is {min(layer.weight.shape)}")
+        adapted = AdaptedLinear(layer, rank, alpha / rank)
+        adapted.lora_A.data.normal_(0, adapted.lora_A.shape[1] ** -0.5, generator=generator)
+        model.set_submodule(name, adapted)
     if hasattr(model, CLASSES):
         model.class_embed.requires_grad_(True)
 
