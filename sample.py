@@ -69,6 +69,7 @@ from lib.drawing import (DEFAULTS, LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzF
 from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
 from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
+from lib.memory import planned
 from lib.pictures import (DEMO, chart, cover, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
 from lib.products import prepare
@@ -772,6 +773,7 @@ def sample_ops(args):
 
 MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
           "latentsync": sample_latentsync, "syncnet": sample_syncnet, "app": app.run, "ops": sample_ops}
+MODELS = {name: planned(command) for name, command in MODELS.items()}
 
 if __name__ == "__main__":
     run_command(MODELS[ARGS.model], ARGS)

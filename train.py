@@ -72,6 +72,7 @@ from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json,
 from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate
 from lib.int8 import reduced
+from lib.memory import planned
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
@@ -516,6 +517,7 @@ def bench(args):
         train(argparse.Namespace(**settings))
 
 
+@planned
 def main(args):
     """Train, or do what a flag asks for instead."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # from torch.distributed.checkpoint

@@ -1523,24 +1523,31 @@ def _check_value(name, value, kind):
         raise ValueError(f"{name} is {str(value)[:50]}, expected {kind}")
 
 
+before_building = None          # a function (cls, args), called before a module takes memory; lib/memory.py sets it
+
+
 def build(cls, *args):
     """A module with uninitialised weights, for loading or init_weights, without the cost of PyTorch's initialisation.
 
     This concerns weights only: what a module computes for itself (masks, constants) keeps its value.
     """
+    if before_building is not None:
+        before_building(cls, args)
     with _NoInit():
         return cls(*args)
 
 
 def on_meta(cls, *args):
     """A module without memory for its weights, for `check_fit` before a config from a file makes anything large."""
-    with torch.device("meta"):
-        return build(cls, *args)
+    with torch.device("meta"), _NoInit():
+        return cls(*args)
 
 
 def build_on(device, cls, *args, cast=lambda model: model):
     """A module with uninitialised weights on a device, already in the dtypes that `cast` gives it, so that it takes no
     memory in another dtype. Only for modules that compute no buffers for themselves."""
+    if before_building is not None:
+        before_building(cls, args)
     with torch.device("meta"):
         model = cls(*args)
     return cast(model).to_empty(device=device)
