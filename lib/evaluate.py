@@ -48,7 +48,7 @@ def evaluate(args, task_class):
     print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} unseen {unseen.kinds}")
     parts = {"all": unseen}
     if isinstance(unseen, Emoji):
-        parts |= {part: Emoji(args.size, part, args.captions) for part in PARTS}
+        parts |= {part: Emoji(args.size, part, args.captions, styles=unseen.styles) for part in PARTS}
     result = {"file": Path(args.evaluate).name}
     for part, data in parts.items():
         result[part] = score_tokenizer(model, data, device) if args.model_name == "vq" else score(task, model, data)

@@ -239,6 +239,8 @@ INFINITY = derive(
 SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat",
                  "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
+NEW_STYLE = "fluent"
+FIVE_STYLES = ("noto", "noto-v1", "fluent-flat", "twemoji", "emojione")
 INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
@@ -247,6 +249,10 @@ INFINITY_EMOJI = derive(
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
+    # What LoRA is for: "five" has never seen the style that "new_style" learns from 50 pictures.
+    "emoji_five": derive(INFINITY_EMOJI, styles=FIVE_STYLES, steps=4500),
+    "emoji_new_style": derive(INFINITY_EMOJI, styles=(NEW_STYLE,), most_pictures=50, lora=8, steps=400, lr=1e-3,
+                              init=str(DEMO / "emoji_infinity_five.safetensors"), init_text=None),
     "125M": derive(INFINITY, model="infinity_125M"),
     "2B_256": derive(INFINITY, model="infinity_2b"),
     "2B_512": derive(INFINITY, model="infinity_2b", pixels="0.25M", steps=110000),
