@@ -502,10 +502,10 @@ def check_args(args):
         raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
-    if getattr(args, "lora", 0) and not args.init:
+    if getattr(args, "lora", 0) and not args.init and not evaluates:
         raise UserError(f"--lora {args.lora}: what is to be changed? Give the weights as --init FILE")
-    if getattr(args, "quantize", None) and not args.lora:
-        raise UserError("--quantize: quantized weights cannot learn; it goes with --lora RANK")
+    if getattr(args, "quantize", None) and not args.lora and not evaluates:
+        raise UserError("--quantize: quantized weights cannot learn; it goes with --lora RANK, or with --evaluate")
     if args.fsdp and rank_and_world()[1] == 1:
         raise UserError("--fsdp: shards a model over several processes; start them with torchrun --nproc-per-node N")
 

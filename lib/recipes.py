@@ -171,7 +171,7 @@ LORA = dict(
     lora=Setting(0, "freeze the weights of --init, and learn changes of this rank only (LoRA)", 0, 2**16,
                  metavar="RANK"),
     lora_alpha=Setting(None, "the changes count alpha / rank times; default: the rank", 0, type=float, metavar="A"),
-    quantize=choice(None, ["int8"], "with --lora: the frozen linear layers as 8-bit integers"),
+    quantize=choice(None, ["int8"], "with --lora: the frozen linear layers as 8-bit integers; with --evaluate: all"),
     lora_layers=Setting(("qkv", "proj", "fc1", "fc2"), "last names of the linear layers that learn", type=str,
                         metavar="NAME", options={"nargs": "+"}),
 )
