@@ -179,6 +179,8 @@ GENERATOR = derive(                             # what the three transformers ha
     COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
     views=Setting(1),                           # of a picture of the demo, in which it is a little moved and scaled
+    styles=Setting(()),                         # of the demo's pictures; none: all
+    most_pictures=Setting(0),                   # of the demo, spread over all; 0: all
     vae=file("the trained tokenizer; recipes of the demo have one", flags=("--vae", "--vq")),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
     evaluate=EVALUATE, **LORA,
