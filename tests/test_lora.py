@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import infinity
+import latentsync
 import llamagen
 import sample
 import train
@@ -165,3 +166,49 @@ def test_of_another_model(token_files, text_files, tmp_path, capsys):
     assert "Give the weights as --init" in tell("--lora", 2)
     assert "more than the rank of" in tell("--lora", 500, "--init", token_files[2])
     assert "choose some of qkv, proj" in tell("--lora", 2, "--init", token_files[2], "--lora-layers", "to_q")
+
+
+def test_merged_into_a_unet(nets, tmp_path):
+    base = nets / "stage1.safetensors"
+    model = latentsync.load(base)
+    lora.wrap(model, 2, 4.0, ("qkv", "query", "key_value", "proj"))
+    fill(model)
+    lora.save(model, tmp_path / "a.safetensors")
+    run(sample, "latentsync", "--ckpt", base, "--lora", tmp_path / "a.safetensors", "--merge",
+        tmp_path / "merged.safetensors")
+    merged = latentsync.load(tmp_path / "merged.safetensors")
+    assert merged.config == model.config
+    for name, layer in lora.adapted_layers(model).items():
+        expected = layer.layer.weight + layer.scale * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected)
+
+
+def test_flags_that_exclude_each_other(files, tmp_path, capsys):
+    say = partial(complaint, capsys, sample, "var", "--device", "cpu", "--out", tmp_path / "a.png")
+    assert "Give LoRAs as --lora" in say("--merge", tmp_path / "m.safetensors")
+    assert "Give the model as --ckpt" in say("--merge", tmp_path / "m.safetensors", "--lora", "x.safetensors")
+    assert "no room for small changes" in say("--merge", tmp_path / "m.safetensors", "--lora", "x.safetensors",
+                                              "--ckpt", files[2], "--quantize", "int8")
+    assert "--lora and --random-weights exclude" in say("--lora", "x.safetensors", "--random-weights", "var_d16")
+    assert "expected a name that ends in .safetensors" in say("--merge", tmp_path / "m.pth", "--lora", "x.safetensors",
+                                                              "--ckpt", files[2])
+
+
+def test_peft_reads_it(tmp_path):
+    peft = pytest.importorskip("peft")                                      # optional, and large: not in .ci/run
+    model = tiny_llamagen().eval()
+    lora.wrap(model, 3, 6.0, ("qkv", "proj"), generator=torch.Generator().manual_seed(0))
+    fill(model)
+    lora.save(model, tmp_path / "adapter_model.safetensors")
+    theirs = peft.PeftModel.from_pretrained(tiny_llamagen().eval(), tmp_path).merge_and_unload()
+    ours = tiny_llamagen().eval()
+    lora.add(ours, [str(tmp_path)], "base")
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, msg=lambda m: f"{name} {m}")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["qkv"], init_lora_weights=False)
+    written = peft.get_peft_model(tiny_llamagen().eval(), config)
+    written.save_pretrained(tmp_path / "theirs")
+    again = tiny_llamagen().eval()
+    lora.add(again, [str(tmp_path / "theirs")], "base")
+    for (name, a), b in zip(again.named_parameters(), written.merge_and_unload().parameters()):
+        torch.testing.assert_close(a, b, msg=lambda m: f"{name} {m}")
