@@ -68,7 +68,7 @@ from lib.drawing import (DEFAULTS, LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzF
                          is_drawn, names_to_choose_from, print_classes, save_sheet, write_npz)
 from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
-from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
+from lib.loading import known_pixels, load_infinity_pair, load_llamagen_pair, load_var_pair
 from lib.memory import planned
 from lib.pictures import (DEMO, chart, cover, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
@@ -207,7 +207,8 @@ def sample_infinity(args):
         raise UserError("--keep goes with --image, the picture whose first scales are kept")
     lora.check_flags(args)
     if args.merge:
-        return lora.merge(args, functools.partial(load_infinity, weights=args.weights), infinity.save)
+        return lora.merge(args, functools.partial(load_infinity, weights=args.weights), infinity.save,
+                          pixels=known_pixels(args.ckpt))
     if not (args.bench or args.save_features):
         out, single = check_prompts_out(args, "out/infinity.png")
         check_paths(args, out)

@@ -129,6 +129,7 @@ def train(args):
         lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, generator)
         drawing = autocast                                                  # weights have several dtypes
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        frozen |= {name: b for name, b in model.named_buffers() if b.dtype == torch.int8}
     else:
         task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
         model = task.model
@@ -381,7 +382,8 @@ def update_ema(ema, model, decay, step):
     pairs = [(mine, theirs) for mine, theirs in zip(ema.parameters(), model.parameters()) if theirs.requires_grad]
     torch._foreach_lerp_(*zip(*pairs), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
-        mine.copy_(theirs)
+        if mine is not theirs:
+            mine.copy_(theirs)
 
 
 def seed_draws(generator, seed, step, micro_batch):

@@ -1437,7 +1437,7 @@ def understanding(path, what):
     """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, torch.OutOfMemoryError):
         raise
     except KeyError as e:
         raise CheckpointError(f"{path}: not {what}, or not all of it: it lacks {e}") from e

@@ -417,7 +417,7 @@ def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, 
         for variant, pair in faster(model, tokenizer, device).items():
             variants[variant] = functools.partial(run, pair)
         result["variants"] |= race(run, variants, n, device)
-    if baseline:
+    if baseline and not args.quantize:
         dense = unpacked(model)
 
         def original():

@@ -50,7 +50,7 @@ RESOLUTIONS = {"1.0": 256, "1.5": 256, "1.6": 512}                          # ve
 
 def load_unet(args, ckpt):
     """(UNet, why its faces have that resolution) of the file ckpt, which is the one that --ckpt means."""
-    ours = "tokenizer" in read_metadata(ckpt)                               # written by train.py
+    ours = bool({"tokenizer", "merged"} & read_metadata(ckpt).keys())       # its header has the resolution
     resolution, why = args.resolution, "as asked"
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())

@@ -17,6 +17,7 @@ import latentsync
 import llamagen
 import var
 import vq
+from lib.console import keep_freed_memory, return_freed_memory
 from lib.text import T5Encoder
 
 LARGEST = 127                                   # of an int8, to both sides
@@ -54,12 +55,12 @@ class Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q, scale):
         ctx.save_for_backward(q, scale)
-        return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
+        return F.linear(x, (q * scale[:, None]).to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
         q, scale = ctx.saved_tensors
-        return (gradient * scale.to(gradient.dtype)) @ q.to(gradient.dtype), None, None
+        return gradient @ (q * scale[:, None]).to(gradient.dtype), None, None
 
 
 class Int8Linear(nn.Module):
@@ -71,7 +72,8 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(1).clamp(min=1e-30) / LARGEST
         self.bias = linear.bias
         self.register_buffer("q", (weight / scale[:, None]).round().to(torch.int8))
-        # As bits: a cast of the whole model to bfloat16 must not round the scale. What it does change is `like`.
+        # Stored as int32, because `.to(dtype)` casts buffers of floats, and the scale must not be rounded. What that
+        # does change is `like`.
         self.register_buffer("scale_bits", scale.view(torch.int32))
         self.register_buffer("like", torch.full((1, 1), torch.nan, dtype=linear.weight.dtype, device=weight.device))
 
@@ -105,9 +107,9 @@ def reduce_layer(model, key, kind):
         return
     layer = model.get_submodule(name)
     if isinstance(layer, nn.Linear) and kind == "int8":
-        model.set_submodule(name, Int8Linear(layer))                        # its bias stays the same tensor
+        model.set_submodule(name, Int8Linear(layer))                        # load_strict will fill the same bias
     elif isinstance(layer, nn.Linear):
-        layer.weight.data = layer.weight.data.to(kind)                      # its bias may not be loaded yet
+        layer.weight.data = layer.weight.data.to(kind)                      # load_strict will fill the bias
 
 
 def quantize(model, kind):
@@ -120,8 +122,13 @@ def quantize(model, kind):
 def reduced(kind):
     """Models that are loaded inside of this `with` have smaller linear layers. kind: "int8", a dtype, or None for no
     change."""
-    vq.after_loading = functools.partial(reduce_layer, kind=kind) if kind else None
+    if kind is None:
+        yield
+        return
+    vq.after_loading = functools.partial(reduce_layer, kind=kind)
+    return_freed_memory()                       # of a weight, which is freed when its layer is quantized
     try:
         yield
     finally:
         vq.after_loading = None
+        keep_freed_memory()

@@ -40,6 +40,12 @@ class Loaded:
         return self
 
 
+def known_pixels(ckpt):
+    """The size of pictures that the name of a released Infinity stands for. Others are taken for 1M."""
+    released = [known for known in INFINITY_PIXELS if Path(ckpt).name.startswith(known)]
+    return INFINITY_PIXELS[released[-1]] if released else "1M"
+
+
 def random_config(args, configs):
     """(name, Config) of --random-weights."""
     name = args.random_weights.removesuffix(".pth")
@@ -118,8 +124,7 @@ def load_infinity_pair(args, machine):
     options = weight_options(args, machine)
     model, metadata, ckpt, vae = find_files(args, "emoji_infinity", lambda path: load_infinity(path, **options),
                                             fallback_of, "--vae")
-    released = [known for known in INFINITY_PIXELS if ckpt.name.startswith(known)]
-    metadata = {"pixels": INFINITY_PIXELS[released[-1]] if released else "1M"} | metadata
+    metadata = {"pixels": known_pixels(ckpt)} | metadata
     tokenizer = vq.load(vae, dtype=machine.dtype)
     check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vae")
     check_fingerprint(tokenizer, vae, metadata, ckpt)

@@ -1,12 +1,12 @@
 """LoRA (arXiv 2106.09685): a frozen model learns changes of low rank of some of its linear layers.
 
 A layer's weight W (c_out, c_in) acts as W + scale * B A, with A (rank, c_in), B (c_out, rank) and scale = alpha / rank.
-B starts at zero. Models are changed from outside: `wrap` exchanges linear layers for adapted ones. Some models use a
-layer's weight without calling the layer. What is adapted is therefore the weight: F.linear with it adds both products.
-A table of classes is small, and new classes need one of their own, so it learns as a whole.
+B starts at zero. Models are changed from outside: `wrap` exchanges linear layers for adapted ones. Some models multiply
+by `layer.weight` themselves. `weight` therefore returns a LayerWeight, and F.linear with it computes
+W x + scale * B A x. A table of classes is small, and new classes need one of their own, so it learns as a whole.
 
-Files have the layout of the package peft: lora_A and lora_B of each layer, and adapter_config.json beside them. Names
-are those of our modules.
+Files have the layout of the package peft: lora_A and lora_B of each layer, and adapter_config.json beside them. peft
+wants them under the name adapter_model.safetensors. Names are those of our modules.
 """
 import json
 import math
@@ -28,6 +28,7 @@ PREFIX = "base_model.model."                    # of names in peft's files
 CLASSES = "class_embed"                         # the table of classes, which learns as a whole
 TRACED_ROWS = 8                                 # rows of a weight by which a base is recognised
 MOST_STRENGTH = 100
+UNSUPPORTED = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern")      # of peft
 
 
 class AdaptedLinear(nn.Module):
@@ -47,13 +48,17 @@ class AdaptedLinear(nn.Module):
         """What models take for the weight of a linear layer. Its elements are those of the frozen one."""
         return LayerWeight(self, self.layer.weight.detach())
 
+    @property
+    def bias(self):
+        return self.layer.bias
+
     def product(self, x, bias=None):
         """x (..., c_in) -> (..., c_out)."""
         change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return F.linear(x, self.layer.weight, bias) + self.scale * change
 
     def forward(self, x):
-        return self.product(x, self.layer.bias)
+        return self.product(x, self.bias)
 
 
 def linear_layers(model):
@@ -114,7 +119,7 @@ class Config:
 
 @torch.no_grad()
 def trace(layer):
-    """Largest magnitudes in the first rows of a weight: they tell weights apart, in every precision to 1 %."""
+    """Largest magnitudes in the first rows of a weight: they tell weights apart, in every precision to 2 %."""
     if isinstance(layer, Int8Linear):
         return (LARGEST * layer.scale[:TRACED_ROWS]).tolist()
     return layer.weight[:TRACED_ROWS].float().abs().amax(1).tolist()
@@ -136,6 +141,8 @@ def save(model, path, dtype=None, **extra):
     first, layer = next(iter(layers.items()))
     rank = len(layer.lora_A)
     config = Config(rank, layer.scale * rank, tuple(sorted(set(map(last_part, layers)))), whole)
+    if dtype == torch.float8_e4m3fn:
+        dtype = torch.float16                                               # changes are too small for fp8
     vq.save_checkpoint(path, tensors, config, dtype, base={first: trace(layer.layer)}, **extra)
     with vq.atomic(Path(path).with_name(CONFIG)) as temporary:
         temporary.write_text(json.dumps(asdict(config)))
@@ -164,10 +171,14 @@ def read(path):
         if not names:
             raise ValueError("it has no lora_A")
         end = ".weight" if f"{names[0]}.lora_A.weight" in state else ".default.weight"
-        pairs = {name: (state[f"{name}.lora_A{end}"], state[f"{name}.lora_B{end}"]) for name in names}
+        pairs = {name: (state.pop(f"{name}.lora_A{end}"), state.pop(f"{name}.lora_B{end}")) for name in names}
         config = json.loads(header.config or path.with_name(CONFIG).read_text(encoding="utf-8"))
         scale = float(config["lora_alpha"]) / int(config["r"])
-        return Lora(path, pairs, scale, state.get(f"{CLASSES}.weight"), read_metadata(path))
+        classes = state.pop(f"{CLASSES}.weight", None)
+        unknown = [*state, *(name for name in UNSUPPORTED if config.get(name))]
+        if unknown:
+            raise ValueError(f"it has {', '.join(unknown[:3])}, which is not plain LoRA")
+        return Lora(path, pairs, scale, classes, read_metadata(path))
 
 
 def parse(texts):
@@ -198,11 +209,16 @@ def check_base(lora, model, ckpt):
         if (len(B), A.shape[1]) != shape or len(A) != B.shape[1]:
             raise UserError(f"--lora {lora.path}: changes {name} by {tuple(B.shape)} times {tuple(A.shape)}, but in "
                             f"{ckpt} it is {shape}; it is of another model")
+    if lora.classes is not None:
+        table = getattr(model, CLASSES, None)
+        if table is None or table.weight.shape[1] != lora.classes.shape[1]:
+            raise UserError(f"--lora {lora.path}: has classes of {lora.classes.shape[1]} numbers, {ckpt} has none; "
+                            "it is of another model")
     if content_hash(lora.path) in read_metadata(ckpt).get("merged", []):
         raise UserError(f"--lora {lora.path}: is part of {ckpt} already; leave it out")
     for name, expected in lora.metadata.get("base", {}).items():
         found = trace(layers[name])
-        if not all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(expected, found)):
+        if not all(math.isclose(a, b, rel_tol=0.02, abs_tol=1e-20) for a, b in zip(expected, found)):
             raise UserError(f"--lora {lora.path}: was not learnt on the weights of {ckpt}; give what was its --init as "
                             "--ckpt")
 
@@ -214,17 +230,19 @@ def add(model, texts, ckpt):
     A strength of 1 adds one as it was learnt, 0 leaves the model as it is. Raises UserError for one of another model.
     """
     loras = [(read(path), strength) for path, strength in parse(texts)]
+    loras = [(lora, strength) for lora, strength in loras if strength != 0]
     for lora, _ in loras:
         check_base(lora, model, ckpt)
+    tables = [str(lora.path) for lora, _ in loras if lora.classes is not None]
+    if len(tables) > 1:
+        raise UserError(f"--lora {' '.join(tables)}: each has a table of classes of its own; give one of them")
     metadata = {}
     for lora, strength in loras:
-        if strength == 0:
-            continue
         for name, (A, B) in lora.pairs.items():
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Linear):
                 layer.weight.add_((strength * lora.scale * (B.float() @ A.float())).to(layer.weight))
-            else:                                                           # int8 has no room for small changes
+            else:                                                           # int8 cannot be changed: add a product
                 adapted = AdaptedLinear(layer, len(A), strength * lora.scale)
                 adapted.lora_A.data = A.to(adapted.lora_A)
                 adapted.lora_B.data = B.to(adapted.lora_B)
@@ -250,16 +268,17 @@ def check_flags(args, *excluded):
         raise UserError("--merge and --quantize exclude each other: 8 bits have no room for small changes")
 
 
-def merge(args, load, save):
+def merge(args, load, save, **defaults):
     """--merge: write the model of --ckpt with the LoRAs of --lora in it, as an ordinary checkpoint in float32.
 
-    load, save: those of the model, load(path) and save(model, path, **header).
+    load, save: those of the model, load(path) and save(model, path, **header). defaults: of the header.
     """
     path = check_writable(args.merge, "--merge", suffix=".safetensors")
     ckpt = find_checkpoint(args.ckpt, not args.no_download)
     model = load(ckpt)
-    header = read_metadata(ckpt) | add(model, args.lora, ckpt)
-    header["merged"] = header.get("merged", []) + [content_hash(read(file).path) for file, _ in parse(args.lora)]
+    header = defaults | read_metadata(ckpt) | add(model, args.lora, ckpt)
+    added = [content_hash(read(file).path) for file, strength in parse(args.lora) if strength]
+    header["merged"] = header.get("merged", []) + added
     header.pop("config", None)                                              # save writes it
     save(model, path, **header)
     print(f"{ckpt} with {', '.join(args.lora)} -> {path}")

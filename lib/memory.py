@@ -1,8 +1,9 @@
 """How much memory a run needs, estimated before it makes anything large, and which flags bring that down.
 
-Weights, gradients and the optimizer's averages are counted. The rest is estimated from a few numbers, which
-were measured on the released sizes; what they leave out makes the estimate too low rather than too high. A run that
-cannot fit ends before it loads a file, and one that runs out of memory all the same ends in the same line.
+Weights, gradients and the optimizer's averages are counted. The rest is estimated from a few numbers. They were
+measured with networks of the released widths and two to four blocks, and leave out tokenizers, judges, and copies that
+are made in passing, so an estimate is too low rather than too high. Each model is checked before it is made. One that
+runs out of memory all the same ends in the same line.
 """
 import functools
 from contextlib import suppress
@@ -32,6 +33,8 @@ UNET_FRAME = {"none": 0.47, "up": 0.7, "all": 0.86}     # GB that a training UNe
                                                         # frame of 256 pixels in fp32
 UNET_CHECKPOINTED = 0.03        # the same with --checkpointing
 UNET_DRAWN = 0.06               # the same while it denoises
+SHOWN = 16                      # pictures that sample.py draws if nothing says how many
+MANY = 10**6                    # as many as a batch has
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run needs
@@ -52,6 +55,7 @@ class Setting:
     ema: bool = False
     lora: int = 0               # rank
     lora_layers: tuple = ()
+    stage: str = None           # of LatentSync's training
     shards: int = 1             # processes that share the weights
 
 
@@ -60,12 +64,18 @@ def setting_of(args, device):
     get = functools.partial(getattr, args)
     shared = dict(quantize=bool(get("quantize", None)), pixels=get("pixels", None), size=get("size", None))
     world = rank_and_world()[1]
-    if hasattr(args, "recipe"):
+    if hasattr(args, "recipe") and not get("evaluate", None):
         return Setting(True, DTYPES[args.dtype].itemsize, max(1, args.batch_size // (args.accum * world)),
                        checkpointing=args.checkpointing, ema=bool(args.ema), lora=get("lora", 0),
-                       lora_layers=tuple(get("lora_layers", ())), shards=world if args.fsdp else 1, **shared)
+                       lora_layers=tuple(get("lora_layers", ())), stage=get("stage", None),
+                       shards=world if args.fsdp else 1, **shared)
     dtype, _ = choose_dtype(get("dtype", "auto"), device)
-    pictures = (get("n", None) or 1) * len(get("prompt", None) or get("classes", None) or [1])
+    pictures = (get("n", None) or 1) * len(get("prompt", None) or [1])
+    if get("npz", None) or get("prompts", None):
+        pictures = MANY
+    elif not get("prompt", None):
+        pictures = get("n", None) or len(get("classes", None) or [])
+        pictures = pictures or SHOWN
     return Setting(False, dtype.itemsize, min(get("batch_size", 1), pictures), tile=get("tile", 0), **shared)
 
 
@@ -127,12 +137,18 @@ def weights_and_optimizer(sketch, setting):
     multiplied = sum(weight.numel() for weight in linear.values())
     frozen = not setting.training or setting.lora
     if not frozen:
+        learnt = total
+        if isinstance(sketch, latentsync.UNet):                             # a stage trains some of its weights
+            sketch.freeze(setting.stage)
+            learnt = sum(p.numel() for p in sketch.parameters() if p.requires_grad)
         copies = 2 * multiplied if setting.bytes < 4 else 0                 # that autocast makes of them
         kept = 4 + 8 + (4 if setting.ema else 0)                            # gradient, two averages, EMA
-        return {"weights": 4 * total / setting.shards + copies, "optimizer": kept * total / setting.shards}
+        return {"weights": 4 * total / setting.shards + copies, "optimizer": kept * learnt / setting.shards}
     whole = isinstance(sketch, (llamagen.LlamaGen, latentsync.UNet, T5Encoder)) and not setting.training
     found = {"weights": multiplied * (1 if setting.quantize else setting.bytes)
              + (total - multiplied) * (setting.bytes if whole else 4)}
+    if not setting.quantize:
+        found["weights"] /= setting.shards                                  # int8 is not sharded
     if setting.training:
         learnt = sum(setting.lora * sum(weight.shape) for name, weight in linear.items()
                      if name.rpartition(".")[2] in setting.lora_layers)
@@ -176,9 +192,12 @@ def free_memory(device):
     with suppress(OSError, ValueError, KeyError):
         rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(1024 * sum(int(rows[name].split()[0]) for name in ("MemAvailable", "SwapFree")))
-    with suppress(OSError, ValueError):                                     # the limit of a container, or "max"
+    with suppress(OSError, ValueError, KeyError):                           # the limit of a container, or "max"
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(limit - used + int(rows["inactive_file"]))              # files in memory make room
     return min(free, default=None)
 
 
@@ -214,7 +233,9 @@ def check(args, plans, cls, sizes):
     device, _ = choose_device(args.device)
     sketch = vq.on_meta(cls, *sizes)
     setting = setting_of(args, device)
-    plans.append((sketch, setting))
+    if setting.training and (cls is T5Encoder or any(isinstance(other, cls) for other, _ in plans)):
+        setting = replace(setting, training=False, batch=0)                 # not the model that learns: it reads texts,
+    plans.append((sketch, setting))                                         # or is what --init names
     free = free_memory(device)
     parts = need(sketch, setting)
     if free is not None and sum(parts.values()) > free:

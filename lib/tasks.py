@@ -367,7 +367,10 @@ class TransformerTask(Task):
                             f"{' or '.join([f'a number up to {MOST_CROPS}', *views])}")
 
     def identity(self):
-        return {"tokenizer": vq.fingerprint(self.tokenizer)}
+        identity = {"tokenizer": vq.fingerprint(self.tokenizer)}
+        if self.args.lora:
+            identity["frozen weights"] = content_hash(self.args.init, 2**20)    # no checkpoint has them
+        return identity
 
     def cache_tokens(self, patch_nums):
         """With --cache-crops, replace the data sets by their tokens."""
@@ -559,8 +562,8 @@ class InfinityTask(TransformerTask):
         args = self.args
         self.tokenizer = vq.load(args.vae).to(self.device)
         if args.init:
-            host_first = args.quantize                                      # a GPU may have no room for it otherwise
-            self.model = load_infinity(args.init, device="cpu" if host_first else self.device).to(self.device)
+            place = "cpu" if args.lora else self.device                     # a GPU may have no room for it otherwise
+            self.model = load_infinity(args.init, device=place).to(self.device)
         else:
             encoder = small_t5(args)
             config = infinity.CONFIGS[args.model]

@@ -224,7 +224,11 @@ def check_fingerprint(tokenizer, vae, metadata, ckpt):
 
 
 def content_hash(path, limit=None):
-    """A hash of a file's content. With a limit, only the size of a large file and `limit` bytes at both ends count."""
+    """A hash of a file's content, or of all files of a folder. With a limit, only the size of a large file and `limit`
+    bytes at both ends count."""
+    if os.path.isdir(path):
+        hashes = [content_hash(file, limit) for file in sorted(Path(path).iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as f:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import helpers
+import latentsync
 import sample
 import train
 import vq
@@ -110,6 +113,9 @@ def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
 def test_lora_on_any_number_of_processes(quantize, pictures, nets, tmp_path):
     """Frozen weights, which are in no checkpoint of a run, beside others that learn; with checkpointing too."""
     models = {name: argv for name, argv in every_model(nets, pictures).items() if name not in ("vq", "syncnet")}
+    whole = replace(helpers.UNET_CONFIG, resolution=16, motion="all")       # frozen weights cannot start from scratch
+    latentsync.save(helpers.tiny(latentsync.UNet, whole), nets / "base_latentsync.safetensors")
+    models["latentsync"] = (*models["latentsync"], "--init", nets / "base_latentsync.safetensors")
     for name, make in (("var", tiny_var), ("llamagen", tiny_llamagen), ("infinity", tiny_infinity)):
         sys.modules[make().__module__].save(make(), nets / f"base_{name}.safetensors")
         models[name] = (*models[name], "--init", nets / f"base_{name}.safetensors")

@@ -1,13 +1,15 @@
 """LoRA: what it learns is what the whole layer would learn, files, and how they are used."""
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import helpers
 import infinity
 import latentsync
 import llamagen
@@ -16,7 +18,7 @@ import train
 import var
 import vq
 from helpers import complaint, run, same, tiny_infinity, tiny_llamagen, tiny_var
-from lib import lora
+from lib import int8, lora
 
 pytestmark = pytest.mark.usefixtures("tiny_configs")
 
@@ -212,3 +214,64 @@ def test_peft_reads_it(tmp_path):
     lora.add(again, [str(tmp_path / "theirs")], "base")
     for (name, a), b in zip(again.named_parameters(), written.merge_and_unload().parameters()):
         torch.testing.assert_close(a, b, msg=lambda m: f"{name} {m}")
+
+
+def test_several_at_once_on_int8(tmp_path):
+    """Products of several LoRAs add up on an int8 layer, which cannot be changed itself."""
+    learnt = []
+    for seed in (1, 2):
+        model = tiny_llamagen().eval()
+        lora.wrap(model, 2, 2.0, LAYERS, generator=torch.Generator().manual_seed(seed))
+        fill(model, seed)
+        del model.class_embed                                               # else each has a table of its own
+        learnt.append(tmp_path / f"{seed}.safetensors")
+        lora.save(model, learnt[-1])
+    quantized = tiny_llamagen().eval()
+    int8.quantize(quantized, "int8")
+    dense = tiny_llamagen().eval()
+    with torch.no_grad():
+        for name, layer in quantized.named_modules():
+            if isinstance(layer, int8.Int8Linear):
+                dense.get_submodule(name).weight.copy_(layer.q * layer.scale[:, None])
+    for model in (quantized, dense):
+        lora.add(model, [f"{learnt[0]}:0.5", str(learnt[1])], "base")
+    with torch.no_grad():
+        assert (llamagen_logits(quantized) - llamagen_logits(dense)).abs().max() < 2e-5
+
+
+def test_what_is_no_plain_lora(token_files, tmp_path, capsys):
+    model = tiny_llamagen()
+    lora.wrap(model, 2, 2.0, LAYERS)
+    lora.save(model, tmp_path / "adapter_model.safetensors")
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    say = partial(complaint, capsys, sample, "llamagen", "--ckpt", token_files[2], "--vq", token_files[1], "--device",
+                  "cpu", "--out", tmp_path / "a.png", "--lora", tmp_path)
+    say_twice = partial(say, str(tmp_path / "adapter_model.safetensors"))
+    assert "each has a table of classes" in say_twice()
+    save_file(state, tmp_path / "adapter_model.safetensors")                # as peft does, without our header
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    assert "use_rslora, which is not plain LoRA" in say()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(state | {"base_model.model.blocks.0.attn.qkv.lora_magnitude_vector": torch.ones(3)},
+              tmp_path / "adapter_model.safetensors")
+    assert "lora_magnitude_vector, which is not plain LoRA" in say()
+
+
+def test_latentsync_learns_on_the_weights_of_init(nets, tmp_path, capsys, monkeypatch):
+    """Frozen weights are those of --init, quantized or not, and a stage needs a network with all its parts."""
+    helpers.make_tiny_latentsync(monkeypatch)
+    whole = replace(helpers.UNET_CONFIG, resolution=16, motion="all")
+    base = nets / "whole.safetensors"
+    latentsync.save(helpers.tiny(latentsync.UNet, whole), base)
+    argv = ("latentsync", "--stage", 2, "--vae", nets / "kl.safetensors", "--whisper", nets / "ear.safetensors",
+            "--frames", 4, "--videos", 2, "--val-videos", 1, "--batch-size", 1, "--steps", 1, "--device", "cpu",
+            "--sync-weight", 0, "--trepa-weight", 0, "--lpips-weight", 0, "--lora", 2, "--val-every", 0)
+    for quantize in ((), ("--quantize", "int8")):
+        run(train, *argv, "--init", base, *quantize, "--out", tmp_path / f"run{len(quantize)}")
+        said = capsys.readouterr().out
+        assert "from scratch" not in said
+        unet = latentsync.load(base)
+        lora.add(unet, [str(tmp_path / f"run{len(quantize)}")], base)       # raises for other weights
+    assert "frozen weights cannot start from scratch" in complaint(
+        capsys, train, *argv, "--init", nets / "stage1.safetensors", "--out", tmp_path / "b")
