@@ -204,13 +204,13 @@ VAR = derive(
                         "powers of their sizes; writes a table and a picture"),
 )
 VAR_LARGE = derive(VAR, epochs=350, lr=2.4e-4, final_lr=0.01)
-SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "fluent/hearts", "fluent-flat/costumed-creatures", "noto/fruit",
-                 "emojione/country-flags", "twemoji/mail", "fluent/globes-maps", "noto-v1/concerned",
-                 "fluent-flat/shapes-colors", "twemoji/time", "fluent/mammals", "noto/zodiac-signs", "fluent/drink",
-                 "noto-v1/hearts", "emojione/smiling")
+SHOWN_CLASSES = ("noto/smiling", "twemoji/cat-faces", "twemoji/hearts", "fluent-flat/shapes-colors", "twemoji/time",
+                 "noto/zodiac-signs", "noto-v1/concerned", "emojione/smiling", "noto/fruit", "fluent/people",
+                 "fluent/smiling", "noto/people", "fluent/arrows", "fluent/fruit", "noto/with-tongue",
+                 "fluent-flat/hearts")
 VAR_EMOJI = derive(
     VAR, model="emoji_var", vae=str(DEMO / "emoji_vq.safetensors"), size=32, epochs=0, steps=8500, batch_size=16,
-    lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32", cache_crops="8", sampling=dict(cfg=1.5, top_k=0, top_p=0.5),
+    lr=1e-3, init_gamma=0.1, ema=0.998, dtype="fp32", cache_crops="8", sampling=dict(cfg=3.0, top_k=0, top_p=0.6),
     show=SHOWN_CLASSES,
 )
 VAR_RECIPES = {
@@ -247,7 +247,7 @@ INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
     init_gamma=0.1, checkpointing=False, init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS,
-    views=1000,
+    views=1000, sampling=dict(cfg=4.0, tau=0.5, top_k=0, top_p=0.97),
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,

@@ -186,8 +186,8 @@ def test_bench_of_tokens_races_the_original(tokens, capsys):
 
 def test_the_demo_draws_what_it_is_told(tmp_path):
     """From the checkpoints in the repository: hearts of the colors that the prompts name, two each."""
-    run(sample, "infinity", "--prompt", "green heart", "blue heart", "-n", 2, "--device", "cpu", "--out",
-        tmp_path / "h")
+    run(sample, "infinity", "--prompt", "noto style, green heart", "noto style, blue heart", "-n", 2, "--device", "cpu",
+        "--out", tmp_path / "h")
     heart = lambda i, n: np.array(Image.open(tmp_path / "h" / f"{i:05d}_{n:02d}.png"), float)[8:20, 8:24].mean((0, 1))
     green, blue = (heart(i, 0) + heart(i, 1) for i in (0, 1))
     assert green.argmax() == 1 and blue.argmax() == 2, (green, blue)

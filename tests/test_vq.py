@@ -141,7 +141,7 @@ def test_tokens_survive_a_round_trip_through_the_picture():
     second = tokenizer.detokenize(tokenizer.tokenize(first))
     third = tokenizer.detokenize(tokenizer.tokenize(second))
     kept = [psnr(a, b).mean() for a, b in ((image, first), (first, second), (second, third))]
-    assert kept[0] > 23 and kept[1] > kept[0] + 3 and kept[2] > kept[1]
+    assert kept[0] > 25 and kept[1] > kept[0] + 3 and kept[2] > kept[1]
     agree = [(a == b).float().mean() for a, b in zip(tokenizer.tokenize(first), tokenizer.tokenize(second))]
     assert agree[0] > 0.8 and min(agree) > 0.3                              # 1,024 codes: by chance 0.001
 
