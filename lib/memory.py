@@ -113,7 +113,7 @@ def need(sketch, setting):
         return found
     tokens, at_a_time, pixels = picture_sizes(sketch, setting)
     C = sketch.config.width
-    V = getattr(sketch.config, "vocab_size", 0) or 2 * sketch.config.bits
+    V = sketch.config.vocab_size if hasattr(sketch.config, "vocab_size") else 2 * sketch.config.bits
     if setting.training:
         kept = SAVED * sketch.config.depth                                  # numbers for each token and channel
         if setting.checkpointing:
