@@ -42,6 +42,7 @@ if __name__ == "__main__":
     ARGS = parse_args()                         # before the imports that take seconds, so that --help answers at once
 
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -58,7 +59,7 @@ import llamagen
 import syncnet
 import var
 import vq
-from lib import app, baselines, bench_ops, dubbing, emoji, serving
+from lib import app, baselines, bench_ops, dubbing, emoji, lora, serving
 from lib.console import (Machine, UserError, check_json, check_out, check_paths, check_pixels, check_ranges,
                          check_writable, run_command, save_json, timed)
 from lib.drawing import (DEFAULTS, LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzFile, bench_generator,
@@ -67,12 +68,13 @@ from lib.drawing import (DEFAULTS, LONGEST_SIDE, MOST_BATCH, MOST_GUIDANCE, NpzF
                          is_drawn, names_to_choose_from, print_classes, save_sheet, write_npz)
 from lib.editing import BOX, check_edit, keep_black, read_mask
 from lib.faces import SHIFTS, check_judge, describe_score, faces_to_score, is_in_step
-from lib.loading import load_infinity_pair, load_llamagen_pair, load_var_pair
+from lib.loading import known_pixels, load_infinity_pair, load_llamagen_pair, load_var_pair
+from lib.memory import planned
 from lib.pictures import (DEMO, chart, cover, grid, psnr, read_picture, save_png, ssim, to_pixels,
                           to_tensor)
 from lib.products import prepare
 from lib.reconstruction import Usage, fit, picture_files, save_rows
-from lib.text import save_features
+from lib.text import load_infinity, load_llamagen, save_features
 from lib.video import Video, VideoWriter, is_silent, mono, read_channels, read_sound_to_write
 from lib.weights import find_checkpoint
 from syncnet import FPS, SAMPLE_RATE
@@ -89,6 +91,9 @@ def sample_var(args):
     check_ranges(("--cfg", args.cfg, 0, MOST_GUIDANCE))
     check_npz(args, "--edit", "--steps-grid")
     check_edit(args)
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, functools.partial(var.load, weights=args.weights), var.save)
     if not (args.bench or args.npz or args.list_classes):
         out, single = check_out(args.out, "out/var.png")
         check_paths(args, out)
@@ -200,6 +205,10 @@ def sample_infinity(args):
         raise UserError(f"--tile {args.tile}: tiles overlap by 8 cells; use 16 or more")
     if args.keep and not args.image:
         raise UserError("--keep goes with --image, the picture whose first scales are kept")
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, functools.partial(load_infinity, weights=args.weights), infinity.save,
+                          pixels=known_pixels(args.ckpt))
     if not (args.bench or args.save_features):
         out, single = check_prompts_out(args, "out/infinity.png")
         check_paths(args, out)
@@ -352,6 +361,9 @@ def sample_llamagen(args):
     for flag in ("steps_grid", "one_generator", "bench", "compile", "random_weights"):
         if args.engine and getattr(args, flag):
             raise UserError(f"--engine and --{flag.replace('_', '-')} exclude each other: vLLM draws in its own way")
+    lora.check_flags(args, "engine")
+    if args.merge:
+        return lora.merge(args, functools.partial(load_llamagen, weights=args.weights), llamagen.save)
     if not (args.bench or args.npz or args.list_classes or args.save_features):
         out, single = check_prompts_out(args, "out/llamagen.png")
         check_paths(args, out)
@@ -671,6 +683,9 @@ def notes_of(video, *more):
 def sample_latentsync(args):
     """Dub a video: the person in it says what the speech says."""
     dubbing.check_args(args)
+    lora.check_flags(args)
+    if args.merge:
+        return lora.merge(args, lambda ckpt: dubbing.load_unet(args, ckpt)[0], latentsync.save)
     out = check_writable(args.out or "out/latentsync.mp4", suffix=".mp4")
     path = Path(args.video or DEMO / "talking_scene.mp4")
     speech = Path(args.audio or DEMO / "other_speech.flac")
@@ -759,6 +774,7 @@ def sample_ops(args):
 
 MODELS = {"var": sample_var, "infinity": sample_infinity, "llamagen": sample_llamagen, "vq": sample_vq,
           "latentsync": sample_latentsync, "syncnet": sample_syncnet, "app": app.run, "ops": sample_ops}
+MODELS = {name: planned(command) for name, command in MODELS.items()}
 
 if __name__ == "__main__":
     run_command(MODELS[ARGS.model], ARGS)

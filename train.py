@@ -53,7 +53,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +63,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import vq
-from lib import parallel, studies
+from lib import lora, parallel, studies
 from lib.bench import TrainingStep, bench_training_step, count_flops
 from lib.clips import open_data
 from lib.checkpoints import Checkpoints, named_tensors
@@ -71,6 +71,8 @@ from lib.console import (DTYPES, Interrupted, PeakMemory, UserError, check_json,
                          rank_and_world, run_command, say)
 from lib.data import order_of_batches, report_broken
 from lib.evaluate import evaluate
+from lib.int8 import reduced
+from lib.memory import planned
 from lib.parallel import all_gather_objects
 from lib.prepare import prepare
 from lib.readers import read_batches
@@ -118,11 +120,24 @@ def train(args):
     # What it learns, and from what. The seed gives all processes the same weights.
     train_set, val_set = open_data(args)
     generator = torch.Generator(device).manual_seed(args.seed)
-    task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
-    model = task.model
+    drawing = nullcontext                                                   # as sample.py draws
+    frozen = {}                                                             # weights that every process has from a file
+    if getattr(args, "lora", 0):
+        with reduced(args.quantize or dtype):
+            task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
+        model = task.model
+        lora.wrap(model, args.lora, args.lora_alpha or args.lora, args.lora_layers, generator)
+        drawing = autocast                                                  # weights have several dtypes
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        frozen |= {name: b for name, b in model.named_buffers() if b.dtype == torch.int8}
+    else:
+        task = task_of(args)(args, train_set, val_set, device, generator, micro_batches)
+        model = task.model
     if args.checkpointing:
         model.checkpointing = True
-    ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    ema = None
+    if args.ema:
+        ema = copy.deepcopy(model, {id(p): p for p in frozen.values()}).requires_grad_(False)
     if args.compile:
         for block in parallel.repeated_blocks(model):
             block.compile(dynamic=False)
@@ -137,7 +152,7 @@ def train(args):
     # Start, growth and cap (below) of the scale are those of VAR's authors. Only fp16 is scaled.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**11, growth_interval=1000, enabled=args.dtype == "fp16")
     learners = {"model": (model, optimizer)} | task.learners                    # {name: (module, optimizer)}
-    tensors = functools.partial(named_tensors, learners, ema)
+    tensors = functools.partial(named_tensors, learners, ema, without=frozen)
 
     # Continue, if it is the same run.
     step = 0
@@ -252,7 +267,7 @@ def train(args):
                         checkpoints.attempt("best.json", lambda: best.write(step, score))
             if due(args.sample_every):
                 picture = out / "samples" / f"{step:07d}"
-                with suppress(Interrupted), parallel.full_model(exported) as full:
+                with suppress(Interrupted), parallel.full_model(exported) as full, drawing():
                     if rank == 0:
                         picture.parent.mkdir(exist_ok=True)
                         checkpoints.attempt(str(picture), lambda: task.show(full.eval(), picture))
@@ -362,11 +377,13 @@ def set_rates(optimizer, lr, wd):
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """Update the exponential moving average of the weights. Its memory is shorter in the first steps. Buffers are
-    copied."""
+    copied, frozen weights are the same tensors."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = [(mine, theirs) for mine, theirs in zip(ema.parameters(), model.parameters()) if theirs.requires_grad]
+    torch._foreach_lerp_(*zip(*pairs), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
-        mine.copy_(theirs)
+        if mine is not theirs:
+            mine.copy_(theirs)
 
 
 def seed_draws(generator, seed, step, micro_batch):
@@ -439,8 +456,10 @@ def export(checkpoints, task, model, path, args):
     worked = True
     with parallel.full_model(model) as full:
         if rank_and_world()[0] == 0:
-            dtype = SAVE_DTYPES[args.save_dtype]
-            worked = checkpoints.attempt(path.name, lambda: task.save(full.eval(), path, dtype))
+            write = task.save
+            if getattr(args, "lora", 0):
+                write = functools.partial(lora.save, classes=getattr(task, "classes", []))
+            worked = checkpoints.attempt(path.name, lambda: write(full.eval(), path, SAVE_DTYPES[args.save_dtype]))
     return all_gather_objects(worked)[0]
 
 
@@ -485,6 +504,10 @@ def check_args(args):
         raise UserError(f"--out {args.out}: lies in --data, so its pictures would become data; choose another folder")
     if not args.steps and not args.epochs:
         raise UserError("nothing to do: give --steps or --epochs")
+    if getattr(args, "lora", 0) and not args.init and not evaluates:
+        raise UserError(f"--lora {args.lora}: what is to be changed? Give the weights as --init FILE")
+    if getattr(args, "quantize", None) and not args.lora and not evaluates:
+        raise UserError("--quantize: quantized weights cannot learn; it goes with --lora RANK, or with --evaluate")
     if args.fsdp and rank_and_world()[1] == 1:
         raise UserError("--fsdp: shards a model over several processes; start them with torchrun --nproc-per-node N")
 
@@ -496,6 +519,7 @@ def bench(args):
         train(argparse.Namespace(**settings))
 
 
+@planned
 def main(args):
     """Train, or do what a flag asks for instead."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # from torch.distributed.checkpoint

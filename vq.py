@@ -1437,7 +1437,7 @@ def understanding(path, what):
     """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, torch.OutOfMemoryError):
         raise
     except KeyError as e:
         raise CheckpointError(f"{path}: not {what}, or not all of it: it lacks {e}") from e
@@ -1523,24 +1523,31 @@ def _check_value(name, value, kind):
         raise ValueError(f"{name} is {str(value)[:50]}, expected {kind}")
 
 
+before_building = None          # a function (cls, args), called before a module takes memory; lib/memory.py sets it
+
+
 def build(cls, *args):
     """A module with uninitialised weights, for loading or init_weights, without the cost of PyTorch's initialisation.
 
     This concerns weights only: what a module computes for itself (masks, constants) keeps its value.
     """
+    if before_building is not None:
+        before_building(cls, args)
     with _NoInit():
         return cls(*args)
 
 
 def on_meta(cls, *args):
     """A module without memory for its weights, for `check_fit` before a config from a file makes anything large."""
-    with torch.device("meta"):
-        return build(cls, *args)
+    with torch.device("meta"), _NoInit():
+        return cls(*args)
 
 
 def build_on(device, cls, *args, cast=lambda model: model):
     """A module with uninitialised weights on a device, already in the dtypes that `cast` gives it, so that it takes no
     memory in another dtype. Only for modules that compute no buffers for themselves."""
+    if before_building is not None:
+        before_building(cls, args)
     with torch.device("meta"):
         model = cls(*args)
     return cast(model).to_empty(device=device)
@@ -1580,17 +1587,34 @@ def rename_keys(state, table, inverse=False):
     return renamed
 
 
+class Stacked:
+    """Tensors of a file that become one, with the rows of the first on top. They are stacked only where `copy_to`
+    writes them, because a copy of all of them would take as much memory as a model."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.shape = torch.Size((sum(map(len, parts)), *parts[0].shape[1:]))
+        self.dtype = parts[0].dtype
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+    def copy_to(self, tensor):
+        for rows, part in zip(tensor.split([len(part) for part in self.parts]), self.parts):
+            rows.copy_(part)
+
+
 def join_rows(state, whole, parts):
     """Stacks matrices that are applied to the same input into one, first rows first: `x.q.weight`, `x.k.weight` and
-    `x.v.weight` become `x.qkv.weight` for whole = "qkv", parts = ("q", "k", "v")."""
+    `x.v.weight` become `x.qkv.weight`, a Stacked, for whole = "qkv", parts = ("q", "k", "v")."""
     joined = {}
     for key, value in state.items():
         match = re.fullmatch(rf"(.*\.)({'|'.join(parts)})(\.\w+)", key)
         names = [match[1] + part + match[3] for part in parts] if match else []
-        if not names or any(name not in state for name in names):
-            joined[key] = value                                             # load_strict will name what is missing
+        if not names or len({state[name].shape[1:] if name in state else None for name in names}) > 1:
+            joined[key] = value                                             # check_fit will name what is wrong
         elif match[2] == parts[0]:
-            joined[match[1] + whole + match[3]] = torch.cat([state[name] for name in names])
+            joined[match[1] + whole + match[3]] = Stacked([state[name] for name in names])
     return joined
 
 
@@ -1629,6 +1653,9 @@ def check_fit(model, state, path, optional=()):
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: " + "; ".join(problems))
 
 
+after_loading = None            # a function (model, key) that load_strict calls after each tensor; lib/int8.py sets it
+
+
 def load_strict(model, state, path, optional=()):
     """Copies `state` into `model`. All that does not fit is listed in one CheckpointError, see `check_fit`.
 
@@ -1636,16 +1663,23 @@ def load_strict(model, state, path, optional=()):
     refused as well.
     """
     check_fit(model, state, path, optional)
+    own = model.state_dict()
     with torch.no_grad():
-        for k, tensor in model.state_dict().items():
+        for k in list(own):
+            tensor = own.pop(k)                                             # the only reference besides the model's
             if k not in state:
                 continue
-            tensor.copy_(state[k])
+            if isinstance(state[k], Stacked):
+                state[k].copy_to(tensor)
+            else:
+                tensor.copy_(state[k])
             # A sum is fast. Where it is not finite, finite values may have added up to more than a float can hold.
             if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32)):
                 if not tensor.isfinite().all():
                     raise CheckpointError(f"{path}: {k} holds values that are no finite numbers; the file is damaged, "
                                           "or training it failed")
+            if after_loading is not None:
+                after_loading(model, k)
 
 
 def save_checkpoint(path, state, config, dtype=None, **extra):

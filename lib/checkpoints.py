@@ -244,19 +244,19 @@ def enum_member(cls, name):
     return cls[name]
 
 
-def named_tensors(learners, ema=None, saved=None):
+def named_tensors(learners, ema=None, saved=None, without=()):
     """All tensors of a run by name, to be saved or filled.
 
     learners: {name: (module, optimizer)}. The optimizer's tensors are named after the weight that they belong to. These
     names are shorter than those of torch.distributed.checkpoint.state_dict, and weights that had no gradient so far
     need none. saved: names in a checkpoint that fills the tensors. A new optimizer has none yet, so that those that the
-    checkpoint has are created here.
+    checkpoint has are created here. without: names of weights that come from another file.
     """
     tensors = {}
     if ema is not None:
-        tensors |= {f"ema.{name}": x for name, x in ema.state_dict().items()}
+        tensors |= {f"ema.{name}": x for name, x in ema.state_dict().items() if name not in without}
     for what, (model, optimizer) in learners.items():
-        tensors |= {f"{what}.{name}": x for name, x in model.state_dict().items()}
+        tensors |= {f"{what}.{name}": x for name, x in model.state_dict().items() if name not in without}
         for name, p in model.named_parameters():
             if saved is not None and f"{what}.{name}.exp_avg" in saved:
                 optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),

@@ -18,8 +18,8 @@ from triton_ops import BackendError, use_triton
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_BYTES = 2**26                              # of a text file that is read as a whole
 MOST_SEED = 2**63 - 1                           # a generator takes twice as much, which leaves room for seed + i
-INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask")      # flags that name what a command reads
-OUTPUTS = ("out", "npz", "save_features", "json")                           # and what it writes
+INPUTS = ("ckpt", "vae", "t5", "features", "prompts", "image", "mask", "lora")  # flags that name what a command reads
+OUTPUTS = ("out", "npz", "save_features", "json", "merge")                  # and what it writes
 NOT_PNG = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".mp4", ".npz", ".npy", ".txt", ".json",
            ".safetensors", ".pth", ".pt")       # names that somebody gives who expects another format
 
@@ -179,13 +179,24 @@ def keep_freed_memory():
     By default glibc returns them to the system and gets new pages, which the system has to clear. On a CPU that costs
     a run about 4 %. The options are constants of <malloc.h>; without glibc nothing happens.
     """
+    set_malloc_options({-4: 0,                                              # M_MMAP_MAX: never use mmap
+                        -1: -1,                                             # M_TRIM_THRESHOLD: never shrink the heap
+                        -2: 2**26})                                         # M_TOP_PAD: grow it by 64 MB
+
+
+def return_freed_memory():
+    """Tell glibc to give large freed blocks back at once."""
+    set_malloc_options({-4: 2**16, -3: 2**17, -1: 2**17, -2: 2**17})        # -3: M_MMAP_THRESHOLD
+
+
+def set_malloc_options(options):
+    """{number of an option: value}, see mallopt."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-4, 0)                                                          # M_MMAP_MAX: never use mmap
-    mallopt(-1, -1)                                                         # M_TRIM_THRESHOLD: never shrink the heap
-    mallopt(-2, 2**26)                                                      # M_TOP_PAD: grow it by 64 MB
+    for option, value in options.items():
+        mallopt(option, value)
 
 
 def say(line):
@@ -307,6 +318,7 @@ class Machine:
         """The summary line: device, dtype, parameters of the models, seconds per unit, peak memory, output."""
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         parameters = sum(p.numel() for model in models for p in model.parameters())
+        parameters += sum(b.numel() for model in models for b in model.buffers() if b.dtype == torch.int8)
         origins = dict.fromkeys(model.origin for model in models if getattr(model, "origin", ""))
         note = "".join(f"weights: {origin}, " for origin in origins) + note
         return (f"{self.device} ({self.device_why}), {dtype} ({self.dtype_why}), {parameters / 1e6:.1f} M parameters, "

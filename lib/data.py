@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import vq
 from lib.console import UserError, rank_and_world, understanding
-from lib.emoji import Emoji
+from lib.emoji import STYLES, Emoji
 from lib.pictures import UNREADABLE, cover, picture_size, read_picture, resize_and_cut
 from lib.shards import PICTURES, TarEntry, byte_size, files_of, is_hidden, open_entry, read_shards
 
@@ -444,8 +444,10 @@ def open_pictures(args):
     if args.data == "demo":
         if args.captions and (args.pixels or args.size > 64):
             raise UserError(f"--data: recipe {args.recipe} needs pictures with captions; the demo's are 32 x 32")
-        views = getattr(args, "views", 1)
-        return Emoji(args.size, "training", args.captions, views), Emoji(args.size, "unseen", args.captions)
+        styles = getattr(args, "styles", None) or STYLES
+        train_set = Emoji(args.size, "training", args.captions, getattr(args, "views", 1), styles,
+                          getattr(args, "most_pictures", None))
+        return train_set, Emoji(args.size, "unseen", args.captions, styles=styles)
     notes = Path(args.out) / "index"
     if args.captions:
         squares = args.model_name == "llamagen"

@@ -19,6 +19,7 @@ from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import (MOST_SEED, UserError, check_json, check_out, check_ranges, check_writable, rank_and_world,
                          save_json)
 from lib.graphs import captured, with_compiled_blocks
+from lib.int8 import reduced
 from lib.pictures import grid, opened, save_png, to_pixels
 from lib.products import unpacked
 from lib.text import encode_texts, load_t5, read_features, read_prompts
@@ -219,7 +220,8 @@ def choose_prompts(args, model, device, width, length, show, clean=False, suffix
                         f"{flag.split()[0]}")
     if encoder is None:
         path = find_companion(args.t5, args.ckpt or ".", "flan-t5-xl", not args.no_download, "--t5")
-        encoder = load_t5(path, width, device=device)
+        with reduced(args.quantize):
+            encoder = load_t5(path, width, device="cpu" if args.quantize else device).to(device)
     features = {}
     starts = range(0, len(needed), 16)
     for start in tqdm(starts, desc="reading prompts", unit="batch", disable=len(starts) < 4, leave=False):
@@ -415,7 +417,7 @@ def bench_generator(args, loaded, draw, baseline, machine, sampling, quantizer, 
         for variant, pair in faster(model, tokenizer, device).items():
             variants[variant] = functools.partial(run, pair)
         result["variants"] |= race(run, variants, n, device)
-    if baseline:
+    if baseline and not args.quantize:
         dense = unpacked(model)
 
         def original():

@@ -13,11 +13,12 @@ from PIL import Image
 import latentsync
 import syncnet
 import vq
-from lib import baseline_dubbing
+from lib import baseline_dubbing, lora
 from lib.bench import bench, print_bench, race, race_baseline
 from lib.console import UserError, check_json, check_ranges, save_json
 from lib.faces import check_judge, describe_score, find_faces, given_points, points_of_faces
 from lib.graphs import captured_unet
+from lib.int8 import quantize, reduced
 from lib.pictures import DEMO, to_pixels
 from lib.products import unpacked
 from lib.video import Video
@@ -47,18 +48,14 @@ def check_args(args):
 RESOLUTIONS = {"1.0": 256, "1.5": 256, "1.6": 512}                          # version of LatentSync -> side of the faces
 
 
-def load_models(args):
-    """(name, resolution in words, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae, --whisper, or of the demo."""
-    download = not args.no_download
-    ckpt = DEMO / "talking_head_latentsync.safetensors"
-    if args.ckpt:
-        ckpt = Path(find_checkpoint(args.ckpt, download))
-    metadata = read_metadata(ckpt)
-    ours = "tokenizer" in metadata                                          # written by train.py
+def load_unet(args, ckpt):
+    """(UNet, why its faces have that resolution) of the file ckpt, which is the one that --ckpt means."""
+    ours = bool({"tokenizer", "merged"} & read_metadata(ckpt).keys())       # its header has the resolution
     resolution, why = args.resolution, "as asked"
     if not resolution and not ours:
         resolution, why = named_resolution(args.ckpt, ckpt.absolute())
-    unet = latentsync.load(ckpt, resolution=resolution)
+    with reduced(args.quantize):
+        unet = latentsync.load(ckpt, resolution=resolution, weights=args.weights)
     if ours and not args.resolution:
         why = "as its file says"
     elif not resolution and unet.config.motion == "none":
@@ -67,6 +64,19 @@ def load_models(args):
         raise UserError(f"{ckpt}: versions 1.5 and 1.6 have the same tensors, and nothing in this path names one; "
                         "expected LatentSync-1.5 or latentsync_1.6 in it, or say it: --resolution 256 (version 1.5) or "
                         "512 (1.6)")
+    return unet, why
+
+
+def load_models(args):
+    """(name, resolution in words, guidance, UNet, autoencoder, Whisper) of --ckpt, --vae, --whisper, or of the demo."""
+    download = not args.no_download
+    ckpt = DEMO / "talking_head_latentsync.safetensors"
+    if args.ckpt:
+        ckpt = Path(find_checkpoint(args.ckpt, download))
+    metadata = read_metadata(ckpt)
+    ours = "tokenizer" in metadata                                          # written by train.py
+    unet, why = load_unet(args, ckpt)
+    lora.add(unet, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, "talking_head_kl.safetensors" if ours else "sd-vae-ft-mse", download, "--vae")
     whisper = args.whisper
     if not ours and not whisper and (ckpt.parent / "whisper" / "tiny.pt").exists():     # as in the authors' folders
@@ -111,6 +121,7 @@ def random_models(args):
         model.eval().init_weights(g)
     with torch.no_grad():
         vq.init_default(unet, g)                # the zeros that it is trained from would make all predictions equal
+    quantize(unet, args.quantize)
     cfg = 1.5 if args.cfg is None else args.cfg
     return name, f"faces of {unet.config.resolution} pixels", cfg, unet, autoencoder, whisper
 

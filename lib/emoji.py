@@ -115,16 +115,21 @@ class Emoji:
 
     Conditions are numbers of classes, of which each is a style and a subgroup. With captions=True they are texts.
     views: in how many ways a training picture is seen, a little moved and scaled, so that models do not learn its
-    tokens by heart. The first view is the picture itself.
+    tokens by heart. The first view is the picture itself. styles: leave out all others. most: take so many pictures,
+    spread over all.
     """
 
-    def __init__(self, size, part="training", captions=False, views=1):
+    def __init__(self, size, part="training", captions=False, views=1, styles=STYLES, most=None):
         training, pairs, things = split()
-        self.indices = dict(training=training, pairs=pairs, things=things, unseen=pairs + things)[part]
+        chosen = dict(training=training, pairs=pairs, things=things, unseen=pairs + things)[part]
+        self.indices = [i for i in chosen if rows()[i]["style"] in styles]
+        if most and most < len(self.indices):
+            self.indices = [self.indices[k * len(self.indices) // most] for k in range(most)]
         self.rows = [rows()[i] for i in self.indices]
         self.with_captions = captions
         self.size = size
         self.views = views
+        self.styles = styles
         self.classes = sorted({class_of(row) for row in rows()})
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[class_of(row)] for row in self.rows])

@@ -13,6 +13,7 @@ import vq
 from lib.clips import FolderSyncClips, open_data, open_sync_clips
 from lib.console import UserError, check_writable, choose_device, save_json
 from lib.emoji import Emoji
+from lib.int8 import quantize
 from lib.judge import judge_drawings
 from lib.pictures import psnr, ssim, to_input
 from lib.reconstruction import Usage
@@ -40,7 +41,7 @@ def evaluate(args, task_class):
         check_tokenizer(args)
         check_writable(args.out)
         # Each picture is tokenized when it is scored. Without flipped bits, Infinity's loss is that of the true bits.
-        args = argparse.Namespace(**vars(args) | dict(cache_crops="0", strength=0.0, init=None))
+        args = argparse.Namespace(**vars(args) | dict(cache_crops="0", strength=0.0, init=None, lora=0))
         train_set, unseen = open_data(args)
         generator = torch.Generator(device).manual_seed(args.seed)
         task = task_class(args, train_set, unseen, device, generator, micro_batches=1)
@@ -48,7 +49,7 @@ def evaluate(args, task_class):
     print(f"{args.evaluate}: {device} ({why}), {len(unseen):,} unseen {unseen.kinds}")
     parts = {"all": unseen}
     if isinstance(unseen, Emoji):
-        parts |= {part: Emoji(args.size, part, args.captions) for part in PARTS}
+        parts |= {part: Emoji(args.size, part, args.captions, styles=unseen.styles) for part in PARTS}
     result = {"file": Path(args.evaluate).name}
     for part, data in parts.items():
         result[part] = score_tokenizer(model, data, device) if args.model_name == "vq" else score(task, model, data)
@@ -83,6 +84,7 @@ def load_generator(task):
     metadata = read_metadata(args.evaluate)
     check_fingerprint(task.tokenizer, args.vae, metadata, args.evaluate)
     args.sampling = metadata.get("sampling", args.sampling)                 # with which it draws
+    quantize(model, args.quantize)
     return model.eval()
 
 

@@ -20,6 +20,15 @@ def machine_flags(add):
         "averaged ones")
 
 
+def weight_flags(add):
+    """Flags of all commands that draw with a large model: changes of its weights, and their precision."""
+    add("--quantize", choices=["int8"], help="linear layers of the model and of T5 as 8-bit integers: a quarter of the "
+        "memory of fp32, half of that of bf16")
+    add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="what train.py --lora or peft has learnt; "
+        "several add up; strength 1: as learnt")
+    add("--merge", metavar="FILE", help="draw nothing, but write the model with the changes of --lora in it")
+
+
 def bench_flags(add, example):
     """Flags of all commands that can be timed."""
     add("--compile", action="store_true", help="warm up longer, then run faster: CUDA graphs; without CUDA "
@@ -38,6 +47,7 @@ def generator_flags(add, example):
     add("--vae", "--vq", dest="vae", metavar="FILE|NAME",
         help="the tokenizer; default: the one beside --ckpt, else the released one")
     add("--one-generator", action="store_true", help="draw a batch from one generator, as the original code does")
+    weight_flags(add)
     bench_flags(add, example)
 
 
@@ -183,6 +193,7 @@ def latentsync_flags(add):
     add("--steps-grid", action="store_true", help="write face, masked face, painted face and result side by side")
     add("--syncnet", metavar="FILE|NAME", help="score the video before and after with this stable_syncnet.pt")
     add("--frames", type=int, help="painted at a time (default: as trained, 16)")
+    weight_flags(add)
     bench_flags(add, "latentsync_1.5")
     machine_flags(add)
 

@@ -8,7 +8,9 @@ import infinity
 import llamagen
 import var
 import vq
+from lib import lora
 from lib.console import UserError
+from lib.int8 import quantize, reduced
 from lib.pictures import DEMO
 from lib.products import Products, prepare
 from lib.text import load_infinity, load_llamagen
@@ -38,6 +40,12 @@ class Loaded:
         return self
 
 
+def known_pixels(ckpt):
+    """The size of pictures that the name of a released Infinity stands for. Others are taken for 1M."""
+    released = [known for known in INFINITY_PIXELS if Path(ckpt).name.startswith(known)]
+    return INFINITY_PIXELS[released[-1]] if released else "1M"
+
+
 def random_config(args, configs):
     """(name, Config) of --random-weights."""
     name = args.random_weights.removesuffix(".pth")
@@ -49,14 +57,23 @@ def random_config(args, configs):
 def find_files(args, demo, load, fallback_of, flag):
     """Load the model of --ckpt and find the tokenizer that belongs to it -> (model, metadata, path, path of tokenizer).
 
+    The model is changed as --quantize and --lora say.
     fallback_of(model) -> name of the tokenizer if --vae is not given.
     """
     download = not args.no_download
     ckpt = find_checkpoint(args.ckpt, download, "--ckpt") if args.ckpt else DEMO / f"{demo}.safetensors"
-    metadata = read_metadata(ckpt)
-    model = load(ckpt)
+    with reduced(args.quantize):
+        model = load(ckpt)
+    metadata = read_metadata(ckpt) | lora.add(model, args.lora, ckpt)
     vae = find_companion(args.vae, ckpt, fallback_of(model), download, flag)
     return model, metadata, Path(ckpt), Path(vae)
+
+
+def weight_options(args, machine):
+    """Options of the load functions of Infinity and LlamaGen. A GPU may have room for a quantized model only, which is
+    therefore made in the host's memory."""
+    device = torch.device("cpu") if args.quantize else machine.device
+    return {"dtype": machine.dtype, "device": device, "weights": args.weights}
 
 
 def load_var_pair(args, machine):
@@ -69,6 +86,7 @@ def load_var_pair(args, machine):
         tokenizer.init_weights(g)
         model = vq.build(var.VAR, config).eval()
         model.init_weights(generator=g)
+        quantize(model, args.quantize)
         tokenizer = vq.set_decoder_dtype(tokenizer, machine.dtype)
         return Loaded(name, var.set_dtype(model, machine.dtype), tokenizer).to(machine.device)
 
@@ -94,6 +112,7 @@ def load_infinity_pair(args, machine):
         tokenizer.init_weights(g)
         model = vq.build(infinity.Infinity, config).eval()
         model.init_weights(generator=g)
+        quantize(model, args.quantize)
         tokenizer = vq.set_decoder_dtype(tokenizer, machine.dtype)
         metadata = {"pixels": INFINITY_PIXELS.get(name)}
         return Loaded(name, infinity.set_dtype(model, machine.dtype), tokenizer, metadata).to(machine.device)
@@ -102,11 +121,10 @@ def load_infinity_pair(args, machine):
         if model.text_encoder is not None:
             return "emoji_bsq.safetensors"
         return INFINITY_TOKENIZERS.get(model.config.bits, "the tokenizer")
-    model, metadata, ckpt, vae = find_files(
-        args, "emoji_infinity", lambda path: load_infinity(path, dtype=machine.dtype, device=machine.device,
-                                                           weights=args.weights), fallback_of, "--vae")
-    released = [known for known in INFINITY_PIXELS if ckpt.name.startswith(known)]
-    metadata = {"pixels": INFINITY_PIXELS[released[-1]] if released else "1M"} | metadata
+    options = weight_options(args, machine)
+    model, metadata, ckpt, vae = find_files(args, "emoji_infinity", lambda path: load_infinity(path, **options),
+                                            fallback_of, "--vae")
+    metadata = {"pixels": known_pixels(ckpt)} | metadata
     tokenizer = vq.load(vae, dtype=machine.dtype)
     check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vae")
     check_fingerprint(tokenizer, vae, metadata, ckpt)
@@ -125,6 +143,7 @@ def load_llamagen_pair(args, machine):
         model = vq.build(llamagen.LlamaGen, with_size(config, args.size, tokenizer.config.stride)).eval()
         model.init_weights(g)
         torch.nn.init.normal_(model.head.weight, 0, 0.02, generator=g)      # it starts at zero, where all tokens tie
+        quantize(model, args.quantize)
         return Loaded(name, llamagen.set_dtype(model, machine.dtype), tokenizer).to(machine.device)
 
     def fallback_of(model):
@@ -135,7 +154,7 @@ def load_llamagen_pair(args, machine):
     side = args.size and 1                                                  # with --size it is set below
     model, metadata, ckpt, vae = find_files(
         args, "emoji_llamagen_t2i" if reads_text else "emoji_llamagen",
-        lambda path: load_llamagen(path, side=side, dtype=machine.dtype, device=machine.device, weights=args.weights),
+        lambda path: load_llamagen(path, side=side, **weight_options(args, machine)),
         fallback_of, "--vq")
     tokenizer = vq.load(vae)
     check_kind(model, tokenizer, vae, f"give {fallback_of(model)} as --vq")

@@ -167,13 +167,23 @@ VQ_RECIPES = {
 
 # VAR
 
+LORA = dict(
+    lora=Setting(0, "freeze the weights of --init, and learn changes of this rank only (LoRA)", 0, 2**16,
+                 metavar="RANK"),
+    lora_alpha=Setting(None, "the changes count alpha / rank times; default: the rank", 0, type=float, metavar="A"),
+    quantize=choice(None, ["int8"], "with --lora: the frozen linear layers as 8-bit integers; with --evaluate: all"),
+    lora_layers=Setting(("qkv", "proj", "fc1", "fc2"), "last names of the linear layers that learn", type=str,
+                        metavar="NAME", options={"nargs": "+"}),
+)
 GENERATOR = derive(                             # what the three transformers have in common
     COMMON, model=Setting(""), size=VQ["size"], zoom=VQ["zoom"], flip=VQ["flip"],
     captions=Setting(False),                    # text instead of classes
     views=Setting(1),                           # of a picture of the demo, in which it is a little moved and scaled
+    styles=Setting(()),                         # of the demo's pictures; none: all
+    most_pictures=Setting(0),                   # of the demo, spread over all; 0: all
     vae=file("the trained tokenizer; recipes of the demo have one", flags=("--vae", "--vq")),
     init=file("start from these weights, such as those of another stage; the number of classes may differ"),
-    evaluate=EVALUATE,
+    evaluate=EVALUATE, **LORA,
     sampling=Setting({}),                       # settings that sample.py uses with the model by default
     show=Setting(()),                           # classes or prompts that sample.py draws; none: spread over all classes
 )
@@ -231,6 +241,8 @@ INFINITY = derive(
 SHOWN_PROMPTS = ("fluent style, mouse face", "noto style, red heart", "twemoji style, crying cat",
                  "fluent-flat style, rocket", "noto-v1 style, green apple", "emojione style, sunflower",
                  "twemoji style, mushroom", "fluent style, smiling face with sunglasses")
+NEW_STYLE = "fluent"
+FIVE_STYLES = ("noto", "noto-v1", "fluent-flat", "twemoji", "emojione")
 INFINITY_EMOJI = derive(
     INFINITY, model="emoji_infinity", vae=str(DEMO / "emoji_bsq.safetensors"), size=32, pixels=None, steps=9500,
     batch_size=16, lr=1e-3, warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", strength=0.02, reweight=True,
@@ -239,6 +251,10 @@ INFINITY_EMOJI = derive(
 )
 INFINITY_RECIPES = {                            # each stage of the larger models starts from the last, with --init
     "emoji": INFINITY_EMOJI,
+    # What LoRA is for: "five" has never seen the style that "new_style" learns from 50 pictures.
+    "emoji_five": derive(INFINITY_EMOJI, styles=FIVE_STYLES, steps=4500),
+    "emoji_new_style": derive(INFINITY_EMOJI, styles=(NEW_STYLE,), most_pictures=50, lora=8, steps=400, lr=1e-3,
+                              init=str(DEMO / "emoji_infinity_five.safetensors"), init_text=None),
     "125M": derive(INFINITY, model="infinity_125M"),
     "2B_256": derive(INFINITY, model="infinity_2b"),
     "2B_512": derive(INFINITY, model="infinity_2b", pixels="0.25M", steps=110000),
@@ -324,8 +340,8 @@ VIDEOMAE = derive(STAND_IN, steps=1000, batch_size=8, lr=1e-3, videos=replace(VI
 # LatentSync. The authors trained stage 1 for 14 days on 8 H100, stage 2 for one or two. The batch is that of all 8.
 
 LATENTSYNC = derive(
-    COMMON, steps=200000, batch_size=192, lr=1e-5, schedule="const", warmup=0.0, wd=0.01, betas=(0.9, 0.999), clip=1.0,
-    dtype="fp16", checkpointing=True,
+    COMMON, **LORA, steps=200000, batch_size=192, lr=1e-5, schedule="const", warmup=0.0, wd=0.01, betas=(0.9, 0.999),
+    clip=1.0, dtype="fp16", checkpointing=True,
     model=Setting("latentsync_1.5"),
     stage=choice("1", ["1", "2", "2-efficient"], "1: the UNet without motion modules, on the noise loss; 2: attention "
                  "and motion modules, also on the decoded pixels; 2-efficient: fewer of them, without TREPA"),
@@ -361,6 +377,7 @@ LATENTSYNC = derive(
     piece=Setting(5, "length of the clips; the last of a shot may be up to twice as long (default 5)", 2,
                   metavar="SECONDS"),
 )
+LATENTSYNC["lora_layers"] = replace(LORA["lora_layers"], default=("qkv", "query", "key_value", "proj"))
 STAGE2 = dict(steps=20000, batch_size=32, sync_weight=0.05, trepa_weight=10.0, lpips_weight=0.1)
 # Without weights of VGG there is no LPIPS in the demo. Its video encoder sees differences between two clips of 1e-6 to
 # 1e-5 only; with this weight the gradient of TREPA at the pixels is about as large as that of the noise loss.

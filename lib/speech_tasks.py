@@ -227,13 +227,16 @@ class LatentSyncTask(Task):
         config = replace(latentsync.CONFIGS[args.model], motion=self.MOTION[args.stage], frames=args.frames)
         self.load_frozen(config)
         self.mask = latentsync.face_mask(config.resolution).to(self.device)
-        self.model = vq.build(latentsync.UNet, config).to(self.device)
-        self.model.init_weights(generator)
+        if args.lora:
+            self.model = self.frozen_base(config)
+        else:
+            self.model = vq.build(latentsync.UNet, config).to(self.device)
+            self.model.init_weights(generator)
         if args.stable_diffusion:
             latentsync.start_from_stable_diffusion(self.model, args.stable_diffusion)
-        if args.init:
+        if args.init and not args.lora:
             warm_start(self.model, latentsync.load(find_checkpoint(args.init)), f"--init {args.init}")
-        elif args.stage != "1":
+        elif args.stage != "1" and not args.lora:
             raise UserError(f"--stage {args.stage}: trains attention and motion modules only; give what stage 1 has "
                             "made, or a released file, as --init FILE")
         self.model.freeze(args.stage)
@@ -245,6 +248,19 @@ class LatentSyncTask(Task):
         self.val_metrics = ["loss", "ssim", "lmd", "flicker"]
         if self.judge:
             self.val_metrics += ["sync_c", "offset"]
+
+    def frozen_base(self, config):
+        """The UNet of --init, for --lora."""
+        args = self.args
+        if args.stable_diffusion:
+            raise UserError("--lora and --stable-diffusion exclude each other: the weights of --init are frozen")
+        unet = latentsync.load(find_checkpoint(args.init), resolution=config.resolution)
+        if unet.config.motion != config.motion:
+            raise UserError(f"--init {args.init}: has motion modules at \"{unet.config.motion}\" levels, but --stage "
+                            f"{args.stage} trains a network with \"{config.motion}\"; frozen weights cannot start from "
+                            "scratch")
+        unet.config = replace(unet.config, frames=args.frames)
+        return unet.to(self.device)
 
     def load_frozen(self, config):
         """Load the networks that are not trained, on a GPU in the precision of the run."""

@@ -367,7 +367,10 @@ class TransformerTask(Task):
                             f"{' or '.join([f'a number up to {MOST_CROPS}', *views])}")
 
     def identity(self):
-        return {"tokenizer": vq.fingerprint(self.tokenizer)}
+        identity = {"tokenizer": vq.fingerprint(self.tokenizer)}
+        if self.args.lora:
+            identity["frozen weights"] = content_hash(self.args.init, 2**20)    # no checkpoint has them
+        return identity
 
     def cache_tokens(self, patch_nums):
         """With --cache-crops, replace the data sets by their tokens."""
@@ -559,7 +562,8 @@ class InfinityTask(TransformerTask):
         args = self.args
         self.tokenizer = vq.load(args.vae).to(self.device)
         if args.init:
-            self.model = load_infinity(args.init, device=self.device)
+            place = "cpu" if args.lora else self.device                     # a GPU may have no room for it otherwise
+            self.model = load_infinity(args.init, device=place).to(self.device)
         else:
             encoder = small_t5(args)
             config = infinity.CONFIGS[args.model]
@@ -651,11 +655,15 @@ class LlamaGenTask(TransformerTask):
         text_width = (encoder or t5).config.width if config.text_width else 0
         config = replace(config, side=side, num_classes=len(self.classes), text_width=text_width, dropout=args.dropout,
                          vocab_size=self.tokenizer.config.vocab_size)
-        self.model = vq.build(llamagen.LlamaGen, config, encoder).to(self.device)
-        self.model.init_weights(generator)
-        start_text(encoder, args)
-        if args.init:
+        if args.lora:
+            self.model = self.frozen_base(side, generator).to(self.device)
+        else:
+            self.model = vq.build(llamagen.LlamaGen, config, encoder).to(self.device)
+            self.model.init_weights(generator)
+            start_text(encoder, args)
+        if args.init and not args.lora:
             warm_start(self.model, load_llamagen(args.init, side=side), f"--init {args.init}")
+        if args.init:
             check_fingerprint(self.tokenizer, args.vae, read_metadata(args.init), args.init)
         check_kind(self.model, self.tokenizer, f"--vae {args.vae}", "train one with train.py vq --recipe "
                    "llamagen_emoji, or give a released one")
@@ -667,6 +675,21 @@ class LlamaGenTask(TransformerTask):
                                for caption in data.captions(i)})
             self.features = FeatureCache(captions, t5, config.text_slots, args.clean, args.out)
         self.cache_tokens(self.shape)
+
+    def frozen_base(self, side, generator):
+        """The model of --init, for --lora. If it has another number of classes, their table starts anew."""
+        model = load_llamagen(self.args.init, side=side)
+        if model.config.text_width and model.text_encoder is None and not self.args.t5:
+            raise UserError(f"--init {self.args.init}: has no text encoder of its own: give one as --t5 DIR")
+        config = replace(model.config, dropout=self.args.dropout)
+        if self.classes and config.num_classes != len(self.classes):
+            table = torch.nn.Embedding(len(self.classes) + 1, config.width, device=self.device)
+            table.weight.data.normal_(0, 0.02, generator=generator)
+            table.weight.data[-1] = model.class_embed.weight[-1]            # the null class
+            model.class_embed = table
+            config = replace(config, num_classes=len(self.classes))
+        model.config = config
+        return model
 
     def condition(self, model, what):
         """Labels (B,) or captions -> conditions, and the mask of texts or None."""

@@ -159,6 +159,12 @@ def is_sampling(value):
     return numbers and set(value) <= names and all(x == 0 or 1e-3 <= x < 1e5 for x in value.values())
 
 
+def is_trace(value):
+    """Whether a value is {name: list of numbers}."""
+    return isinstance(value, dict) and all(isinstance(row, list) and all(isinstance(x, float) for x in row)
+                                           for row in value.values())
+
+
 METADATA = {  # what train.py writes into a safetensors header: (whether a value may be used, what it should be)
     "config": (lambda value: isinstance(value, dict), "settings of a network by name"),
     "classes": (is_texts, "a list of names"),
@@ -167,6 +173,8 @@ METADATA = {  # what train.py writes into a safetensors header: (whether a value
     "tokenizer": (lambda value: isinstance(value, str), "the fingerprint of a tokenizer"),
     "pixels": (lambda value: value is None or value in vq.PIXELS, f"one of {', '.join(vq.PIXELS)}"),
     "text_encoder": (lambda value: isinstance(value, dict), "settings of a network by name"),
+    "merged": (is_texts, "a list of hashes of LoRAs"),
+    "base": (is_trace, "numbers by name of a layer"),
 }
 
 
@@ -216,7 +224,11 @@ def check_fingerprint(tokenizer, vae, metadata, ckpt):
 
 
 def content_hash(path, limit=None):
-    """A hash of a file's content. With a limit, only the size of a large file and `limit` bytes at both ends count."""
+    """A hash of a file's content, or of all files of a folder. With a limit, only the size of a large file and `limit`
+    bytes at both ends count."""
+    if os.path.isdir(path):
+        hashes = [content_hash(file, limit) for file in sorted(Path(path).iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as f:

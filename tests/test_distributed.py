@@ -8,16 +8,20 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import helpers
+import latentsync
 import sample
 import train
 import vq
-from helpers import ROOT, captioned, complaint, log_rows, make_tiny, run, same, tiny_llamagen, tiny_var, weights
+from helpers import (ROOT, captioned, complaint, log_rows, make_tiny, run, same, tiny_infinity, tiny_llamagen, tiny_var,
+                     weights)
 from lib import parallel, studies, tasks
 from lib.caches import TokenCache
 from lib.checkpoints import Checkpoints
@@ -102,6 +106,32 @@ def test_any_number_of_processes_computes_the_same(pictures, nets, tmp_path):
         np.testing.assert_allclose(losses(tmp_path / "one" / model), losses(tmp_path / "fsdp" / model), rtol=1e-5)
     assert [step for step, _ in losses(tmp_path / "changing")] == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(losses(tmp_path / "changing"), losses(tmp_path / "whole"), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")], ids=["fp32", "int8"])
+def test_lora_on_any_number_of_processes(quantize, pictures, nets, tmp_path):
+    """Frozen weights, which are in no checkpoint of a run, beside others that learn; with checkpointing too."""
+    models = {name: argv for name, argv in every_model(nets, pictures).items() if name not in ("vq", "syncnet")}
+    whole = replace(helpers.UNET_CONFIG, resolution=16, motion="all")       # frozen weights cannot start from scratch
+    latentsync.save(helpers.tiny(latentsync.UNet, whole), nets / "base_latentsync.safetensors")
+    models["latentsync"] = (*models["latentsync"], "--init", nets / "base_latentsync.safetensors")
+    for name, make in (("var", tiny_var), ("llamagen", tiny_llamagen), ("infinity", tiny_infinity)):
+        sys.modules[make().__module__].save(make(), nets / f"base_{name}.safetensors")
+        models[name] = (*models[name], "--init", nets / f"base_{name}.safetensors")
+    runs = lambda name, *extra: [(*argv, *SHORT, "--steps", 2, "--ema", 0.5, "--clip", 1e3, "--lora", 2, *quantize,
+                                  "--checkpointing", *extra, "--out", tmp_path / name / model)
+                                 for model, argv in models.items()]
+    finished(started(tmp_path, runs("ddp"), TORCHRUN))
+    finished(started(tmp_path, runs("one", "--accum", 2), fault="contiguous"))
+    finished(started(tmp_path, runs("fsdp", "--fsdp"), TORCHRUN))
+    for model in models:
+        one, ddp, fsdp = (weights(tmp_path / name / model) for name in ("one", "ddp", "fsdp"))
+        for name, other in (("ddp", ddp), ("fsdp", fsdp)):
+            assert set(one) == set(other)
+            for k in one:                                                   # see the test above for what rounds
+                torch.testing.assert_close(one[k], other[k], atol=3e-3 if model == "latentsync" else 0,
+                                           rtol=2e-7 * (name == "fsdp"), msg=lambda m: f"{model} {name} {k} {m}")
 
 
 def test_a_batch_must_be_shared_evenly(pictures, tmp_path, capsys, monkeypatch):
