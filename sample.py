@@ -8,8 +8,8 @@
     python sample.py var --bench --compile --random-weights var_d16         speed, beside the limits of this machine
     python sample.py infinity --prompt "grinning cat face"          text -> emoji
     python sample.py infinity --ckpt infinity_2b_reg.pth --prompt "a red fox in the snow" --aspect 1.5
-    python sample.py llamagen --classes heart cat-face --cfg 1.5 4  class -> emoji, token by token
-    python sample.py llamagen --prompt "red heart"                  text -> emoji, token by token
+    python sample.py llamagen --classes noto/people --cfg 1.5 4     class -> emoji, token by token
+    python sample.py llamagen --prompt "noto style, red heart"      text -> emoji, token by token
     python sample.py llamagen --ckpt c2i_L_384.pt --classes 207 360
     python sample.py vq --image photo.jpg                           what the tokenizer makes of a picture
     python sample.py vq --ckpt vae_ch160v4096z32.pth --image imagenet/val --npz val.npz         for rFID

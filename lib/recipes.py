@@ -283,11 +283,15 @@ LLAMAGEN_TEXT = derive(LLAMAGEN, cache_crops="1", epochs=0, steps=200000, captio
 LLAMAGEN_EMOJI = dict(
     vae=str(DEMO / "emoji_vq_single.safetensors"), size=32, epochs=0, steps=5500, batch_size=16, lr=1e-3,
     schedule="lin0", warmup=0.02, final_lr=0.02, clip=2.0, ema=0.998, dtype="fp32", cache_crops="8", dropout=0.1,
-    sampling=dict(cfg=1.5, top_k=0, top_p=0.8, temperature=1.0),
+    sampling=dict(cfg=4.0, top_k=0, top_p=0.8, temperature=1.0),
 )
+LLAMAGEN_SHOWN = ("fluent-flat/smiling", "noto-v1/concerned", "emojione/hearts", "twemoji/arrows", "noto/people",
+                  "fluent/smiling", "twemoji/fruit", "emojione/with-tongue", "noto/concerned", "fluent/hearts",
+                  "twemoji/smiling", "fluent/time", "noto-v1/people", "emojione/arrows", "noto-v1/with-tongue",
+                  "noto-v1/hearts")
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
-    "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=SHOWN_CLASSES),
+    "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=LLAMAGEN_SHOWN),
     "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=13000), model="emoji_llamagen_t2i",
                          init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS),
     **{f"{size}_{pixels}": derive(LLAMAGEN, model=f"c2i_{size}_{pixels}", size=pixels)
