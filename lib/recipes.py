@@ -292,8 +292,9 @@ LLAMAGEN_SHOWN = ("fluent-flat/smiling", "noto-v1/concerned", "emojione/hearts",
 LLAMAGEN_SIZES = (("B", 256), ("L", 256), ("B", 384), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
 LLAMAGEN_RECIPES = {
     "emoji": derive(LLAMAGEN, **LLAMAGEN_EMOJI, model="emoji_llamagen", show=LLAMAGEN_SHOWN),
-    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(steps=13000), model="emoji_llamagen_t2i",
-                         init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS),
+    "emoji_text": derive(LLAMAGEN_TEXT, **LLAMAGEN_EMOJI | dict(
+        steps=13000, model="emoji_llamagen_t2i", init_text=str(DEMO / "emoji_t5.safetensors"), show=SHOWN_PROMPTS,
+        sampling=dict(cfg=6.0, top_k=0, top_p=0.5, temperature=1.0))),
     **{f"{size}_{pixels}": derive(LLAMAGEN, model=f"c2i_{size}_{pixels}", size=pixels)
        for size, pixels in LLAMAGEN_SIZES},
     "t2i_stage1": derive(LLAMAGEN_TEXT, model="t2i_XL_stage1_256"),         # stage 2 starts from it, with --init
