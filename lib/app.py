@@ -5,6 +5,7 @@ much memory, so `sample.py latentsync` and `sample.py syncnet` run as processes 
 leaves the page. Uploads and results are deleted after one to two hours, and all of them when the server ends.
 """
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -227,6 +228,9 @@ def shown(function, gr):
             message = explain(e)
             if message is None:
                 raise
+            for value in values:
+                if isinstance(value, str) and os.path.isabs(value):         # an upload: not where the server keeps it
+                    message = message.replace(value, Path(value).name)
             raise gr.Error(" ".join(message.split()), print_exception=False) from None
     return run
 

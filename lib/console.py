@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -293,6 +293,9 @@ class PeakMemory:
     @staticmethod
     def process_peak():
         """Peak memory of this process in bytes; 0 on Windows."""
+        with suppress(OSError, StopIteration):                              # Linux: ru_maxrss would count the parent
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
         try:
             import resource
         except ImportError:

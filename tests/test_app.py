@@ -1,5 +1,6 @@
 """The page: what its buttons do. Only building the page itself needs gradio."""
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,3 +121,18 @@ def test_a_command_in_a_process_of_its_own(tmp_path, monkeypatch):
     next(states)
     assert next(states) == (0.0, ["started"])
     states.close()                                                          # does not wait for a minute
+
+
+def test_an_error_does_not_say_where_the_server_keeps_uploads(page, tmp_path):
+    """The page shows the name of a file only. gradio is stood in for by a namespace with its one exception."""
+    class Shown(Exception):
+        def __init__(self, message, print_exception):
+            super().__init__(message)
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(b"junk")
+
+    def click(video):
+        raise UserError(f"{video}: not a video")
+        yield
+    with pytest.raises(Shown, match="^bad.mp4: not a video$"):
+        list(app.shown(click, SimpleNamespace(Error=Shown))(str(path)))
