@@ -84,12 +84,12 @@ def test_full_rank_reproduces_the_gradient_of_the_layer():
     torch.testing.assert_close(layer.lora_B.grad, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make, logits", [
-    (tiny_llamagen, llamagen_logits),
-    (partial(tiny_llamagen, text=True), text_logits),
-    (tiny_var, lambda m: m(torch.tensor([0, 1]), teacher_input(m))),
+@pytest.mark.parametrize("make, logits, rounding", [
+    (tiny_llamagen, llamagen_logits, 2e-5),
+    (partial(tiny_llamagen, text=True), text_logits, 5e-5),                 # more rows, logits up to 8: 2.7e-5 found
+    (tiny_var, lambda m: m(torch.tensor([0, 1]), teacher_input(m)), 2e-5),
 ], ids=["llamagen", "llamagen-text", "var"])
-def test_merged_equals_unmerged(make, logits, tmp_path):
+def test_merged_equals_unmerged(make, logits, rounding, tmp_path):
     model = make().eval()
     base = logits(model)
     lora.wrap(model, 3, 6.0, LAYERS, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,6 @@ def test_merged_equals_unmerged(make, logits, tmp_path):
     lora.save(model, path)
     with torch.no_grad():
         expected = logits(model)
-        rounding = 1e-5 * expected.abs().max()
         merged = make().eval()
         lora.add(merged, [str(path)], "base")
         assert (logits(merged) - expected).abs().max() < rounding < (base - expected).abs().max()
